@@ -1,0 +1,28 @@
+// Checks whose messages name the argument, the requirement and the value.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <sstream>
+#include <string>
+
+#define DWSWAP_CHECK(condition, ...) \
+  STD_TORCH_CHECK(condition, "dwswap.depthwise_conv2d: ", __VA_ARGS__)
+
+namespace dwswap {
+
+template <typename Sizes>
+std::string shape_string(const Sizes& sizes) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i == 0 ? "" : ", ") << sizes[i];
+  out << ']';
+  return out.str();
+}
+
+inline std::string shape_string(const torch::stable::Tensor& tensor) {
+  return shape_string(tensor.sizes());
+}
+
+}  // namespace dwswap

@@ -1,0 +1,66 @@
+// What every depthwise_conv2d kernel gets.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/activation.cuh"
+
+namespace dwswap {
+
+enum class DataType { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+// Sizes and strides count elements. Dense: N, C, H, W in that order of strides (kContiguous) or
+// N, H, W, C (kChannelsLast), without gaps.
+enum class Layout { kContiguous, kChannelsLast, kStrided };
+
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+// y = activation(bias + conv(input_activation(input + input_bias), weight)), zero padding after
+// the input activation; output channel k reads input channel k / multiplier.
+struct DepthwiseConv2dParams {
+  const void* input;
+  const void* weight;      // (channels * multiplier, kernel_h, kernel_w), dense
+  const void* bias;        // (channels * multiplier) or null
+  const void* input_bias;  // (channels) or null
+  void* output;
+
+  int64_t batch, channels, multiplier;
+  int64_t in_h, in_w, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w;
+  int64_t padding_h, padding_w, dilation_h, dilation_w;
+  Strides in_stride, out_stride;
+
+  Activation input_activation, activation;
+  DataType dtype;
+  Layout in_layout, out_layout;
+
+  int64_t out_channels() const { return channels * multiplier; }
+  bool transforms_input() const {
+    return input_bias != nullptr || input_activation != Activation::kNone;
+  }
+};
+
+// Each family says whether it covers a problem, and launches on `stream` of the current device.
+// launch_* return the CUDA status of the launch.
+bool covers_tma_tiles(const DepthwiseConv2dParams& params);
+cudaError_t launch_tma_tiles(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
+bool covers_rolling_rows(const DepthwiseConv2dParams& params);
+cudaError_t launch_rolling_rows(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
+// Covers everything.
+cudaError_t launch_general(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
+// The launch choice. DWSWAP_PORTABLE=1 in the environment keeps to the families that need no more
+// than sm_80.
+struct Choice {
+  const char* family;
+  cudaError_t (*launch)(const DepthwiseConv2dParams&, cudaStream_t);
+};
+Choice choose_forward(const DepthwiseConv2dParams& params);
+
+}  // namespace dwswap

@@ -1,0 +1,235 @@
+// The CUDA kernel of torch.ops.dwswap.depthwise_conv2d: check, describe, allocate, choose, launch.
+// Schema, other devices and autograd: dwswap/registration.py.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/check.h"
+#include "depthwise_conv2d/params.h"
+
+namespace dwswap {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr std::array<const char*, 9> kActivationNames = {
+    "none", "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "hardsigmoid", "sigmoid"};
+
+Activation parse_activation(const char* argument, const std::string& name) {
+  for (size_t i = 0; i < kActivationNames.size(); ++i) {
+    if (name == kActivationNames[i]) return static_cast<Activation>(i);
+  }
+  std::string known;
+  for (const char* entry : kActivationNames) known += (known.empty() ? "" : ", ") + std::string(entry);
+  DWSWAP_CHECK(false, argument, " must be one of ", known, ", got '", name, "'");
+}
+
+std::optional<DataType> data_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DataType::kFloat32;
+    case ScalarType::Half:
+      return DataType::kFloat16;
+    case ScalarType::BFloat16:
+      return DataType::kBFloat16;
+    case ScalarType::Double:
+      return DataType::kFloat64;
+    default:
+      return std::nullopt;
+  }
+}
+
+struct Pair {
+  int64_t h, w;
+};
+
+Pair parse_pair(const char* argument, const std::vector<int64_t>& values, int64_t minimum) {
+  DWSWAP_CHECK(values.size() == 1 || values.size() == 2, argument,
+               " must be a pair of ints (height, width), got ", shape_string(values));
+  const Pair pair{values.front(), values.back()};
+  DWSWAP_CHECK(pair.h >= minimum && pair.w >= minimum, argument, " must be at least ", minimum,
+               ", got ", shape_string(values));
+  return pair;
+}
+
+// Sizes and strides as (N, C, H, W), N = 1 where there is none.
+struct Image {
+  int64_t n, c, h, w;
+  Strides stride;
+
+  explicit Image(const Tensor& tensor) {
+    const auto sizes = tensor.sizes();
+    const auto strides = tensor.strides();
+    const size_t d = sizes.size() - 3;
+    n = d == 1 ? sizes[0] : 1;
+    c = sizes[d], h = sizes[d + 1], w = sizes[d + 2];
+    stride = {d == 1 ? strides[0] : 0, strides[d], strides[d + 1], strides[d + 2]};
+  }
+
+  // Strides of dimensions of size 1 are free.
+  bool has_strides(int64_t sn, int64_t sc, int64_t sh, int64_t sw) const {
+    return (n == 1 || stride.n == sn) && (c == 1 || stride.c == sc) &&
+           (h == 1 || stride.h == sh) && (w == 1 || stride.w == sw);
+  }
+  bool contiguous() const { return has_strides(c * h * w, h * w, w, 1); }
+  bool channels_last() const { return has_strides(h * w * c, 1, w * c, c); }
+};
+
+// Tensor::suggest_memory_format() == ChannelsLast of c10/core/MemoryFormat.h.
+bool suggests_channels_last(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  if (sizes.size() != 4 || strides[1] == 0) return false;
+  int64_t minimum = 0;
+  for (const int d : {1, 3, 2, 0}) {
+    if (sizes[d] == 0 || strides[d] < minimum) return false;
+    if (d == 0 && minimum == strides[1]) return false;
+    minimum = strides[d] * sizes[d];
+  }
+  return true;
+}
+
+void check_same(const char* name, const Tensor& tensor, const Tensor& input) {
+  DWSWAP_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.get_device_index(), name,
+               " must be on the input's device, cuda:", input.get_device_index());
+  DWSWAP_CHECK(tensor.scalar_type() == input.scalar_type(), name,
+               " must have the input's dtype ", torch::headeronly::toString(input.scalar_type()),
+               ", got ", torch::headeronly::toString(tensor.scalar_type()));
+}
+
+std::optional<Tensor> checked_vector(const char* name, const std::optional<Tensor>& tensor,
+                                     int64_t length, const Tensor& input) {
+  if (!tensor.has_value()) return std::nullopt;
+  DWSWAP_CHECK(tensor->dim() == 1 && tensor->size(0) == length, name, " must be 1-D of length ",
+               length, ", got shape ", shape_string(*tensor));
+  check_same(name, *tensor, input);
+  return torch::stable::contiguous(*tensor);
+}
+
+int64_t output_extent(const char* dimension, int64_t size, int64_t kernel, int64_t stride,
+                      int64_t padding, int64_t dilation) {
+  constexpr int64_t kLimit = int64_t{1} << 40;
+  DWSWAP_CHECK(stride < kLimit && padding < kLimit && dilation < kLimit,
+               "stride, padding and dilation must be below 2^40, got ", stride, ", ", padding,
+               ", ", dilation, " along the ", dimension);
+  const int64_t padded = size + 2 * padding;
+  const int64_t extent = dilation * (kernel - 1) + 1;
+  DWSWAP_CHECK(extent <= padded, "the kernel must fit into the padded input; along the ",
+               dimension, " it covers ", extent, " elements (dilation ", dilation,
+               "), the padded input has ", padded);
+  return (padded - extent) / stride + 1;
+}
+
+Tensor call_aten(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                 const std::vector<int64_t>& dilation, const std::optional<Tensor>& input_bias,
+                 const std::string& input_activation, const std::string& activation) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 9> stack{from(input),      from(weight),     from(bias),
+                                    from(stride),     from(padding),    from(dilation),
+                                    from(input_bias), from(input_activation), from(activation)};
+  DWSWAP_CHECK(torch_call_dispatcher("dwswap::_depthwise_conv2d_aten", "", stack.data(),
+                                     TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+               "aten::conv2d, which computes what has no kernel here, failed for dtype ",
+               torch::headeronly::toString(input.scalar_type()));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                        const std::optional<Tensor>& input_bias,
+                        const std::string& input_activation, const std::string& activation) {
+  DWSWAP_CHECK(input.is_cuda(), "input must be on the device of the other tensors, got a tensor on ",
+               input.is_cpu() ? "the CPU" : "another kind of device");
+  DWSWAP_CHECK(input.dim() == 3 || input.dim() == 4,
+               "input must be 4-D (N, C, H, W) or 3-D (C, H, W), got shape ", shape_string(input));
+  const Image in(input);
+  DWSWAP_CHECK(in.c > 0 && in.h > 0 && in.w > 0,
+               "input must have C, H and W of at least 1, got shape ", shape_string(input));
+  DWSWAP_CHECK(weight.dim() == 4 && weight.size(1) == 1,
+               "weight must be 4-D with one input channel per group (C * m, 1, kH, kW), got shape ",
+               shape_string(weight));
+  DWSWAP_CHECK(weight.size(0) > 0 && weight.size(0) % in.c == 0,
+               "weight.shape[0] must be a multiple of the input's ", in.c, " channels, got ",
+               weight.size(0));
+  DWSWAP_CHECK(weight.size(2) > 0 && weight.size(3) > 0,
+               "weight must have a kernel of at least 1 x 1, got shape ", shape_string(weight));
+  check_same("weight", weight, input);
+
+  DepthwiseConv2dParams p{};
+  const Pair s = parse_pair("stride", stride, 1);
+  const Pair pad = parse_pair("padding", padding, 0);
+  const Pair d = parse_pair("dilation", dilation, 1);
+  p.batch = in.n, p.channels = in.c, p.multiplier = weight.size(0) / in.c;
+  p.in_h = in.h, p.in_w = in.w;
+  p.kernel_h = weight.size(2), p.kernel_w = weight.size(3);
+  p.stride_h = s.h, p.stride_w = s.w;
+  p.padding_h = pad.h, p.padding_w = pad.w;
+  p.dilation_h = d.h, p.dilation_w = d.w;
+  p.out_h = output_extent("height", p.in_h, p.kernel_h, s.h, pad.h, d.h);
+  p.out_w = output_extent("width", p.in_w, p.kernel_w, s.w, pad.w, d.w);
+  p.input_activation = parse_activation("input_activation", input_activation);
+  p.activation = parse_activation("activation", activation);
+  const auto bias_vector = checked_vector("bias", bias, p.out_channels(), input);
+  const auto input_bias_vector = checked_vector("input_bias", input_bias, p.channels, input);
+
+  const auto dtype = data_type(input.scalar_type());
+  if (!dtype.has_value()) {
+    return call_aten(input, weight, bias, stride, padding, dilation, input_bias, input_activation,
+                     activation);
+  }
+  p.dtype = *dtype;
+
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const bool channels_last = suggests_channels_last(input) ||
+                             (input.dim() == 4 && suggests_channels_last(weight));
+  std::vector<int64_t> sizes = {p.out_channels(), p.out_h, p.out_w};
+  if (input.dim() == 4) sizes.insert(sizes.begin(), p.batch);
+  const Tensor output = torch::stable::empty(
+      sizes, input.scalar_type(), torch::headeronly::Layout::Strided, input.device(), false,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  if (p.batch == 0) return output;
+
+  const Tensor dense_weight = torch::stable::contiguous(weight);
+  p.input = input.const_data_ptr();
+  p.weight = dense_weight.const_data_ptr();
+  p.bias = bias_vector ? bias_vector->const_data_ptr() : nullptr;
+  p.input_bias = input_bias_vector ? input_bias_vector->const_data_ptr() : nullptr;
+  p.output = output.mutable_data_ptr();
+  const Image out(output);
+  p.in_stride = in.stride, p.out_stride = out.stride;
+  p.out_layout = channels_last ? Layout::kChannelsLast : Layout::kContiguous;
+  // An image with one channel or one pixel has both layouts: take the output's.
+  const bool matches = channels_last ? in.channels_last() : in.contiguous();
+  p.in_layout = matches             ? p.out_layout
+                : in.contiguous()   ? Layout::kContiguous
+                : in.channels_last() ? Layout::kChannelsLast
+                                     : Layout::kStrided;
+
+  void* stream = nullptr;
+  DWSWAP_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream) ==
+                   AOTI_TORCH_SUCCESS,
+               "no CUDA stream for device ", input.get_device_index());
+  const Choice choice = choose_forward(p);
+  const cudaError_t status = choice.launch(p, static_cast<cudaStream_t>(stream));
+  DWSWAP_CHECK(status == cudaSuccess, "the launch of the ", choice.family,
+               " kernel failed: ", cudaGetErrorString(status));
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dwswap, CUDA, m) {
+  m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
+}
+
+}  // namespace dwswap

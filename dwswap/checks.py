@@ -1,0 +1,169 @@
+"""Argument checks of the operator: the Python half of what ``csrc`` checks on CUDA tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dwswap.activations import ACTIVATIONS
+
+__all__ = ["check_arguments", "output_size", "pair"]
+
+NAME = "dwswap.depthwise_conv2d"
+type_check = torch._check_type
+value_check = torch._check_value
+
+
+def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """``value`` as (height, width): an int or a sequence of one is broadcast, as aten does.
+
+    Raises:
+        TypeError: ``value`` is no int and no sequence of ints.
+        ValueError: its length is not 1 or 2, or an element is below ``minimum``.
+    """
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        value = (value, value)
+    if not isinstance(value, (tuple, list)) or any(
+        isinstance(item, bool) or not isinstance(item, (int, torch.SymInt)) for item in value
+    ):
+        raise TypeError(f"{NAME}: {name} must be an int or a pair of ints, got {value!r}")
+    if len(value) == 1:
+        value = (value[0], value[0])
+    if len(value) != 2:
+        raise ValueError(
+            f"{NAME}: {name} must be an int or a pair of ints (height, width), "
+            f"got {len(value)} values: {tuple(value)}"
+        )
+    for item in value:
+        value_check(
+            item >= minimum,
+            lambda: f"{NAME}: {name} must be at least {minimum}, got {tuple(value)}",
+        )
+    return value[0], value[1]
+
+
+def output_size(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Shape of the output, for arguments that :func:`check_arguments` has accepted."""
+    spatial = [
+        (input.shape[i - 2] + 2 * padding[i] - dilation[i] * (weight.shape[i - 2] - 1) - 1)
+        // stride[i]
+        + 1
+        for i in range(2)
+    ]
+    return [*input.shape[:-3], weight.shape[0], *spatial]
+
+
+def check_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    input_bias: Tensor | None,
+    input_activation: str,
+    activation: str,
+) -> None:
+    """Refuse what the operator cannot compute, in words that name argument, rule and value.
+
+    Raises:
+        TypeError: layouts, dtypes that differ.
+        ValueError: everything else.
+    """
+    tensors = {"input": input, "weight": weight, "bias": bias, "input_bias": input_bias}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_kind(name, tensor)
+    value_check(
+        input.dim() in (3, 4),
+        lambda: (
+            f"{NAME}: input must be 4-D (N, C, H, W) or 3-D (C, H, W), got shape {_shape(input)}"
+        ),
+    )
+    value_check(
+        weight.dim() == 4,
+        lambda: f"{NAME}: weight must be 4-D (C * m, 1, kH, kW), got shape {_shape(weight)}",
+    )
+    channels, height, width = input.shape[-3:]
+    value_check(
+        channels > 0 and height > 0 and width > 0,
+        lambda: f"{NAME}: input must have C, H and W of at least 1, got shape {_shape(input)}",
+    )
+    value_check(
+        weight.shape[1] == 1,
+        lambda: (
+            f"{NAME}: weight must have one input channel per group, shape (C * m, 1, kH, kW), "
+            f"got shape {_shape(weight)}"
+        ),
+    )
+    value_check(
+        weight.shape[0] > 0 and weight.shape[0] % channels == 0,
+        lambda: (
+            f"{NAME}: weight.shape[0] must be a multiple of the input's {channels} channels, "
+            f"got {weight.shape[0]}"
+        ),
+    )
+    value_check(
+        weight.shape[2] > 0 and weight.shape[3] > 0,
+        lambda: f"{NAME}: weight must have a kernel of at least 1 x 1, got shape {_shape(weight)}",
+    )
+    _check_vector("bias", bias, weight.shape[0])
+    _check_vector("input_bias", input_bias, channels)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _check_same(name, tensor, input)
+    for name, value in (("input_activation", input_activation), ("activation", activation)):
+        if value not in ACTIVATIONS:
+            raise ValueError(f"{NAME}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+    for i, (dim, size) in enumerate((("height", height), ("width", width))):
+        padded = size + 2 * padding[i]
+        extent = dilation[i] * (weight.shape[2 + i] - 1) + 1
+        value_check(
+            extent <= padded,
+            lambda: (
+                f"{NAME}: the kernel must fit into the padded input; along the {dim} it covers "
+                f"{extent} elements (dilation {dilation[i]}), the padded input has {padded}"
+            ),
+        )
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    type_check(
+        tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized,
+        lambda: (
+            f"{NAME}: {name} must be a dense strided tensor, got "
+            f"{'a nested tensor' if tensor.is_nested else tensor.layout}"
+            f"{' (quantized)' if tensor.is_quantized else ''}"
+        ),
+    )
+
+
+def _check_vector(name: str, tensor: Tensor | None, length: int) -> None:
+    if tensor is not None:
+        value_check(
+            tensor.dim() == 1 and tensor.shape[0] == length,
+            lambda: f"{NAME}: {name} must be 1-D of length {length}, got shape {_shape(tensor)}",
+        )
+
+
+def _check_same(name: str, tensor: Tensor, input: Tensor) -> None:
+    type_check(
+        tensor.dtype == input.dtype,
+        lambda: f"{NAME}: {name} must have the input's dtype {input.dtype}, got {tensor.dtype}",
+    )
+    value_check(
+        tensor.device == input.device,
+        lambda: f"{NAME}: {name} must be on the input's device {input.device}, got {tensor.device}",
+    )
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,101 @@
+"""The module form of the operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwswap.ops import depthwise_conv2d
+
+__all__ = ["DepthwiseConv2d"]
+
+# One node in a symbolic trace, so that the checks on shapes run with tensors and not with proxies.
+torch.fx.wrap("depthwise_conv2d")
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Drop-in for ``nn.Conv2d(..., groups=in_channels)`` that runs the dwswap operator.
+
+    Same constructor arguments, same parameters and ``state_dict`` keys. ``groups`` may be left
+    out; where it is given it must equal ``in_channels``. ``out_channels`` is a multiple of
+    ``in_channels``.
+
+    Shape:
+        ``(N, C, H, W)`` or ``(C, H, W)`` to ``(N, C * m, H_out, W_out)`` or without N.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int | None = None,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if groups is not None and groups != in_channels:
+            raise ValueError(
+                f"DepthwiseConv2d: groups must equal in_channels ({in_channels}), got {groups}"
+            )
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            in_channels,
+            bias,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input = nn.functional.pad(
+                input, self._reversed_padding_repeated_twice, mode=self.padding_mode
+            )
+            padding = 0
+        return depthwise_conv2d(
+            input, weight, bias, self.stride, padding, self.dilation, groups=self.groups
+        )
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d) -> DepthwiseConv2d:
+        """The same convolution as a ``DepthwiseConv2d``: shares the Parameters, keeps the mode.
+
+        Raises:
+            ValueError: ``conv`` is not depthwise.
+        """
+        if conv.groups != conv.in_channels:
+            raise ValueError(
+                "DepthwiseConv2d.from_conv2d: conv must have groups == in_channels, got "
+                f"groups={conv.groups}, in_channels={conv.in_channels}"
+            )
+        return _rebuild(conv, cls)
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """The inverse of :meth:`from_conv2d`: a plain ``nn.Conv2d`` with the same Parameters."""
+        return _rebuild(self, nn.Conv2d)
+
+
+def _rebuild(source: nn.Conv2d, cls: type) -> Any:
+    """``source`` as an instance of ``cls``: everything it holds is shared, nothing is copied."""
+    result = cls.__new__(cls)
+    # Containers of its own, so that what is added to the one does not appear in the other.
+    result.__dict__.update(
+        {
+            name: value.copy() if isinstance(value, dict) else value
+            for name, value in source.__dict__.items()
+        }
+    )
+    return result

@@ -1,0 +1,102 @@
+"""The functional face of the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dwswap import registration
+from dwswap.checks import NAME, pair
+
+__all__ = ["depthwise_conv2d"]
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    groups: int | None = None,
+    input_bias: Tensor | None = None,
+    input_activation: str = "none",
+    activation: str = "none",
+) -> Tensor:
+    """Depthwise 2-D convolution with its elementwise neighbours absorbed.
+
+    ``y = activation(bias + conv2d(input_activation(input + input_bias), weight))`` with zeros as
+    padding (after the input activation), ``groups = C``. Output channel ``k`` reads input channel
+    ``k // m``.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``, any strides; contiguous and channels_last are
+            fast. float32, float16 and bfloat16 (float32 accumulation) and float64 have CUDA
+            kernels; other dtypes use ``aten::conv2d``.
+        weight: ``(C * m, 1, kH, kW)``, channel multiplier ``m >= 1``.
+        bias: ``(C * m,)``, optional.
+        stride, dilation: int or (height, width).
+        padding: int, (height, width), ``"valid"`` or ``"same"`` (stride 1 only).
+        groups: where given, it must equal ``C``; it changes nothing else.
+        input_bias: ``(C,)``, added to every element of the input first, optional.
+        input_activation, activation: a name in ``dwswap.activations.ACTIVATIONS``.
+
+    Returns:
+        ``(N, C * m, H_out, W_out)``, or without N, of the input's dtype. channels_last where
+        input or weight is channels_last, as ``aten::conv2d``; contiguous otherwise.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value (RuntimeError when the
+            CUDA operator finds it).
+    """
+    if groups is not None and (input.dim() < 3 or input.shape[-3] != groups):
+        raise ValueError(
+            f"{NAME}: input must have groups = {groups} channels, got shape {list(input.shape)}"
+        )
+    stride = pair("stride", stride, 1)
+    dilation = pair("dilation", dilation, 1)
+    if isinstance(padding, str):
+        if input_bias is not None or input_activation != "none":
+            even = any((d * (k - 1)) % 2 for d, k in zip(dilation, weight.shape[-2:], strict=True))
+            if padding == "same" and even:
+                raise ValueError(
+                    f'{NAME}: padding="same" needs an asymmetric border for kernel '
+                    f"{tuple(weight.shape[-2:])}, dilation {dilation}, and that cannot be combined "
+                    "with input_bias or input_activation"
+                )
+        input, padding = _named_padding(input, weight, stride, padding, dilation)
+    else:
+        padding = pair("padding", padding, 0)
+    return registration.depthwise_conv2d(
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        input_bias,
+        input_activation,
+        activation,
+    )
+
+
+def _named_padding(
+    input: Tensor, weight: Tensor, stride: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """Input and symmetric padding that mean the same as ``padding`` "same" or "valid"."""
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise ValueError(
+            f'{NAME}: padding must be an int, a pair of ints, "same" or "valid", got {padding!r}'
+        )
+    if stride != (1, 1):
+        raise ValueError(f'{NAME}: padding="same" needs stride 1, got stride {stride}')
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[-2:], strict=True)]
+    if any(t % 2 for t in total):
+        # aten pads the odd element at the end as well.
+        input = torch.nn.functional.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, (total[0] // 2, total[1] // 2)

@@ -1,0 +1,464 @@
+"""Schema and every kernel of the operator that is not CUDA C++.
+
+| dispatch key              | kernel                                                                |
+| ------------------------- | --------------------------------------------------------------------- |
+| CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library          |
+| CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again       |
+| Meta (fake tensors)       | shapes and layout                                                      |
+| Autograd                  | plain autograd; aten where forward AD or functorch's grad is active    |
+| Autocast                  | the user's autocast dtype, with aten's rules for ``conv2d``            |
+| FuncTorchBatched (vmap)   | the batch folded into N, or into C where weights are batched           |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dwswap import build
+from dwswap.activations import ACTIVATIONS
+from dwswap.checks import check_arguments, output_size, pair
+
+__all__ = ["depthwise_conv2d", "depthwise_conv2d_backward", "output_memory_format"]
+
+Ints = Sequence[int]
+
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
+# input_bias is not keyword-only: torch.library.register_vmap refuses keyword-only tensors.
+_FORWARD_ARGUMENTS = (
+    f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, Tensor? input_bias=None, "
+    'str input_activation="none", str activation="none") -> Tensor'
+)
+
+_library = torch.library.Library("dwswap", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define("depthwise_conv2d" + _FORWARD_ARGUMENTS, tags=_tags)
+# What the CUDA kernels do not cover (integer and complex dtypes) they send here.
+_library.define("_depthwise_conv2d_aten" + _FORWARD_ARGUMENTS, tags=_tags)
+_library.define(
+    f"_depthwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    tags=_tags,
+)
+
+depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
+depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
+
+
+def output_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """channels_last where input or weight has its strides, contiguous otherwise.
+
+    The rule of ``aten::conv2d`` (``cudnn_conv_suggest_memory_format`` in
+    ``aten/src/ATen/native/ConvUtils.h``).
+    """
+    for tensor in (input, weight):
+        if input.dim() == 4 and _suggests_channels_last(tensor):
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def _suggests_channels_last(tensor: Tensor) -> bool:
+    """``suggest_memory_format() == ChannelsLast`` of ``c10/core/MemoryFormat.h``."""
+    minimum = 0
+    if tensor.stride(1) == 0:
+        return False
+    for dim in (1, 3, 2, 0):
+        if tensor.shape[dim] == 0 or tensor.stride(dim) < minimum:
+            return False
+        if dim == 0 and minimum == tensor.stride(1):
+            return False
+        minimum = tensor.stride(dim) * tensor.shape[dim]
+    return True
+
+
+# --- forward on every device ------------------------------------------------------------------
+
+
+def _decomposed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    input_bias: Tensor | None = None,
+    input_activation: str = "none",
+    activation: str = "none",
+) -> Tensor:
+    stride, padding, dilation = _geometry(stride, padding, dilation)
+    check_arguments(
+        input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
+    )
+    hidden = _preactivate(input, input_bias, input_activation)
+    output = torch.conv2d(hidden, weight, bias, stride, padding, dilation, input.shape[-3])
+    return ACTIVATIONS[activation].forward(output)
+
+
+def _preactivate(input: Tensor, input_bias: Tensor | None, input_activation: str) -> Tensor:
+    hidden = input if input_bias is None else input + input_bias[:, None, None]
+    return ACTIVATIONS[input_activation].forward(hidden)
+
+
+def _geometry(stride: Ints, padding: Ints, dilation: Ints) -> tuple[Ints, Ints, Ints]:
+    return (
+        pair("stride", list(stride), 1),
+        pair("padding", list(padding), 0),
+        pair("dilation", list(dilation), 1),
+    )
+
+
+def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    output = _decomposed(input, weight, *args)
+    return output.contiguous(memory_format=output_memory_format(input, weight))
+
+
+def _forward(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    if input.is_cuda and build.load():
+        return depthwise_conv2d(input, weight, *args)  # the CUDA kernels are registered now
+    return _forward_aten(input, weight, *args)
+
+
+def _forward_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    input_bias: Tensor | None = None,
+    input_activation: str = "none",
+    activation: str = "none",
+) -> Tensor:
+    stride, padding, dilation = _geometry(stride, padding, dilation)
+    check_arguments(
+        input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
+    )
+    return torch.empty(
+        output_size(input, weight, stride, padding, dilation),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=output_memory_format(input, weight),
+    )
+
+
+# --- backward on every device -----------------------------------------------------------------
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    unbatched = input.dim() == 3
+    grads = torch.ops.aten.convolution_backward(
+        grad_output.unsqueeze(0) if unbatched else grad_output,
+        input.unsqueeze(0) if unbatched else input,
+        weight,
+        [weight.shape[0]],
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        input.shape[-3],
+        output_mask,
+    )
+    grad_input, grad_weight, grad_bias = (
+        grad if wanted else None for grad, wanted in zip(grads, output_mask, strict=True)
+    )
+    if grad_input is not None:
+        grad_input = grad_input.squeeze(0) if unbatched else grad_input
+        grad_input = grad_input.contiguous(memory_format=output_memory_format(input, weight))
+    if grad_weight is not None:
+        grad_weight = grad_weight.contiguous(memory_format=_memory_format(weight))
+    return grad_input, grad_weight, grad_bias
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    layout = output_memory_format(input, weight)
+    return (
+        torch.empty_like(input, memory_format=layout) if output_mask[0] else None,
+        torch.empty_like(weight, memory_format=_memory_format(weight)) if output_mask[1] else None,
+        weight.new_empty(weight.shape[0]) if output_mask[2] else None,
+    )
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    return torch.channels_last if _suggests_channels_last(tensor) else torch.contiguous_format
+
+
+# --- autograd ---------------------------------------------------------------------------------
+
+
+def _differentiated_elsewhere() -> bool:
+    """Forward AD or a functorch transform is active: aten knows their rules, so use aten."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+class _DepthwiseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Ints,
+        padding: Ints,
+        dilation: Ints,
+        input_bias: Tensor | None,
+        input_activation: str,
+        activation: str,
+    ) -> Tensor:
+        ctx.geometry = _geometry(stride, padding, dilation)
+        ctx.input_activation, ctx.activation = input_activation, activation
+        ctx.save_for_backward(input, weight, bias, input_bias)
+        with torch._C._AutoDispatchBelowAutograd():
+            return depthwise_conv2d(
+                input,
+                weight,
+                bias,
+                stride,
+                padding,
+                dilation,
+                input_bias,
+                input_activation,
+                activation,
+            )
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, input_bias = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_input_bias = ctx.needs_input_grad[6]
+        hidden = _preactivate(input, input_bias, ctx.input_activation)
+        if ctx.activation != "none":
+            output = depthwise_conv2d(hidden, weight, bias, *ctx.geometry)
+            grad_output = ACTIVATIONS[ctx.activation].backward(grad_output, output)
+        grad_input, grad_weight, grad_bias = depthwise_conv2d_backward(
+            grad_output,
+            hidden,
+            weight,
+            *ctx.geometry,
+            [needs_input or needs_input_bias, needs_weight, needs_bias],
+        )
+        grad_input_bias = None
+        if needs_input or needs_input_bias:
+            if ctx.input_activation != "none":
+                before = _preactivate(input, input_bias, "none")
+                grad_input = ACTIVATIONS[ctx.input_activation].backward(grad_input, before)
+            if needs_input_bias:
+                grad_input_bias = grad_input.sum(dim=[d for d in range(input.dim()) if d != input.dim() - 3])
+        return (
+            grad_input if needs_input else None,
+            grad_weight,
+            grad_bias,
+            None,
+            None,
+            None,
+            grad_input_bias,
+            None,
+            None,
+        )
+
+
+def _forward_autograd(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    input_bias: Tensor | None = None,
+    input_activation: str = "none",
+    activation: str = "none",
+) -> Tensor:
+    args = (input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation)
+    if _differentiated_elsewhere():
+        return _decomposed(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, input_bias):
+        return _DepthwiseConv2d.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return depthwise_conv2d(*args)
+
+
+class _DepthwiseConv2dBackward(torch.autograd.Function):
+    """Double backward. The convolution is bilinear, so its gradients are convolutions again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        stride: Ints,
+        padding: Ints,
+        dilation: Ints,
+        output_mask: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        ctx.geometry = _geometry(stride, padding, dilation)
+        ctx.save_for_backward(grad_output, input, weight)
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            return depthwise_conv2d_backward(
+                grad_output, input, weight, stride, padding, dilation, output_mask
+            )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_output, input, weight = ctx.saved_tensors
+        grad_grad_input, grad_grad_weight, grad_grad_bias = grads
+        needs_grad_output, needs_input, needs_weight = ctx.needs_input_grad[:3]
+        for_grad_output = for_input = for_weight = None
+        if needs_grad_output:
+            terms = []
+            if grad_grad_input is not None:
+                terms.append(depthwise_conv2d(grad_grad_input, weight, None, *ctx.geometry))
+            if grad_grad_weight is not None:
+                terms.append(depthwise_conv2d(input, grad_grad_weight, None, *ctx.geometry))
+            if grad_grad_bias is not None:
+                terms.append(grad_grad_bias[:, None, None].expand_as(grad_output))
+            for_grad_output = sum(terms[1:], start=terms[0]) if terms else None
+        if needs_input and grad_grad_weight is not None:
+            for_input = depthwise_conv2d_backward(
+                grad_output, input, grad_grad_weight, *ctx.geometry, [True, False, False]
+            )[0]
+        if needs_weight and grad_grad_input is not None:
+            for_weight = depthwise_conv2d_backward(
+                grad_output, grad_grad_input, weight, *ctx.geometry, [False, True, False]
+            )[1]
+        return for_grad_output, for_input, for_weight, None, None, None, None
+
+
+def _backward_autograd(
+    grad_output: Tensor, input: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if _differentiated_elsewhere():
+        return _backward(grad_output, input, weight, *args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(grad_output, input, weight):
+        return _DepthwiseConv2dBackward.apply(grad_output, input, weight, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return depthwise_conv2d_backward(grad_output, input, weight, *args)
+
+
+# --- autocast ---------------------------------------------------------------------------------
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        eligible = (
+            tensor is not None
+            and tensor.device.type == device_type
+            and tensor.is_floating_point()
+            and tensor.dtype != torch.float64
+        )
+        return tensor.to(dtype) if eligible and tensor is not None else tensor
+
+    def forward_autocast(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Ints,
+        padding: Ints,
+        dilation: Ints,
+        input_bias: Tensor | None = None,
+        input_activation: str = "none",
+        activation: str = "none",
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return depthwise_conv2d(
+                cast(input, dtype),
+                cast(weight, dtype),
+                cast(bias, dtype),
+                stride,
+                padding,
+                dilation,
+                cast(input_bias, dtype),
+                input_activation,
+                activation,
+            )
+
+    _library.impl("depthwise_conv2d", forward_autocast, key)
+
+
+# --- vmap -------------------------------------------------------------------------------------
+
+
+def _forward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    input_bias: Tensor | None = None,
+    input_activation: str = "none",
+    activation: str = "none",
+) -> tuple[Tensor, int]:
+    """Fold the mapped dimension into N, or into C where a parameter is mapped as well."""
+    size = info.batch_size
+    in_dims = (*in_dims, *(None for _ in range(9 - len(in_dims))))
+    unbatched = input.dim() - (in_dims[0] is not None) == 3
+    geometry = (stride, padding, dilation)
+
+    if in_dims[1] is None and in_dims[2] is None and in_dims[6] is None:
+        batched = input.movedim(in_dims[0], 0)
+        batched = batched if unbatched else batched.flatten(0, 1)
+        output = depthwise_conv2d(
+            batched, weight, bias, *geometry, input_bias, input_activation, activation
+        )
+        return (output if unbatched else output.unflatten(0, (size, -1))), 0
+
+    def mapped(tensor: Tensor, dim: int | None) -> Tensor:
+        return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    def folded(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        return None if tensor is None else mapped(tensor, dim).flatten(0, 1)
+
+    # (..., B * C, H, W): input channel b * C + c feeds output channels b * C * m + c * m + j.
+    channels = mapped(input, in_dims[0]).movedim(0, -4).flatten(-4, -3)
+    output = depthwise_conv2d(
+        channels,
+        folded(weight, in_dims[1]),
+        folded(bias, in_dims[2]),
+        *geometry,
+        folded(input_bias, in_dims[6]),
+        input_activation,
+        activation,
+    )
+    return output.unflatten(-3, (size, -1)), output.dim() - 3
+
+
+# --- registration -----------------------------------------------------------------------------
+
+_library.impl("depthwise_conv2d", _forward, "CompositeExplicitAutograd")
+_library.impl("_depthwise_conv2d_aten", _forward_aten, "CompositeExplicitAutograd")
+_library.impl("_depthwise_conv2d_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("dwswap::depthwise_conv2d", _forward_fake, lib=_library)
+torch.library.register_fake("dwswap::_depthwise_conv2d_aten", _forward_fake, lib=_library)
+torch.library.register_fake("dwswap::_depthwise_conv2d_backward", _backward_fake, lib=_library)
+_library.impl("depthwise_conv2d", _forward_autograd, "Autograd")
+_library.impl("_depthwise_conv2d_backward", _backward_autograd, "Autograd")
+_register_autocast("cuda", "AutocastCUDA")
+_register_autocast("cpu", "AutocastCPU")
+torch.library.register_vmap("dwswap::depthwise_conv2d", _forward_vmap, lib=_library)
