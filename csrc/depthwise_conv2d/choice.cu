@@ -16,6 +16,7 @@ bool portable_only() {
 
 Choice choose_forward(const DepthwiseConv2dParams& params) {
   if (!portable_only() && covers_tma_tiles(params)) return {"tma_tiles", launch_tma_tiles};
+  if (covers_plane_strips(params)) return {"plane_strips", launch_plane_strips};
   if (covers_rolling_rows(params)) return {"rolling_rows", launch_rolling_rows};
   return {"general", launch_general};
 }

@@ -49,6 +49,9 @@ struct DepthwiseConv2dParams {
 bool covers_tma_tiles(const DepthwiseConv2dParams& params);
 cudaError_t launch_tma_tiles(const DepthwiseConv2dParams& params, cudaStream_t stream);
 
+bool covers_plane_strips(const DepthwiseConv2dParams& params);
+cudaError_t launch_plane_strips(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
 bool covers_rolling_rows(const DepthwiseConv2dParams& params);
 cudaError_t launch_rolling_rows(const DepthwiseConv2dParams& params, cudaStream_t stream);
 

@@ -1,0 +1,84 @@
+#include "depthwise_conv2d/plane_strips.cuh"
+
+#include <cstdlib>
+#include <limits>
+
+namespace dwswap {
+
+namespace plane_strips {
+
+Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows, int element_bytes) {
+  constexpr int kThreads = 160;          // per block, about
+  constexpr int64_t kBytes = 72 * 1024;  // of shared memory: at least three blocks per SM
+  const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
+  const auto groups_w = static_cast<int>(up(p.out_w, columns));
+  const auto high = static_cast<int>(up(p.out_h, rows));
+  const auto bytes = [&](int64_t planes, int64_t groups_h) {
+    const int64_t out_rows = std::min<int64_t>(groups_h * rows, p.out_h);
+    const int64_t in_rows = std::min((out_rows - 1) * p.stride_h + p.kernel_h, p.in_h);
+    return planes * (in_rows * p.in_w + out_rows * p.out_w) * element_bytes;
+  };
+  Strip best{};
+  double best_cost = std::numeric_limits<double>::infinity();
+  const auto consider = [&](int planes, int groups_h) {
+    const Strip strip{planes, groups_h, groups_w};
+    if (strip.threads() > kMaxThreads || bytes(planes, groups_h) > kBytes) return;
+    const double blocks = static_cast<double>(up(p.channels, planes)) * up(high, groups_h);
+    // Threads that are launched over threads with work.
+    const double idle = blocks * up(strip.threads(), 32) * 32 /
+                        (static_cast<double>(p.channels) * high * groups_w);
+    const double out_rows = std::min<double>(groups_h * rows, p.out_h);
+    const double in_rows = std::min<double>((out_rows - 1) * p.stride_h + p.kernel_h, p.in_h);
+    const double halo = in_rows / std::min<double>(out_rows * p.stride_h, p.in_h);
+    const double size = 1.0 + std::abs(strip.threads() - kThreads) / 640.0;
+    const double cost = idle * (0.5 + 0.5 * halo) * size;
+    if (cost < best_cost) {
+      best_cost = cost;
+      best = strip;
+    }
+  };
+  for (int groups_h = 1; groups_h <= high && groups_h * groups_w <= kMaxThreads; ++groups_h) {
+    consider(1, groups_h);
+  }
+  for (int planes = 2; planes <= p.channels && planes * high * groups_w <= kMaxThreads; ++planes) {
+    consider(planes, high);
+  }
+  return best;
+}
+
+}  // namespace plane_strips
+
+bool covers_plane_strips(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
+  if (p.dtype == DataType::kFloat64 || p.multiplier != 1) return false;
+  if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
+  if (p.stride_h != p.stride_w || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (reinterpret_cast<uintptr_t>(p.input) % kVectorBytes != 0) return false;
+  if (p.channels * p.in_h * p.in_w > kLimit || p.channels * p.out_h * p.out_w > kLimit) return false;
+  if (p.batch * p.channels * p.out_h > kLimit) return false;
+  bool covered = false;
+  plane_strips::visit<float>(p, [&]<typename Traits>() {
+    covered = p.out_w >= Traits::kColumns && p.padding_w <= Traits::kMaxPaddingW &&
+              p.padding_h <= p.in_h &&
+              plane_strips::choose_strip(p, Traits::kColumns, Traits::kRows,
+                                         p.dtype == DataType::kFloat32 ? 4 : 2)
+                      .planes > 0;
+  });
+  return covered;
+}
+
+cudaError_t launch_plane_strips(const DepthwiseConv2dParams& params, cudaStream_t stream) {
+  switch (params.dtype) {
+    case DataType::kFloat32:
+      return plane_strips::launch_typed<float>(params, stream);
+    case DataType::kFloat16:
+      return plane_strips::launch_typed<__half>(params, stream);
+    case DataType::kBFloat16:
+      return plane_strips::launch_typed<__nv_bfloat16>(params, stream);
+    case DataType::kFloat64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dwswap

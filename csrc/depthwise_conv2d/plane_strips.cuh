@@ -1,0 +1,242 @@
+// NCHW, stride 1 and 2, kernel sizes known at compile time. sm_80 and later.
+//
+// Rows of a plane, and planes of an image, follow each other without gaps: a strip of whole rows of
+// one plane, or several whole planes, is one piece of memory. A block copies such a piece to shared
+// memory by 16-byte accesses (single rows of 7 or 14 elements would not be aligned), computes, and
+// stores its outputs, one piece as well, the same way.
+//
+// One thread computes kColumns x kRows outputs: each input element is loaded and converted once per
+// thread and used by every output whose window holds it. For K = 3 that makes about 15 instructions
+// per output, 9 of them multiply-adds.
+#pragma once
+
+#include <algorithm>
+
+#include "common/async_copy.cuh"
+#include "common/numeric.cuh"
+#include "depthwise_conv2d/params.h"
+
+namespace dwswap {
+namespace plane_strips {
+
+constexpr int kMaxThreads = 256;
+
+template <typename T_, int KH_, int KW_, int STRIDE_>
+struct Traits {
+  using T = T_;
+  static constexpr int kKernelH = KH_;
+  static constexpr int kKernelW = KW_;
+  static constexpr int kStride = STRIDE_;
+  // An odd number of columns keeps lanes in different shared-memory banks; 7 divides the image
+  // widths of most networks.
+  static constexpr int kColumns = 7;
+  static constexpr int kRows = KH_ * KW_ > 25 ? 4 : 7;
+  static constexpr int kMinBlocks = KH_ * KW_ <= 9 && STRIDE_ == 1 ? 3 : 2;
+  static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + KW_;
+  static constexpr int kInputRows = (kRows - 1) * STRIDE_ + KH_;
+  // Only so many columns at either end of a thread's row can lie outside the image.
+  static constexpr int kMaxPaddingW = KW_ / 2;
+};
+
+// How a problem is cut into blocks: whole planes, or a strip of rows of one plane.
+struct Strip {
+  int planes;
+  int groups_h;  // threads of a plane along its rows
+  int groups_w;  // and along its columns
+
+  int threads() const { return planes * groups_h * groups_w; }
+};
+
+struct Arguments {
+  const void* input;
+  const void* weight;
+  const void* bias;
+  const void* input_bias;
+  void* output;
+  int channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int planes, rows;  // of output, per block
+  int in_bytes;      // of shared memory for the input piece
+  Divisor by_strips, by_chunks, by_groups_w, by_groups_h;
+  bool transforms_input;
+  Activation input_activation, activation;
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const Arguments a) {
+  using T = typename Traits::T;
+  constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, S = Traits::kStride;
+  constexpr int ROWS = Traits::kRows, COLUMNS = Traits::kColumns;
+  constexpr int IN_COLUMNS = Traits::kInputColumns, EDGE = Traits::kMaxPaddingW;
+
+  extern __shared__ __align__(16) unsigned char shared[];
+  // One vector in front: a thread reads up to EDGE elements before its first row, and drops them.
+  auto* in_tile = reinterpret_cast<T*>(shared + kVectorBytes);
+  auto* out_tile = reinterpret_cast<T*>(shared + a.in_bytes);
+
+  uint32_t strip, chunk, group_w, group_h;
+  const uint32_t n = a.by_chunks.divide(a.by_strips.divide(blockIdx.x, &strip), &chunk);
+  const int first_channel = chunk * a.planes;
+  const int planes = min(a.planes, a.channels - first_channel);
+  const int first_row = strip * a.rows;
+  const int rows = min(a.rows, a.out_h - first_row);
+  const int in_first = max(first_row * S - a.padding_h, 0);
+  const int in_end = min((first_row + rows - 1) * S - a.padding_h + KH, a.in_h);
+  const int in_rows = max(in_end - in_first, 0);
+  const int64_t plane = static_cast<int64_t>(n) * a.channels + first_channel;
+
+  const T* source = static_cast<const T*>(a.input) + (plane * a.in_h + in_first) * a.in_w;
+  start_copy(in_tile, source, planes * in_rows * a.in_w);
+
+  const int p = a.by_groups_h.divide(a.by_groups_w.divide(threadIdx.x, &group_w), &group_h);
+  const bool busy = p < planes && static_cast<int>(group_h) * ROWS < rows;
+  T* target = static_cast<T*>(a.output) + (plane * a.out_h + first_row) * a.out_w;
+  // Threads without work follow the others, so that all of a warp meets at the barriers.
+  const int c = first_channel + min(p, planes - 1);
+  const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * (KH * KW);
+  float taps[KH * KW];
+#pragma unroll
+  for (int i = 0; i < KH * KW; ++i) taps[i] = widen(weight[i]);
+  const float bias = a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[c]);
+  const float input_bias =
+      a.input_bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.input_bias)[c]);
+
+  wait_for_copies();
+  __syncthreads();
+  if (busy) {
+    float sums[ROWS][COLUMNS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) sums[r][j] = bias;
+    }
+    // The last group is moved left to end with the row, so that no thread reaches further than the
+    // padding over an edge of the image. What its neighbour computes too, the neighbour stores.
+    const int own = static_cast<int>(group_w) * COLUMNS;
+    const int ow = min(own, a.out_w - COLUMNS);
+    const int iw = ow * S - a.padding_w;
+    const int ih = (first_row + static_cast<int>(group_h) * ROWS) * S - a.padding_h;
+    const T* row = in_tile + misalignment(source) + (p * in_rows + ih - in_first) * a.in_w + iw;
+#pragma unroll
+    for (int i = 0; i < Traits::kInputRows; ++i, row += a.in_w) {
+      if (ih + i < in_first || ih + i >= in_end) continue;
+      float x[IN_COLUMNS];
+#pragma unroll
+      for (int j = 0; j < IN_COLUMNS; ++j) x[j] = widen(row[j]);
+      if (a.transforms_input) {
+#pragma unroll
+        for (int j = 0; j < IN_COLUMNS; ++j) x[j] += input_bias;
+        activate(x, a.input_activation);
+      }
+#pragma unroll
+      for (int j = 0; j < EDGE; ++j) {
+        if (iw + j < 0) x[j] = 0.0f;
+        constexpr int LAST = IN_COLUMNS - 1;
+        if (iw + LAST - j >= a.in_w) x[LAST - j] = 0.0f;
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        const int kh = i - r * S;
+        if (kh < 0 || kh >= KH) continue;
+#pragma unroll
+        for (int kw = 0; kw < KW; ++kw) {
+#pragma unroll
+          for (int j = 0; j < COLUMNS; ++j) sums[r][j] += x[j * S + kw] * taps[kh * KW + kw];
+        }
+      }
+    }
+    T* out_row = out_tile + misalignment(target) +
+                 (p * rows + static_cast<int>(group_h) * ROWS) * a.out_w + ow;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r, out_row += a.out_w) {
+      if (static_cast<int>(group_h) * ROWS + r >= rows) break;
+      activate(sums[r], a.activation);
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) {
+        if (ow + j >= own) out_row[j] = narrow<T>(sums[r][j]);
+      }
+    }
+  }
+  __syncthreads();
+  copy_out(target, out_tile, planes * rows * a.out_w);
+}
+
+// The cut for a problem; planes = 0 where the family does not cover it.
+Strip choose_strip(const DepthwiseConv2dParams& params, int columns, int rows, int element_bytes);
+
+// Bytes of shared memory for `elements` of a piece that may begin anywhere in a vector.
+inline int piece_bytes(int64_t elements, int element_bytes) {
+  return static_cast<int>((elements * element_bytes + 3 * kVectorBytes - 1) / kVectorBytes *
+                          kVectorBytes);
+}
+
+template <typename Traits>
+cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
+  using T = typename Traits::T;
+  const Strip strip = choose_strip(p, Traits::kColumns, Traits::kRows, sizeof(T));
+  const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
+  Arguments a{};
+  a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
+  a.output = p.output;
+  a.channels = static_cast<int>(p.channels);
+  a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
+  a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.planes = strip.planes;
+  a.rows = static_cast<int>(std::min<int64_t>(strip.groups_h * Traits::kRows, p.out_h));
+  const auto strips = static_cast<uint32_t>(up(p.out_h, a.rows));
+  const auto chunks = static_cast<uint32_t>(up(p.channels, strip.planes));
+  a.by_strips = Divisor(strips), a.by_chunks = Divisor(chunks);
+  a.by_groups_w = Divisor(static_cast<uint32_t>(strip.groups_w));
+  a.by_groups_h = Divisor(static_cast<uint32_t>(strip.groups_h));
+  a.transforms_input = p.transforms_input();
+  a.input_activation = p.input_activation, a.activation = p.activation;
+
+  const int64_t in_rows =
+      std::min<int64_t>((a.rows - 1) * Traits::kStride + Traits::kKernelH, p.in_h);
+  a.in_bytes = piece_bytes(strip.planes * in_rows * p.in_w, sizeof(T)) + kVectorBytes;
+  const int shared = a.in_bytes + piece_bytes(int64_t{1} * strip.planes * a.rows * p.out_w, sizeof(T));
+  const auto function = kernel<Traits>;
+  if (shared > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return status;
+  }
+  const auto blocks = static_cast<unsigned>(p.batch * chunks * strips);
+  const auto threads = static_cast<unsigned>(up(strip.threads(), 32) * 32);
+  function<<<blocks, threads, shared, stream>>>(a);
+  return cudaGetLastError();
+}
+
+// The compiled sizes: X(kernel_h, kernel_w, stride).
+#define DWSWAP_PLANE_STRIPS_SIZES(X) \
+  X(3, 3, 1) X(3, 3, 2) X(5, 5, 1) X(5, 5, 2) X(7, 7, 1) X(7, 7, 2) \
+  X(3, 1, 1) X(1, 3, 1) X(3, 7, 1) X(7, 3, 1)
+
+// Calls visit.operator()<Traits>() for the compiled size of the problem. False: there is none.
+template <typename T, typename Visit>
+bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
+#define DWSWAP_CASE(KH, KW, S)                                     \
+  if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) {   \
+    visit.template operator()<Traits<T, KH, KW, S>>();             \
+    return true;                                                   \
+  }
+  DWSWAP_PLANE_STRIPS_SIZES(DWSWAP_CASE)
+#undef DWSWAP_CASE
+  return false;
+}
+
+// One file per element type instantiates this.
+template <typename T>
+cudaError_t launch_typed(const DepthwiseConv2dParams& params, cudaStream_t stream) {
+  cudaError_t status = cudaErrorInvalidValue;
+  visit<T>(params, [&]<typename Traits>() { status = launch<Traits>(params, stream); });
+  return status;
+}
+
+extern template cudaError_t launch_typed<float>(const DepthwiseConv2dParams&, cudaStream_t);
+extern template cudaError_t launch_typed<__half>(const DepthwiseConv2dParams&, cudaStream_t);
+extern template cudaError_t launch_typed<__nv_bfloat16>(const DepthwiseConv2dParams&,
+                                                        cudaStream_t);
+
+}  // namespace plane_strips
+}  // namespace dwswap
