@@ -23,6 +23,10 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
         TypeError: ``value`` is no int and no sequence of ints.
         ValueError: its length is not 1 or 2, or an element is below ``minimum``.
     """
+    # The common case first: it is on the path of every call.
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        if value[0] >= minimum and value[1] >= minimum:
+            return value
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         value = (value, value)
     if not isinstance(value, (tuple, list)) or any(
@@ -36,11 +40,9 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
             f"{NAME}: {name} must be an int or a pair of ints (height, width), "
             f"got {len(value)} values: {tuple(value)}"
         )
-    for item in value:
-        value_check(
-            item >= minimum,
-            lambda: f"{NAME}: {name} must be at least {minimum}, got {tuple(value)}",
-        )
+    # Not torch._check: Dynamo of torch 2.11 cannot trace the closure of its message.
+    if value[0] < minimum or value[1] < minimum:
+        raise ValueError(f"{NAME}: {name} must be at least {minimum}, got {tuple(value)}")
     return value[0], value[1]
 
 
@@ -122,17 +124,22 @@ def check_arguments(
             _check_same(name, tensor, input)
     for name, value in (("input_activation", input_activation), ("activation", activation)):
         if value not in ACTIVATIONS:
-            raise ValueError(f"{NAME}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
-    for i, (dim, size) in enumerate((("height", height), ("width", width))):
-        padded = size + 2 * padding[i]
-        extent = dilation[i] * (weight.shape[2 + i] - 1) + 1
-        value_check(
-            extent <= padded,
-            lambda: (
-                f"{NAME}: the kernel must fit into the padded input; along the {dim} it covers "
-                f"{extent} elements (dilation {dilation[i]}), the padded input has {padded}"
-            ),
-        )
+            raise ValueError(
+                f"{NAME}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}"
+            )
+    for i, axis in enumerate(("height", "width")):
+        padded = input.shape[i - 2] + 2 * padding[i]
+        _check_extent(axis, dilation[i] * (weight.shape[i - 2] - 1) + 1, dilation[i], padded)
+
+
+def _check_extent(axis: str, extent: int, dilation: int, padded: int) -> None:
+    value_check(
+        extent <= padded,
+        lambda: (
+            f"{NAME}: the kernel must fit into the padded input; along the {axis} it covers "
+            f"{extent} elements (dilation {dilation}), the padded input has {padded}"
+        ),
+    )
 
 
 def _check_kind(name: str, tensor: Tensor) -> None:

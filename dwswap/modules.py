@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from dwswap.ops import depthwise_conv2d
 
 __all__ = ["DepthwiseConv2d"]
+
+Convolution = TypeVar("Convolution", bound=nn.Conv2d)
 
 # One node in a symbolic trace, so that the checks on shapes run with tensors and not with proxies.
 torch.fx.wrap("depthwise_conv2d")
@@ -53,7 +55,7 @@ class DepthwiseConv2d(nn.Conv2d):
             dilation,
             in_channels,
             bias,
-            padding_mode,
+            cast(Any, padding_mode),
             device=device,
             dtype=dtype,
         )
@@ -81,14 +83,14 @@ class DepthwiseConv2d(nn.Conv2d):
                 "DepthwiseConv2d.from_conv2d: conv must have groups == in_channels, got "
                 f"groups={conv.groups}, in_channels={conv.in_channels}"
             )
-        return _rebuild(conv, cls)
+        return _as_class(conv, cls)
 
     def to_conv2d(self) -> nn.Conv2d:
         """The inverse of :meth:`from_conv2d`: a plain ``nn.Conv2d`` with the same Parameters."""
-        return _rebuild(self, nn.Conv2d)
+        return _as_class(self, nn.Conv2d)
 
 
-def _rebuild(source: nn.Conv2d, cls: type) -> Any:
+def _as_class(source: nn.Conv2d, cls: type[Convolution]) -> Convolution:
     """``source`` as an instance of ``cls``: everything it holds is shared, nothing is copied."""
     result = cls.__new__(cls)
     # Containers of its own, so that what is added to the one does not appear in the other.

@@ -1,13 +1,13 @@
 """Schema and every kernel of the operator that is not CUDA C++.
 
-| dispatch key              | kernel                                                                |
-| ------------------------- | --------------------------------------------------------------------- |
-| CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library          |
-| CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again       |
-| Meta (fake tensors)       | shapes and layout                                                      |
-| Autograd                  | plain autograd; aten where forward AD or functorch's grad is active    |
-| Autocast                  | the user's autocast dtype, with aten's rules for ``conv2d``            |
-| FuncTorchBatched (vmap)   | the batch folded into N, or into C where weights are batched           |
+| dispatch key              | kernel                                                           |
+| ------------------------- | ---------------------------------------------------------------- |
+| CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library     |
+| CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again |
+| Meta (fake tensors)       | shapes and layout                                                |
+| Autograd                  | autograd; aten where forward AD or functorch's grad is active    |
+| Autocast                  | the user's autocast dtype, with aten's rules for ``conv2d``      |
+| FuncTorchBatched (vmap)   | the batch folded into N, or into C where weights are batched     |
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
                 before = _preactivate(input, input_bias, "none")
                 grad_input = ACTIVATIONS[ctx.input_activation].backward(grad_input, before)
             if needs_input_bias:
-                grad_input_bias = grad_input.sum(dim=[d for d in range(input.dim()) if d != input.dim() - 3])
+                grad_input_bias = grad_input.sum(dim=(-1, -2) if input.dim() == 3 else (0, 2, 3))
         return (
             grad_input if needs_input else None,
             grad_weight,
@@ -288,7 +288,17 @@ def _forward_autograd(
     input_activation: str = "none",
     activation: str = "none",
 ) -> Tensor:
-    args = (input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation)
+    args = (
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        input_bias,
+        input_activation,
+        activation,
+    )
     if _differentiated_elsewhere():
         return _decomposed(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, input_bias):
@@ -421,7 +431,7 @@ def _forward_vmap(
     unbatched = input.dim() - (in_dims[0] is not None) == 3
     geometry = (stride, padding, dilation)
 
-    if in_dims[1] is None and in_dims[2] is None and in_dims[6] is None:
+    if in_dims[0] is not None and all(in_dims[i] is None for i in (1, 2, 6)):
         batched = input.movedim(in_dims[0], 0)
         batched = batched if unbatched else batched.flatten(0, 1)
         output = depthwise_conv2d(

@@ -28,12 +28,8 @@ __device__ __forceinline__ float minimum(float x, float y) {
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
   return result;
 }
-__device__ __forceinline__ double maximum(double x, double y) {
-  return x < y ? y : x;
-}
-__device__ __forceinline__ double minimum(double x, double y) {
-  return x > y ? y : x;
-}
+__device__ __forceinline__ double maximum(double x, double y) { return x < y ? y : x; }
+__device__ __forceinline__ double minimum(double x, double y) { return x > y ? y : x; }
 
 template <typename A>
 __device__ __forceinline__ A clamp(A x, A low, A high) {
@@ -42,18 +38,10 @@ __device__ __forceinline__ A clamp(A x, A low, A high) {
 
 // The fast forms are relative to the scale of the result as good as float32: where the error of
 // __expf grows, the result is small.
-__device__ __forceinline__ float sigmoid_of(float x) {
-  return __fdividef(1.0f, 1.0f + __expf(-x));
-}
-__device__ __forceinline__ float silu_of(float x) {
-  return __fdividef(x, 1.0f + __expf(-x));
-}
-__device__ __forceinline__ double sigmoid_of(double x) {
-  return 1.0 / (1.0 + exp(-x));
-}
-__device__ __forceinline__ double silu_of(double x) {
-  return x / (1.0 + exp(-x));
-}
+__device__ __forceinline__ float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu_of(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+__device__ __forceinline__ double sigmoid_of(double x) { return 1.0 / (1.0 + exp(-x)); }
+__device__ __forceinline__ double silu_of(double x) { return x / (1.0 + exp(-x)); }
 __device__ __forceinline__ float gelu_of(float x) {
   return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
 }

@@ -1,10 +1,12 @@
-// Contiguous pieces of global memory to shared memory and back by 16-byte accesses, whatever the
-// alignment of the piece. sm_80 and later.
+// Contiguous pieces of global memory by 16-byte accesses, whatever the alignment of the piece; and
+// asynchronous copies (sm_80 and later).
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "common/numeric.cuh"
 
 namespace dwswap {
 
@@ -16,21 +18,18 @@ __device__ __forceinline__ int misalignment(const T* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kVectorBytes / sizeof(T));
 }
 
-// Starts copying source[0, count) to target[m, m + count), m = misalignment(source); target is
-// aligned to 16 bytes. All threads of the block call it; wait_for_copies() and a barrier end it.
-// Elements before the piece, back to the boundary, are read too: the tensor that holds the piece
-// must be aligned to 16 bytes.
-template <typename T>
-__device__ __forceinline__ void start_copy(T* target, const T* source, int count) {
-  const int skipped = misalignment(source);
-  const auto* first = reinterpret_cast<const char*>(source - skipped);
-  const auto start = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  const int bytes = (skipped + count) * static_cast<int>(sizeof(T));
-  for (int at = threadIdx.x * kVectorBytes; at < bytes; at += blockDim.x * kVectorBytes) {
-    // The rest of the last vector is filled with zeros and not read.
-    const int valid = min(kVectorBytes, bytes - at);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(start + at),
-                 "l"(first + at), "r"(valid)
+// BYTES (4, 8 or 16) to shared memory; the bytes from `valid` on are filled with zeros and not
+// read.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* target, const void* source, int valid) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source),
+                 "r"(valid)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(source),
+                 "n"(BYTES), "r"(valid)
                  : "memory");
   }
 }
@@ -39,20 +38,35 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// target[0, count) = source[m, m + count), m = misalignment(target); source is aligned to 16 bytes.
-// All threads of the block call it.
-template <typename T>
-__device__ __forceinline__ void copy_out(T* target, const T* source, int count) {
-  constexpr int N = kVectorBytes / sizeof(T);
-  const int skipped = misalignment(target);
-  T* first = target - skipped;
-  const int end = skipped + count;
-  for (int at = threadIdx.x * N; at < end; at += blockDim.x * N) {
-    if (at >= skipped && at + N <= end) {
-      *reinterpret_cast<uint4*>(first + at) = *reinterpret_cast<const uint4*>(source + at);
-    } else {
-      for (int i = max(at, skipped); i < min(at + N, end); ++i) first[i] = source[i];
+// N consecutive elements of a piece that ends at `end`; what lies behind the end is zero.
+template <int N, typename T>
+__device__ __forceinline__ Words<T, N> load_clipped(const T* source, const T* end) {
+  if (source + N <= end) return load_words<N>(source);
+  Words<T, N> words{};
+  constexpr int BITS = 8 * sizeof(T), PER_WORD = 4 / sizeof(T);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    uint32_t bits = 0;
+    if (source + i < end) {
+      if constexpr (sizeof(T) == 4) {
+        bits = *reinterpret_cast<const uint32_t*>(source + i);
+      } else {
+        bits = *reinterpret_cast<const uint16_t*>(source + i);
+      }
     }
+    words.data[i / PER_WORD] |= bits << (i % PER_WORD * BITS);
+  }
+  return words;
+}
+
+// N elements as float32, by 16-byte accesses.
+template <int N>
+__device__ __forceinline__ void store_wide(float* target, const float (&values)[N]) {
+  static_assert(N % 4 == 0, "a 16-byte access holds four float32");
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const float quad[4] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
+    store(target + i, quad);
   }
 }
 

@@ -20,18 +20,10 @@ struct Accumulator<double> {
 template <typename T>
 using accumulator_t = typename Accumulator<T>::type;
 
-__device__ __forceinline__ float widen(float x) {
-  return x;
-}
-__device__ __forceinline__ double widen(double x) {
-  return x;
-}
-__device__ __forceinline__ float widen(__half x) {
-  return __half2float(x);
-}
-__device__ __forceinline__ float widen(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
 __device__ __forceinline__ T narrow(accumulator_t<T> x);
@@ -52,50 +44,94 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// N consecutive elements that are loaded or stored by one instruction (2 to 16 bytes).
+// N consecutive elements as the 32-bit registers that hold them. Copying a struct of elements would
+// be compiled to an access per element.
 template <typename T, int N>
-struct alignas(sizeof(T) * N) Vector {
-  static_assert(sizeof(T) * N <= 16, "one access moves at most 16 bytes");
-  T data[N];
+struct Words {
+  static constexpr int kBytes = sizeof(T) * N;
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "the widths of one access");
+  uint32_t data[kBytes / 4];
 };
 
 template <int N, typename T>
-__device__ __forceinline__ void load(const T* source, accumulator_t<T> (&target)[N]) {
-  const auto vector = *reinterpret_cast<const Vector<T, N>*>(source);
-#pragma unroll
-  for (int i = 0; i < N; ++i) target[i] = widen(vector.data[i]);
-}
-
-// Two values by one conversion instruction where there is one.
-template <typename T>
-__device__ __forceinline__ Vector<T, 2> narrow_pair(accumulator_t<T> a, accumulator_t<T> b) {
-  return {narrow<T>(a), narrow<T>(b)};
-}
-template <>
-__device__ __forceinline__ Vector<__half, 2> narrow_pair<__half>(float a, float b) {
-  const __half2 pair = __floats2half2_rn(a, b);
-  return {__low2half(pair), __high2half(pair)};
-}
-template <>
-__device__ __forceinline__ Vector<__nv_bfloat16, 2> narrow_pair<__nv_bfloat16>(float a, float b) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  return {__low2bfloat16(pair), __high2bfloat16(pair)};
+__device__ __forceinline__ Words<T, N> load_words(const T* source) {
+  if constexpr (Words<T, N>::kBytes == 16) {
+    const uint4 word = *reinterpret_cast<const uint4*>(source);
+    return {word.x, word.y, word.z, word.w};
+  } else if constexpr (Words<T, N>::kBytes == 8) {
+    const uint2 word = *reinterpret_cast<const uint2*>(source);
+    return {word.x, word.y};
+  } else {
+    return {*reinterpret_cast<const uint32_t*>(source)};
+  }
 }
 
 template <int N, typename T>
-__device__ __forceinline__ void store(T* target, const accumulator_t<T> (&source)[N]) {
-  Vector<T, N> vector;
-  if constexpr (N % 2 == 0) {
+__device__ __forceinline__ void store_words(T* target, const Words<T, N>& words) {
+  if constexpr (Words<T, N>::kBytes == 16) {
+    *reinterpret_cast<uint4*>(target) = {words.data[0], words.data[1], words.data[2],
+                                         words.data[3]};
+  } else if constexpr (Words<T, N>::kBytes == 8) {
+    *reinterpret_cast<uint2*>(target) = {words.data[0], words.data[1]};
+  } else {
+    *reinterpret_cast<uint32_t*>(target) = words.data[0];
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float2 widen_pair(uint32_t word);
+template <>
+__device__ __forceinline__ float2 widen_pair<__half>(uint32_t word) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+template <>
+__device__ __forceinline__ float2 widen_pair<__nv_bfloat16>(uint32_t word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void widen_all(const Words<T, N>& source, float (&target)[N]) {
+  if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      const auto pair = narrow_pair<T>(source[i], source[i + 1]);
-      vector.data[i] = pair.data[0], vector.data[i + 1] = pair.data[1];
-    }
+    for (int i = 0; i < N; ++i) target[i] = __uint_as_float(source.data[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < N; ++i) vector.data[i] = narrow<T>(source[i]);
+    for (int i = 0; i < N; i += 2) {
+      const float2 pair = widen_pair<T>(source.data[i / 2]);
+      target[i] = pair.x, target[i + 1] = pair.y;
+    }
   }
-  *reinterpret_cast<Vector<T, N>*>(target) = vector;
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void load(const T* source, float (&target)[N]) {
+  widen_all(load_words<N>(source), target);
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void store(T* target, const float (&source)[N]) {
+  Words<T, N> words;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) words.data[i] = __float_as_uint(source[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) words.data[i / 2] = narrow_pair<T>(source[i], source[i + 1]);
+  }
+  store_words<N>(target, words);
 }
 
 // Division of n < 2^31 by a divisor that is fixed per launch: a multiplication and a shift

@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads)
 
     A sums[kRows] = {};
     const A shift = input_bias == nullptr ? A(0) : widen(input_bias[c]);
-    const T* plane = input + static_cast<int64_t>(n) * p.in_stride.n +
-                     static_cast<int64_t>(c) * p.in_stride.c;
+    const T* plane =
+        input + static_cast<int64_t>(n) * p.in_stride.n + static_cast<int64_t>(c) * p.in_stride.c;
     const T* taps = weight + static_cast<int64_t>(k) * kernel_h * kernel_w;
     const Index ih0 = oh * stride_h - padding_h;
     const Index iw0 = ow * stride_w - padding_w;

@@ -46,8 +46,8 @@ struct DepthwiseConv2dParams {
 
 // Each family says whether it covers a problem, and launches on `stream` of the current device.
 // launch_* return the CUDA status of the launch.
-bool covers_tma_tiles(const DepthwiseConv2dParams& params);
-cudaError_t launch_tma_tiles(const DepthwiseConv2dParams& params, cudaStream_t stream);
+bool covers_channel_tiles(const DepthwiseConv2dParams& params);
+cudaError_t launch_channel_tiles(const DepthwiseConv2dParams& params, cudaStream_t stream);
 
 bool covers_plane_strips(const DepthwiseConv2dParams& params);
 cudaError_t launch_plane_strips(const DepthwiseConv2dParams& params, cudaStream_t stream);
@@ -58,8 +58,7 @@ cudaError_t launch_rolling_rows(const DepthwiseConv2dParams& params, cudaStream_
 // Covers everything.
 cudaError_t launch_general(const DepthwiseConv2dParams& params, cudaStream_t stream);
 
-// The launch choice. DWSWAP_PORTABLE=1 in the environment keeps to the families that need no more
-// than sm_80.
+// The launch choice.
 struct Choice {
   const char* family;
   cudaError_t (*launch)(const DepthwiseConv2dParams&, cudaStream_t);

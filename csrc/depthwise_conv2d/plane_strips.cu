@@ -1,14 +1,14 @@
-#include "depthwise_conv2d/plane_strips.cuh"
-
 #include <cstdlib>
 #include <limits>
+
+#include "depthwise_conv2d/plane_strips.cuh"
 
 namespace dwswap {
 
 namespace plane_strips {
 
-Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows, int element_bytes) {
-  constexpr int kThreads = 160;          // per block, about
+Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows) {
+  constexpr int kThreads = 128;          // per block, about
   constexpr int64_t kBytes = 72 * 1024;  // of shared memory: at least three blocks per SM
   const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
   const auto groups_w = static_cast<int>(up(p.out_w, columns));
@@ -16,7 +16,7 @@ Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows, int el
   const auto bytes = [&](int64_t planes, int64_t groups_h) {
     const int64_t out_rows = std::min<int64_t>(groups_h * rows, p.out_h);
     const int64_t in_rows = std::min((out_rows - 1) * p.stride_h + p.kernel_h, p.in_h);
-    return planes * (in_rows * p.in_w + out_rows * p.out_w) * element_bytes;
+    return shared_bytes(planes * std::max(in_rows * p.in_w, out_rows * p.out_w));
   };
   Strip best{};
   double best_cost = std::numeric_limits<double>::infinity();
@@ -25,8 +25,8 @@ Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows, int el
     if (strip.threads() > kMaxThreads || bytes(planes, groups_h) > kBytes) return;
     const double blocks = static_cast<double>(up(p.channels, planes)) * up(high, groups_h);
     // Threads that are launched over threads with work.
-    const double idle = blocks * up(strip.threads(), 32) * 32 /
-                        (static_cast<double>(p.channels) * high * groups_w);
+    const double idle =
+        blocks * up(strip.threads(), 32) * 32 / (static_cast<double>(p.channels) * high * groups_w);
     const double out_rows = std::min<double>(groups_h * rows, p.out_h);
     const double in_rows = std::min<double>((out_rows - 1) * p.stride_h + p.kernel_h, p.in_h);
     const double halo = in_rows / std::min<double>(out_rows * p.stride_h, p.in_h);
@@ -46,6 +46,14 @@ Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows, int el
   return best;
 }
 
+Depth choose_depth(const DepthwiseConv2dParams& p) {
+  // Threads of the deep kernel that keep a GPU of about 100 multiprocessors busy.
+  constexpr int64_t kEnough = 100 * 256;
+  constexpr int64_t kOutputs = 7 * 7;
+  return p.batch * p.out_channels() * p.out_h * p.out_w / kOutputs < kEnough ? Depth::kFlat
+                                                                             : Depth::kDeep;
+}
+
 }  // namespace plane_strips
 
 bool covers_plane_strips(const DepthwiseConv2dParams& p) {
@@ -54,15 +62,14 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
   if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
   if (p.stride_h != p.stride_w || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (reinterpret_cast<uintptr_t>(p.input) % kVectorBytes != 0) return false;
-  if (p.channels * p.in_h * p.in_w > kLimit || p.channels * p.out_h * p.out_w > kLimit) return false;
+  if (p.channels * p.in_h * p.in_w > kLimit || p.channels * p.out_h * p.out_w > kLimit)
+    return false;
   if (p.batch * p.channels * p.out_h > kLimit) return false;
   bool covered = false;
-  plane_strips::visit<float>(p, [&]<typename Traits>() {
+  plane_strips::visit<float>(p, plane_strips::choose_depth(p), [&]<typename Traits>() {
     covered = p.out_w >= Traits::kColumns && p.padding_w <= Traits::kMaxPaddingW &&
               p.padding_h <= p.in_h &&
-              plane_strips::choose_strip(p, Traits::kColumns, Traits::kRows,
-                                         p.dtype == DataType::kFloat32 ? 4 : 2)
-                      .planes > 0;
+              plane_strips::choose_strip(p, Traits::kColumns, Traits::kRows).planes > 0;
   });
   return covered;
 }

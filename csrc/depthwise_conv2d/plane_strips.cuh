@@ -1,18 +1,19 @@
 // NCHW, stride 1 and 2, kernel sizes known at compile time. sm_80 and later.
 //
 // Rows of a plane, and planes of an image, follow each other without gaps: a strip of whole rows of
-// one plane, or several whole planes, is one piece of memory. A block copies such a piece to shared
-// memory by 16-byte accesses (single rows of 7 or 14 elements would not be aligned), computes, and
-// stores its outputs, one piece as well, the same way.
+// one plane, or several whole planes, is one piece of memory. A block reads such a piece by 16-byte
+// accesses (single rows of 7 or 14 elements would not be aligned), converts and transforms every
+// element once, and keeps it in shared memory as float32: there, lanes that are 7 elements apart
+// are in different banks. Its outputs, one piece as well, leave the same way.
 //
-// One thread computes kColumns x kRows outputs: each input element is loaded and converted once per
-// thread and used by every output whose window holds it. For K = 3 that makes about 15 instructions
-// per output, 9 of them multiply-adds.
+// One thread computes kColumns x kRows outputs: an input element is loaded once per thread and used
+// by every output whose window holds it.
 #pragma once
 
 #include <algorithm>
 
 #include "common/async_copy.cuh"
+#include "common/depth.h"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/params.h"
 
@@ -21,7 +22,7 @@ namespace plane_strips {
 
 constexpr int kMaxThreads = 256;
 
-template <typename T_, int KH_, int KW_, int STRIDE_>
+template <typename T_, int KH_, int KW_, int STRIDE_, Depth DEPTH_>
 struct Traits {
   using T = T_;
   static constexpr int kKernelH = KH_;
@@ -30,7 +31,11 @@ struct Traits {
   // An odd number of columns keeps lanes in different shared-memory banks; 7 divides the image
   // widths of most networks.
   static constexpr int kColumns = 7;
-  static constexpr int kRows = KH_ * KW_ > 25 ? 4 : 7;
+  // With stride 2 an output has four inputs in shared memory: fewer rows, or few threads fit an SM.
+  static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1
+                               : STRIDE_ == 2         ? 2
+                               : KH_ * KW_ > 25       ? 4
+                                                      : 7;
   static constexpr int kMinBlocks = KH_ * KW_ <= 9 && STRIDE_ == 1 ? 3 : 2;
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + KW_;
   static constexpr int kInputRows = (kRows - 1) * STRIDE_ + KH_;
@@ -55,11 +60,97 @@ struct Arguments {
   void* output;
   int channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
   int planes, rows;  // of output, per block
-  int in_bytes;      // of shared memory for the input piece
   Divisor by_strips, by_chunks, by_groups_w, by_groups_h;
   bool transforms_input;
   Activation input_activation, activation;
 };
+
+// tile[m, m + count) = source[0, count), m = misalignment(source). Elements before the piece, back
+// to the 16-byte boundary, are read too: the tensor is aligned to 16 bytes.
+template <typename T>
+__device__ __forceinline__ void read_piece(float* tile, const T* source, int count) {
+  constexpr int N = kVectorBytes / sizeof(T);
+  constexpr int BATCH = 4;  // loads in flight per thread
+  const int end = misalignment(source) + count;
+  const T* const first = source - misalignment(source);
+  const int step = blockDim.x * N;
+  for (int start = threadIdx.x * N; start < end; start += BATCH * step) {
+    Words<T, N> raw[BATCH];
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      const int at = start + b * step;
+      if (at < end) raw[b] = load_clipped<N>(first + at, source + count);
+    }
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      const int at = start + b * step;
+      if (at < end) {
+        float values[N];
+        widen_all(raw[b], values);
+        store_wide(tile + at, values);
+      }
+    }
+  }
+}
+
+// The same with input_activation(source + input_bias); elements [i * plane, (i + 1) * plane) belong
+// to channel first_channel + i.
+template <typename T>
+__device__ __forceinline__ void transform_piece(float* tile, const T* source, int count, int plane,
+                                                int first_channel, const Arguments& a) {
+  constexpr int N = kVectorBytes / sizeof(T);
+  const auto* input_bias = static_cast<const T*>(a.input_bias);
+  const int skipped = misalignment(source);
+  for (int at = threadIdx.x * N; at < skipped + count; at += blockDim.x * N) {
+    const Words<T, N> raw = load_clipped<N>(source - skipped + at, source + count);
+    float x[N];
+    widen_all(raw, x);
+    if (input_bias != nullptr) {
+      int channel = first_channel + max(at - skipped, 0) / plane;
+      int left = plane - max(at - skipped, 0) % plane;
+      float bias = widen(input_bias[channel]);
+#pragma unroll
+      for (int i = 0; i < N; ++i, --left) {
+        if (left == 0 && at - skipped + i < count) {
+          bias = widen(input_bias[++channel]);
+          left = plane;
+        }
+        x[i] += bias;
+      }
+    }
+    activate(x, a.input_activation);
+    store_wide(tile + at, x);
+  }
+}
+
+// target[0, count) = activation(source[m, m + count)), m = misalignment(target), rounded to T.
+template <typename T>
+__device__ __forceinline__ void write_piece(T* target, const float* source, int count,
+                                            Activation activation) {
+  constexpr int N = kVectorBytes / sizeof(T);
+  const int skipped = misalignment(target);
+  T* const first = target - skipped;
+  const int end = skipped + count;
+  for (int at = threadIdx.x * N; at < end; at += blockDim.x * N) {
+    float values[N];
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      float quad[4];
+      load(source + at + i, quad);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[i + j] = quad[j];
+    }
+    activate(values, activation);
+    if (at >= skipped && at + N <= end) {
+      store(first + at, values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (at + i >= skipped && at + i < end) first[at + i] = narrow<T>(values[i]);
+      }
+    }
+  }
+}
 
 template <typename Traits>
 __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const Arguments a) {
@@ -68,10 +159,10 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const 
   constexpr int ROWS = Traits::kRows, COLUMNS = Traits::kColumns;
   constexpr int IN_COLUMNS = Traits::kInputColumns, EDGE = Traits::kMaxPaddingW;
 
-  extern __shared__ __align__(16) unsigned char shared[];
-  // One vector in front: a thread reads up to EDGE elements before its first row, and drops them.
-  auto* in_tile = reinterpret_cast<T*>(shared + kVectorBytes);
-  auto* out_tile = reinterpret_cast<T*>(shared + a.in_bytes);
+  // First the input piece, then, when all have read it, the output piece. One vector in front: a
+  // thread reads up to EDGE elements before its first row, and drops them.
+  extern __shared__ __align__(16) float shared[];
+  float* const tile = shared + kVectorBytes / sizeof(float);
 
   uint32_t strip, chunk, group_w, group_h;
   const uint32_t n = a.by_chunks.divide(a.by_strips.divide(blockIdx.x, &strip), &chunk);
@@ -85,7 +176,12 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const 
   const int64_t plane = static_cast<int64_t>(n) * a.channels + first_channel;
 
   const T* source = static_cast<const T*>(a.input) + (plane * a.in_h + in_first) * a.in_w;
-  start_copy(in_tile, source, planes * in_rows * a.in_w);
+  const int in_plane = in_rows * a.in_w;
+  if (a.transforms_input) {
+    transform_piece(tile, source, planes * in_plane, in_plane, first_channel, a);
+  } else {
+    read_piece(tile, source, planes * in_plane);
+  }
 
   const int p = a.by_groups_h.divide(a.by_groups_w.divide(threadIdx.x, &group_w), &group_h);
   const bool busy = p < planes && static_cast<int>(group_h) * ROWS < rows;
@@ -97,36 +193,28 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const 
 #pragma unroll
   for (int i = 0; i < KH * KW; ++i) taps[i] = widen(weight[i]);
   const float bias = a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[c]);
-  const float input_bias =
-      a.input_bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.input_bias)[c]);
+  float sums[ROWS][COLUMNS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) sums[r][j] = bias;
+  }
+  // The last group is moved left to end with the row, so that no thread reaches further than the
+  // padding over an edge of the image. What its neighbour computes too, the neighbour stores.
+  const int own = static_cast<int>(group_w) * COLUMNS;
+  const int ow = min(own, a.out_w - COLUMNS);
 
-  wait_for_copies();
   __syncthreads();
   if (busy) {
-    float sums[ROWS][COLUMNS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-      for (int j = 0; j < COLUMNS; ++j) sums[r][j] = bias;
-    }
-    // The last group is moved left to end with the row, so that no thread reaches further than the
-    // padding over an edge of the image. What its neighbour computes too, the neighbour stores.
-    const int own = static_cast<int>(group_w) * COLUMNS;
-    const int ow = min(own, a.out_w - COLUMNS);
     const int iw = ow * S - a.padding_w;
     const int ih = (first_row + static_cast<int>(group_h) * ROWS) * S - a.padding_h;
-    const T* row = in_tile + misalignment(source) + (p * in_rows + ih - in_first) * a.in_w + iw;
+    const float* row = tile + misalignment(source) + p * in_plane + (ih - in_first) * a.in_w + iw;
 #pragma unroll
     for (int i = 0; i < Traits::kInputRows; ++i, row += a.in_w) {
       if (ih + i < in_first || ih + i >= in_end) continue;
       float x[IN_COLUMNS];
 #pragma unroll
-      for (int j = 0; j < IN_COLUMNS; ++j) x[j] = widen(row[j]);
-      if (a.transforms_input) {
-#pragma unroll
-        for (int j = 0; j < IN_COLUMNS; ++j) x[j] += input_bias;
-        activate(x, a.input_activation);
-      }
+      for (int j = 0; j < IN_COLUMNS; ++j) x[j] = row[j];
 #pragma unroll
       for (int j = 0; j < EDGE; ++j) {
         if (iw + j < 0) x[j] = 0.0f;
@@ -144,35 +232,39 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const 
         }
       }
     }
-    T* out_row = out_tile + misalignment(target) +
-                 (p * rows + static_cast<int>(group_h) * ROWS) * a.out_w + ow;
+  }
+  __syncthreads();
+  if (busy) {
+    float* row =
+        tile + misalignment(target) + (p * rows + static_cast<int>(group_h) * ROWS) * a.out_w + ow;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r, out_row += a.out_w) {
+    for (int r = 0; r < ROWS; ++r, row += a.out_w) {
       if (static_cast<int>(group_h) * ROWS + r >= rows) break;
-      activate(sums[r], a.activation);
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) {
-        if (ow + j >= own) out_row[j] = narrow<T>(sums[r][j]);
+        if (ow + j >= own) row[j] = sums[r][j];
       }
     }
   }
   __syncthreads();
-  copy_out(target, out_tile, planes * rows * a.out_w);
+  write_piece(target, tile, planes * rows * a.out_w, a.activation);
+}
+
+// Of a block whose larger piece has so many elements: the vector in front, and as much for a piece
+// that begins in a vector and ends in one.
+inline int shared_bytes(int64_t elements) {
+  return static_cast<int>(elements * sizeof(float)) + 3 * 8 * static_cast<int>(sizeof(float));
 }
 
 // The cut for a problem; planes = 0 where the family does not cover it.
-Strip choose_strip(const DepthwiseConv2dParams& params, int columns, int rows, int element_bytes);
-
-// Bytes of shared memory for `elements` of a piece that may begin anywhere in a vector.
-inline int piece_bytes(int64_t elements, int element_bytes) {
-  return static_cast<int>((elements * element_bytes + 3 * kVectorBytes - 1) / kVectorBytes *
-                          kVectorBytes);
-}
+Strip choose_strip(const DepthwiseConv2dParams& params, int columns, int rows);
+// Whether one row per thread is better: too few threads with many.
+Depth choose_depth(const DepthwiseConv2dParams& params);
 
 template <typename Traits>
 cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   using T = typename Traits::T;
-  const Strip strip = choose_strip(p, Traits::kColumns, Traits::kRows, sizeof(T));
+  const Strip strip = choose_strip(p, Traits::kColumns, Traits::kRows);
   const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
   Arguments a{};
   a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
@@ -193,8 +285,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
 
   const int64_t in_rows =
       std::min<int64_t>((a.rows - 1) * Traits::kStride + Traits::kKernelH, p.in_h);
-  a.in_bytes = piece_bytes(strip.planes * in_rows * p.in_w, sizeof(T)) + kVectorBytes;
-  const int shared = a.in_bytes + piece_bytes(int64_t{1} * strip.planes * a.rows * p.out_w, sizeof(T));
+  const int shared = shared_bytes(strip.planes * std::max(in_rows * p.in_w, a.rows * p.out_w));
   const auto function = kernel<Traits>;
   if (shared > 48 * 1024) {
     const cudaError_t status =
@@ -209,16 +300,20 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
 
 // The compiled sizes: X(kernel_h, kernel_w, stride).
 #define DWSWAP_PLANE_STRIPS_SIZES(X) \
-  X(3, 3, 1) X(3, 3, 2) X(5, 5, 1) X(5, 5, 2) X(7, 7, 1) X(7, 7, 2) \
-  X(3, 1, 1) X(1, 3, 1) X(3, 7, 1) X(7, 3, 1)
+  X(3, 3, 1)                         \
+  X(3, 3, 2) X(5, 5, 1) X(5, 5, 2) X(7, 7, 1) X(7, 7, 2) X(3, 1, 1) X(1, 3, 1) X(3, 7, 1) X(7, 3, 1)
 
 // Calls visit.operator()<Traits>() for the compiled size of the problem. False: there is none.
 template <typename T, typename Visit>
-bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
-#define DWSWAP_CASE(KH, KW, S)                                     \
-  if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) {   \
-    visit.template operator()<Traits<T, KH, KW, S>>();             \
-    return true;                                                   \
+bool visit(const DepthwiseConv2dParams& p, Depth depth, Visit&& visit) {
+#define DWSWAP_CASE(KH, KW, S)                                         \
+  if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) {       \
+    if (depth == Depth::kDeep) {                                       \
+      visit.template operator()<Traits<T, KH, KW, S, Depth::kDeep>>(); \
+    } else {                                                           \
+      visit.template operator()<Traits<T, KH, KW, S, Depth::kFlat>>(); \
+    }                                                                  \
+    return true;                                                       \
   }
   DWSWAP_PLANE_STRIPS_SIZES(DWSWAP_CASE)
 #undef DWSWAP_CASE
@@ -229,14 +324,14 @@ bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& params, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
-  visit<T>(params, [&]<typename Traits>() { status = launch<Traits>(params, stream); });
+  visit<T>(params, choose_depth(params),
+           [&]<typename Traits>() { status = launch<Traits>(params, stream); });
   return status;
 }
 
 extern template cudaError_t launch_typed<float>(const DepthwiseConv2dParams&, cudaStream_t);
 extern template cudaError_t launch_typed<__half>(const DepthwiseConv2dParams&, cudaStream_t);
-extern template cudaError_t launch_typed<__nv_bfloat16>(const DepthwiseConv2dParams&,
-                                                        cudaStream_t);
+extern template cudaError_t launch_typed<__nv_bfloat16>(const DepthwiseConv2dParams&, cudaStream_t);
 
 }  // namespace plane_strips
 }  // namespace dwswap

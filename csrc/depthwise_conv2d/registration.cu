@@ -28,7 +28,8 @@ Activation parse_activation(const char* argument, const std::string& name) {
     if (name == kActivationNames[i]) return static_cast<Activation>(i);
   }
   std::string known;
-  for (const char* entry : kActivationNames) known += (known.empty() ? "" : ", ") + std::string(entry);
+  for (const char* entry : kActivationNames)
+    known += (known.empty() ? "" : ", ") + std::string(entry);
   DWSWAP_CHECK(false, argument, " must be one of ", known, ", got '", name, "'");
 }
 
@@ -76,8 +77,8 @@ struct Image {
 
   // Strides of dimensions of size 1 are free.
   bool has_strides(int64_t sn, int64_t sc, int64_t sh, int64_t sw) const {
-    return (n == 1 || stride.n == sn) && (c == 1 || stride.c == sc) &&
-           (h == 1 || stride.h == sh) && (w == 1 || stride.w == sw);
+    return (n == 1 || stride.n == sn) && (c == 1 || stride.c == sc) && (h == 1 || stride.h == sh) &&
+           (w == 1 || stride.w == sw);
   }
   bool contiguous() const { return has_strides(c * h * w, h * w, w, 1); }
   bool channels_last() const { return has_strides(h * w * c, 1, w * c, c); }
@@ -100,9 +101,9 @@ bool suggests_channels_last(const Tensor& tensor) {
 void check_same(const char* name, const Tensor& tensor, const Tensor& input) {
   DWSWAP_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.get_device_index(), name,
                " must be on the input's device, cuda:", input.get_device_index());
-  DWSWAP_CHECK(tensor.scalar_type() == input.scalar_type(), name,
-               " must have the input's dtype ", torch::headeronly::toString(input.scalar_type()),
-               ", got ", torch::headeronly::toString(tensor.scalar_type()));
+  DWSWAP_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the input's dtype ",
+               torch::headeronly::toString(input.scalar_type()), ", got ",
+               torch::headeronly::toString(tensor.scalar_type()));
 }
 
 std::optional<Tensor> checked_vector(const char* name, const std::optional<Tensor>& tensor,
@@ -118,13 +119,13 @@ int64_t output_extent(const char* dimension, int64_t size, int64_t kernel, int64
                       int64_t padding, int64_t dilation) {
   constexpr int64_t kLimit = int64_t{1} << 40;
   DWSWAP_CHECK(stride < kLimit && padding < kLimit && dilation < kLimit,
-               "stride, padding and dilation must be below 2^40, got ", stride, ", ", padding,
-               ", ", dilation, " along the ", dimension);
+               "stride, padding and dilation must be below 2^40, got ", stride, ", ", padding, ", ",
+               dilation, " along the ", dimension);
   const int64_t padded = size + 2 * padding;
   const int64_t extent = dilation * (kernel - 1) + 1;
-  DWSWAP_CHECK(extent <= padded, "the kernel must fit into the padded input; along the ",
-               dimension, " it covers ", extent, " elements (dilation ", dilation,
-               "), the padded input has ", padded);
+  DWSWAP_CHECK(extent <= padded, "the kernel must fit into the padded input; along the ", dimension,
+               " it covers ", extent, " elements (dilation ", dilation, "), the padded input has ",
+               padded);
   return (padded - extent) / stride + 1;
 }
 
@@ -133,8 +134,8 @@ Tensor call_aten(const Tensor& input, const Tensor& weight, const std::optional<
                  const std::vector<int64_t>& dilation, const std::optional<Tensor>& input_bias,
                  const std::string& input_activation, const std::string& activation) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(input),      from(weight),     from(bias),
-                                    from(stride),     from(padding),    from(dilation),
+  std::array<StableIValue, 9> stack{from(input),      from(weight),           from(bias),
+                                    from(stride),     from(padding),          from(dilation),
                                     from(input_bias), from(input_activation), from(activation)};
   DWSWAP_CHECK(torch_call_dispatcher("dwswap::_depthwise_conv2d_aten", "", stack.data(),
                                      TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
@@ -148,7 +149,8 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                         const std::optional<Tensor>& input_bias,
                         const std::string& input_activation, const std::string& activation) {
-  DWSWAP_CHECK(input.is_cuda(), "input must be on the device of the other tensors, got a tensor on ",
+  DWSWAP_CHECK(input.is_cuda(),
+               "input must be on the device of the other tensors, got a tensor on ",
                input.is_cpu() ? "the CPU" : "another kind of device");
   DWSWAP_CHECK(input.dim() == 3 || input.dim() == 4,
                "input must be 4-D (N, C, H, W) or 3-D (C, H, W), got shape ", shape_string(input));
@@ -190,8 +192,8 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
   p.dtype = *dtype;
 
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const bool channels_last = suggests_channels_last(input) ||
-                             (input.dim() == 4 && suggests_channels_last(weight));
+  const bool channels_last =
+      suggests_channels_last(input) || (input.dim() == 4 && suggests_channels_last(weight));
   std::vector<int64_t> sizes = {p.out_channels(), p.out_h, p.out_w};
   if (input.dim() == 4) sizes.insert(sizes.begin(), p.batch);
   const Tensor output = torch::stable::empty(
@@ -210,15 +212,15 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
   p.out_layout = channels_last ? Layout::kChannelsLast : Layout::kContiguous;
   // An image with one channel or one pixel has both layouts: take the output's.
   const bool matches = channels_last ? in.channels_last() : in.contiguous();
-  p.in_layout = matches             ? p.out_layout
-                : in.contiguous()   ? Layout::kContiguous
+  p.in_layout = matches              ? p.out_layout
+                : in.contiguous()    ? Layout::kContiguous
                 : in.channels_last() ? Layout::kChannelsLast
                                      : Layout::kStrided;
 
   void* stream = nullptr;
-  DWSWAP_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream) ==
-                   AOTI_TORCH_SUCCESS,
-               "no CUDA stream for device ", input.get_device_index());
+  DWSWAP_CHECK(
+      aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+      "no CUDA stream for device ", input.get_device_index());
   const Choice choice = choose_forward(p);
   const cudaError_t status = choice.launch(p, static_cast<cudaStream_t>(stream));
   DWSWAP_CHECK(status == cudaSuccess, "the launch of the ", choice.family,

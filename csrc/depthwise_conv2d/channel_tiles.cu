@@ -1,0 +1,151 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <string_view>
+
+#include "depthwise_conv2d/channel_tiles.cuh"
+
+namespace dwswap {
+namespace {
+
+// Attributes of the current device; asked once per device.
+struct Device {
+  int major = 0;
+  int multiprocessors = 1;
+};
+
+Device current_device() {
+  constexpr int kDevices = 64;
+  static Device devices[kDevices];
+  static bool known[kDevices];
+  int index = 0;
+  Device device;
+  if (cudaGetDevice(&index) != cudaSuccess) return device;
+  if (index < kDevices && known[index]) return devices[index];
+  cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
+  cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  if (index < kDevices) {
+    devices[index] = device;
+    known[index] = true;
+  }
+  return device;
+}
+
+int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
+
+// DWSWAP_PORTABLE=1 in the environment keeps to what needs no more than sm_80.
+bool portable_only() {
+  const char* value = std::getenv("DWSWAP_PORTABLE");
+  return value != nullptr && std::string_view(value) == "1";
+}
+
+channel_tiles::Reader choose_reader(const DepthwiseConv2dParams& p, const Device& device) {
+  const auto pixel = static_cast<uint64_t>(p.channels) * element_bytes(p.dtype);
+  const auto alignment = reinterpret_cast<uintptr_t>(p.input) | pixel;
+  const int bytes = alignment % 16 == 0 ? 16 : alignment % 8 == 0 ? 8 : 4;
+  // The copy engine wants 16-byte addresses and pitches, of the weights too.
+  const bool bulk = bytes == 16 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 &&
+                    device.major >= 9 && !portable_only() && tensor_map_encoder() != nullptr;
+  return {bulk, bytes};
+}
+
+}  // namespace
+
+namespace channel_tiles {
+
+Depth choose_depth(const DepthwiseConv2dParams& p, int multiprocessors) {
+  // Threads of the deep kernel that keep a multiprocessor busy, and their outputs.
+  constexpr int64_t kThreads = 256, kOutputs = 7 * 4 * 2;
+  return p.batch * p.channels * p.out_h * p.out_w / kOutputs < kThreads * multiprocessors
+             ? Depth::kFlat
+             : Depth::kDeep;
+}
+
+Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int columns, int rows,
+                 int element_bytes, int multiprocessors) {
+  constexpr int kThreads = 128;      // per block, where the image is large enough
+  constexpr int kTileBytes = 40960;  // several blocks per SM
+  const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
+  const int step = reader.vector_bytes / element_bytes / 2;
+  const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
+  const auto wide = static_cast<int>(up(p.out_w, columns));
+  const auto high = static_cast<int>(up(p.out_h, rows));
+  const auto all_pairs = static_cast<int>(p.channels / 2);
+  Tile best{};
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (int pairs = step; pairs <= std::min(64, all_pairs); pairs += step) {
+    for (int groups_w = 1; groups_w <= std::min(wide, kMaxThreads / pairs); ++groups_w) {
+      for (int groups_h = 1; groups_h <= std::min(high, kMaxThreads / (pairs * groups_w));
+           ++groups_h) {
+        const int tile_w = (groups_w * columns - 1) * stride + kernel;
+        const int tile_h = (groups_h * rows - 1) * stride + kernel;
+        if (tile_w > 256 || tile_h > 256) continue;
+        if (2 * pairs * tile_w * tile_h * element_bytes > kTileBytes) continue;
+        const int threads = pairs * groups_w * groups_h;
+        const double tiles =
+            static_cast<double>(up(all_pairs, pairs)) * up(wide, groups_w) * up(high, groups_h);
+        // Threads that are launched, idle ones included, over threads with work.
+        const double idle =
+            tiles * up(threads, 32) * 32 / (static_cast<double>(all_pairs) * wide * high);
+        // Elements that are copied over elements of the image that the outputs advance by.
+        const double halo =
+            static_cast<double>(tile_w) * tile_h /
+            (static_cast<double>(groups_w * columns * stride) * (groups_h * rows * stride));
+        // Short runs of channels make short memory transactions.
+        const double runs = 1.0 + 16.0 / (2 * pairs * element_bytes);
+        const double waves = tiles * p.batch / multiprocessors;
+        const double size = 1.0 + std::abs(threads - kThreads) / 512.0;
+        const double starved = waves < 2.0 ? 2.0 - waves / 2.0 : 1.0;
+        const double cost = idle * (0.5 + 0.5 * halo * runs) * size * starved;
+        if (cost < best_cost) {
+          best_cost = cost;
+          best = {pairs, groups_w, groups_h};
+        }
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace channel_tiles
+
+bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
+  if (p.dtype == DataType::kFloat64) return false;
+  if (p.in_layout != Layout::kChannelsLast || p.out_layout != Layout::kChannelsLast) return false;
+  if (p.multiplier != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.kernel_h != p.kernel_w || (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7))
+    return false;
+  if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
+  // A thread owns a pair of channels.
+  const int pair_bytes = 2 * element_bytes(p.dtype);
+  const auto addresses = reinterpret_cast<uintptr_t>(p.input) |
+                         reinterpret_cast<uintptr_t>(p.output) |
+                         reinterpret_cast<uintptr_t>(p.bias);
+  if (p.channels % 2 != 0 || addresses % pair_bytes != 0) return false;
+  const int64_t blocks = p.batch * p.channels * p.out_h * p.out_w / 8;
+  if (blocks > kLimit || p.channels > kLimit / 64) return false;
+  return p.in_h + 2 * p.padding_h <= kLimit / 2 && p.in_w + 2 * p.padding_w <= kLimit / 2;
+}
+
+cudaError_t launch_channel_tiles(const DepthwiseConv2dParams& p, cudaStream_t stream) {
+  const Device device = current_device();
+  const channel_tiles::Reader reader = choose_reader(p, device);
+  switch (p.dtype) {
+    case DataType::kFloat32:
+      return channel_tiles::launch_typed<float>(p, reader, CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+                                                device.multiprocessors, stream);
+    case DataType::kFloat16:
+      return channel_tiles::launch_typed<__half>(p, reader, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                                 device.multiprocessors, stream);
+    case DataType::kBFloat16:
+      return channel_tiles::launch_typed<__nv_bfloat16>(p, reader, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                                        device.multiprocessors, stream);
+    case DataType::kFloat64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dwswap

@@ -1,0 +1,372 @@
+// channels_last, stride 1 and 2, kernel sizes known at compile time. sm_80 and later.
+//
+// A block owns a tile: some channels, columns and rows of the output of one image. On sm_90 one
+// bulk tensor copy (TMA) brings the input tile with its border into shared memory: what lies
+// outside the image arrives as zeros, so padding costs nothing, and one bulk copy brings the
+// weights. Elsewhere, and where the copy engine's alignment does not hold, the threads copy
+// asynchronously. Several blocks per SM overlap one's copies with another's arithmetic.
+//
+// One thread computes kColumns x kRows outputs of two neighbouring channels. It walks down its
+// input rows: each element of a row is loaded and converted once, and used by every output whose
+// window holds it. For K = 3 that makes about 27 instructions per output pixel and channel pair,
+// 18 of them multiply-adds.
+#pragma once
+
+#include <type_traits>
+
+#include "common/async_copy.cuh"
+#include "common/depth.h"
+#include "common/numeric.cuh"
+#include "common/tma.cuh"
+#include "depthwise_conv2d/params.h"
+
+namespace dwswap {
+namespace channel_tiles {
+
+constexpr int kMaxThreads = 128;
+
+template <typename T_, int K_, int STRIDE_, Depth DEPTH_>
+struct Traits {
+  using T = T_;
+  static constexpr int kKernel = K_;
+  static constexpr int kStride = STRIDE_;
+  // An odd number of columns keeps groups of lanes in different shared-memory banks; 7 divides the
+  // image widths of most networks (7, 14, 28, 56, 112).
+  static constexpr int kColumns = 7;
+  // Accumulators (2 * 7 * kRows) and weights (2 * K * K) share the registers.
+  static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1 : K_ <= 5 ? 4 : 2;
+  static constexpr int kMinBlocks = K_ == 3 ? 4 : 3;
+  static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + K_;
+  static constexpr int kInputRows = (kRows - 1) * STRIDE_ + K_;
+};
+
+// How a problem is cut into blocks.
+struct Tile {
+  int pairs;               // of channels per block
+  int groups_w, groups_h;  // threads of a pair along columns and rows
+
+  int threads() const { return pairs * groups_w * groups_h; }
+};
+
+// How a tile is read: by the copy engine, or by asynchronous copies of so many bytes.
+struct Reader {
+  bool bulk;
+  int vector_bytes;  // 16, 8 or 4
+};
+
+struct Arguments {
+  const void* input;
+  const void* weight;
+  const void* bias;
+  const void* input_bias;
+  void* output;
+  int channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int pairs, groups_w, groups_h;
+  Reader reader;
+  int tile_w, tile_pixels;  // columns and pixels of the input tile
+  uint32_t box_bytes;       // of the input tile
+  uint32_t tile_bytes;      // the same, rounded up to the alignment of the weights behind it
+  Divisor by_slices, by_tiles_w, by_tiles_h, by_pairs, by_groups_w;
+  Divisor by_vectors, by_tile_w;
+  bool transforms_input;
+  Activation input_activation, activation;
+};
+
+// Calls visit(element, channel, inside) for every vector of VEC elements of the tile that this
+// thread has: its place in the tile, its channel, and whether it lies inside the image.
+template <int VEC, typename Visit>
+__device__ __forceinline__ void for_each_vector(const Arguments& a, int first_channel,
+                                                int first_row, int first_column, Visit&& visit) {
+  const int vectors = a.tile_pixels * static_cast<int>(a.by_vectors.value);
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    uint32_t vector, column;
+    const uint32_t pixel = a.by_vectors.divide(i, &vector);
+    const int row = first_row + static_cast<int>(a.by_tile_w.divide(pixel, &column));
+    const int channel = first_channel + static_cast<int>(vector) * VEC;
+    column += first_column;
+    const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(a.in_h) &&
+                        column < static_cast<unsigned>(a.in_w) && channel < a.channels;
+    visit(i * VEC, channel, row, static_cast<int>(column), inside);
+  }
+}
+
+// Calls body(std::integral_constant<int, BYTES>) for the run-time width of a vector. A pair of
+// channels is the least.
+template <typename T, typename Body>
+__device__ __forceinline__ void for_vector_bytes(int bytes, Body&& body) {
+  if (bytes == 16) {
+    body(std::integral_constant<int, 16>());
+  } else if (bytes == 8) {
+    body(std::integral_constant<int, 8>());
+  } else if constexpr (sizeof(T) == 2) {
+    body(std::integral_constant<int, 4>());
+  }
+}
+
+template <typename T, int VEC>
+__device__ __forceinline__ void read_tile(T* tile, const Arguments& a, const T* image,
+                                          int first_channel, int first_row, int first_column) {
+  constexpr int BYTES = VEC * sizeof(T);
+  for_each_vector<VEC>(a, first_channel, first_row, first_column,
+                       [&](int element, int channel, int row, int column, bool inside) {
+                         const T* source = image;
+                         if (inside) {
+                           source +=
+                               (static_cast<int64_t>(row) * a.in_w + column) * a.channels + channel;
+                         }
+                         copy_async<BYTES>(tile + element, source, inside ? BYTES : 0);
+                       });
+}
+
+// input_activation(input + input_bias) of the tile, in place. What lies outside the image stays
+// zero: padding comes after the activation. Once per element; the result is rounded to T as it
+// would be in a tensor.
+template <typename T, int VEC>
+__device__ __forceinline__ void transform_tile(T* tile, const Arguments& a, int first_channel,
+                                               int first_row, int first_column) {
+  for_each_vector<VEC>(a, first_channel, first_row, first_column,
+                       [&](int element, int channel, int, int, bool inside) {
+                         if (!inside) return;
+                         float x[VEC];
+                         load(tile + element, x);
+                         if (a.input_bias != nullptr) {
+#pragma unroll
+                           for (int i = 0; i < VEC; ++i) {
+                             x[i] += widen(static_cast<const T*>(a.input_bias)[channel + i]);
+                           }
+                         }
+                         activate(x, a.input_activation);
+                         store(tile + element, x);
+                       });
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
+    kernel(const __grid_constant__ CUtensorMap map, const Arguments a) {
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride;
+  constexpr int ROWS = Traits::kRows, COLUMNS = Traits::kColumns;
+  constexpr int IN_COLUMNS = Traits::kInputColumns, IN_ROWS = Traits::kInputRows;
+
+  extern __shared__ __align__(128) unsigned char shared[];
+  auto* tile = reinterpret_cast<T*>(shared);
+  auto* tile_taps = reinterpret_cast<T*>(shared + a.tile_bytes);
+
+  uint32_t slice, tile_x, tile_y, pair, group_w;
+  const uint32_t n = a.by_tiles_h.divide(
+      a.by_tiles_w.divide(a.by_slices.divide(blockIdx.x, &slice), &tile_x), &tile_y);
+  const int tile_channels = 2 * a.pairs;
+  const int first_channel = slice * tile_channels;
+  const int tile_column = tile_x * a.groups_w * COLUMNS;
+  const int tile_row = tile_y * a.groups_h * ROWS;
+
+  const int count = min(tile_channels, a.channels - first_channel);
+  const int first_row = tile_row * S - a.padding_h;
+  const int first_column = tile_column * S - a.padding_w;
+  const auto* weight =
+      static_cast<const T*>(a.weight) + static_cast<int64_t>(first_channel) * K * K;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __shared__ uint64_t barrier;
+  if (a.reader.bulk) {
+    if (threadIdx.x == 0) {
+      const auto tap_bytes = static_cast<uint32_t>(count * K * K * sizeof(T));
+      barrier_init(&barrier);
+      barrier_expect(&barrier, a.box_bytes + tap_bytes);
+      copy_box(tile, &map, &barrier, first_channel, first_column, first_row, n);
+      copy_bytes(tile_taps, weight, tap_bytes, &barrier);
+    }
+    __syncthreads();
+  }
+#endif
+  if (!a.reader.bulk) {
+    const T* image =
+        static_cast<const T*>(a.input) + static_cast<int64_t>(n) * a.in_h * a.in_w * a.channels;
+    const auto read = [&](auto bytes) {
+      constexpr int VEC = bytes.value / sizeof(T);
+      read_tile<T, VEC>(tile, a, image, first_channel, first_row, first_column);
+    };
+    for_vector_bytes<T>(a.reader.vector_bytes, read);
+    for (int i = threadIdx.x; i < count * K * K; i += blockDim.x) tile_taps[i] = weight[i];
+  }
+
+  const uint32_t group_h = a.by_groups_w.divide(a.by_pairs.divide(threadIdx.x, &pair), &group_w);
+  const int c = first_channel + 2 * pair;
+  const int ow = tile_column + group_w * COLUMNS;
+  const int oh = tile_row + group_h * ROWS;
+  const bool idle = group_h >= a.groups_h || c >= a.channels || ow >= a.out_w || oh >= a.out_h;
+  float bias[2] = {};
+  if (!idle && a.bias != nullptr) load(static_cast<const T*>(a.bias) + c, bias);
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if (a.reader.bulk) barrier_wait(&barrier, 0);
+#endif
+  if (!a.reader.bulk) {
+    wait_for_copies();
+    __syncthreads();
+  }
+  if (a.transforms_input) {
+    const auto transform = [&](auto bytes) {
+      transform_tile<T, bytes.value / sizeof(T)>(tile, a, first_channel, first_row, first_column);
+    };
+    for_vector_bytes<T>(a.reader.vector_bytes, transform);
+    __syncthreads();
+  }
+  if (idle) return;
+
+  float sums[ROWS][2 * COLUMNS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+    for (int j = 0; j < 2 * COLUMNS; ++j) sums[r][j] = bias[j % 2];
+  }
+
+  // The weights of the pair are 2 * K * K consecutive elements.
+  float taps[2][K * K];
+  {
+    const T* source = tile_taps + 2 * pair * (K * K);
+#pragma unroll
+    for (int i = 0; i < K * K; ++i) {
+      float raw[2];
+      load(source + 2 * i, raw);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) taps[(2 * i + e) / (K * K)][(2 * i + e) % (K * K)] = raw[e];
+    }
+  }
+
+  const T* source =
+      tile + (group_h * ROWS * S * a.tile_w + group_w * COLUMNS * S) * tile_channels + 2 * pair;
+#pragma unroll
+  for (int i = 0; i < IN_ROWS; ++i, source += a.tile_w * tile_channels) {
+    float x[2 * IN_COLUMNS];
+    const T* element = source;
+#pragma unroll
+    for (int j = 0; j < IN_COLUMNS; ++j, element += tile_channels) {
+      float value[2];
+      load(element, value);
+      x[2 * j] = value[0], x[2 * j + 1] = value[1];
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int kh = i - r * S;
+      if (kh < 0 || kh >= K) continue;
+#pragma unroll
+      for (int kw = 0; kw < K; ++kw) {
+#pragma unroll
+        for (int j = 0; j < 2 * COLUMNS; ++j) {
+          sums[r][j] += x[2 * (j / 2 * S + kw) + j % 2] * taps[j % 2][kh * K + kw];
+        }
+      }
+    }
+  }
+
+  const int64_t out_row = static_cast<int64_t>(a.out_w) * a.channels;
+  T* target = static_cast<T*>(a.output) + (static_cast<int64_t>(n) * a.out_h + oh) * out_row +
+              static_cast<int64_t>(ow) * a.channels + c;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r, target += out_row) {
+    if (oh + r >= a.out_h) break;
+    activate(sums[r], a.activation);
+    T* element = target;
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j, element += a.channels) {
+      if (ow + j < a.out_w) {
+        const float value[2] = {sums[r][2 * j], sums[r][2 * j + 1]};
+        store(element, value);
+      }
+    }
+  }
+}
+
+Depth choose_depth(const DepthwiseConv2dParams& params, int multiprocessors);
+Tile choose_tile(const DepthwiseConv2dParams& params, const Reader& reader, int columns, int rows,
+                 int element_bytes, int multiprocessors);
+
+template <typename Traits>
+cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, CUtensorMapDataType type,
+                   int multiprocessors, cudaStream_t stream) {
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride;
+  const Tile tile =
+      choose_tile(p, reader, Traits::kColumns, Traits::kRows, sizeof(T), multiprocessors);
+  const int tile_w = (tile.groups_w * Traits::kColumns - 1) * S + K;
+  const int tile_h = (tile.groups_h * Traits::kRows - 1) * S + K;
+  const int tile_channels = 2 * tile.pairs;
+
+  CUtensorMap map{};
+  if (reader.bulk) {
+    const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.channels),
+                                 static_cast<cuuint64_t>(p.in_w), static_cast<cuuint64_t>(p.in_h),
+                                 static_cast<cuuint64_t>(p.batch)};
+    const cuuint64_t pitches[3] = {sizes[0] * sizeof(T), sizes[0] * sizes[1] * sizeof(T),
+                                   sizes[0] * sizes[1] * sizes[2] * sizeof(T)};
+    const cuuint32_t box[4] = {static_cast<cuuint32_t>(tile_channels),
+                               static_cast<cuuint32_t>(tile_w), static_cast<cuuint32_t>(tile_h), 1};
+    const cuuint32_t steps[4] = {1, 1, 1, 1};
+    const CUresult encoded =
+        tensor_map_encoder()(&map, type, 4, const_cast<void*>(p.input), sizes, pitches, box, steps,
+                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (encoded != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  }
+
+  const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
+  const auto slices = static_cast<uint32_t>(up(p.channels, tile_channels));
+  const auto tiles_w = static_cast<uint32_t>(up(p.out_w, tile.groups_w * Traits::kColumns));
+  const auto tiles_h = static_cast<uint32_t>(up(p.out_h, tile.groups_h * Traits::kRows));
+  Arguments a{};
+  a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
+  a.output = p.output;
+  a.channels = static_cast<int>(p.channels);
+  a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
+  a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.pairs = tile.pairs, a.groups_w = tile.groups_w, a.groups_h = tile.groups_h;
+  a.reader = reader;
+  a.tile_w = tile_w, a.tile_pixels = tile_w * tile_h;
+  a.box_bytes = static_cast<uint32_t>(tile_channels * tile_w * tile_h * sizeof(T));
+  a.tile_bytes = static_cast<uint32_t>(up(a.box_bytes, 128) * 128);
+  a.by_slices = Divisor(slices), a.by_tiles_w = Divisor(tiles_w), a.by_tiles_h = Divisor(tiles_h);
+  a.by_pairs = Divisor(static_cast<uint32_t>(tile.pairs));
+  a.by_groups_w = Divisor(static_cast<uint32_t>(tile.groups_w));
+  a.by_vectors = Divisor(static_cast<uint32_t>(tile_channels * sizeof(T) / reader.vector_bytes));
+  a.by_tile_w = Divisor(static_cast<uint32_t>(tile_w));
+  a.transforms_input = p.transforms_input();
+  a.input_activation = p.input_activation, a.activation = p.activation;
+
+  const auto shared = static_cast<int>(a.tile_bytes + tile_channels * K * K * sizeof(T));
+  const auto blocks = static_cast<unsigned>(p.batch * slices * tiles_w * tiles_h);
+  const auto threads = static_cast<unsigned>(up(tile.threads(), 32) * 32);
+  kernel<Traits><<<blocks, threads, shared, stream>>>(map, a);
+  return cudaGetLastError();
+}
+
+// One file per element type instantiates this.
+template <typename T>
+cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader,
+                         CUtensorMapDataType type, int multiprocessors, cudaStream_t stream) {
+  const Depth depth = choose_depth(p, multiprocessors);
+#define DWSWAP_CASE(K, S)                                                                         \
+  if (p.kernel_h == K && p.stride_h == S) {                                                       \
+    return depth == Depth::kDeep                                                                  \
+               ? launch<Traits<T, K, S, Depth::kDeep>>(p, reader, type, multiprocessors, stream)  \
+               : launch<Traits<T, K, S, Depth::kFlat>>(p, reader, type, multiprocessors, stream); \
+  }
+  DWSWAP_CASE(3, 1)
+  DWSWAP_CASE(3, 2)
+  DWSWAP_CASE(5, 1)
+  DWSWAP_CASE(5, 2)
+  DWSWAP_CASE(7, 1)
+  DWSWAP_CASE(7, 2)
+#undef DWSWAP_CASE
+  return cudaErrorInvalidValue;
+}
+
+#define DWSWAP_LAUNCH_TYPED(T)                                                                  \
+  cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, const Reader&, CUtensorMapDataType, \
+                              int, cudaStream_t)
+extern template DWSWAP_LAUNCH_TYPED(float);
+extern template DWSWAP_LAUNCH_TYPED(__half);
+extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
+
+}  // namespace channel_tiles
+}  // namespace dwswap

@@ -1,0 +1,5 @@
+#include "depthwise_conv2d/channel_tiles.cuh"
+
+namespace dwswap::channel_tiles {
+template DWSWAP_LAUNCH_TYPED(float);
+}

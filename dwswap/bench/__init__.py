@@ -1,0 +1,1 @@
+"""Measuring: timing that agrees with the hardware, and records of it."""

@@ -1,0 +1,56 @@
+"""JSON records of a run: what was measured, and the environment it was measured in."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from dwswap.environment import environment
+
+__all__ = ["record", "write_json"]
+
+
+def record(kind: str, **content: Any) -> dict[str, Any]:
+    """Return a record of one run: its kind, the time, the environment, and ``content``.
+
+    Args:
+        kind: what made the record (``"demo"``, ``"kernelbench"``); readers choose by it.
+        content: JSON-able values.
+    """
+    return {
+        "kind": kind,
+        "recorded": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(),
+        **content,
+    }
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write ``value`` to ``path`` as JSON: all of it, or the file that was there stays as it was.
+
+    Missing parent folders are made.
+
+    Raises:
+        OSError: the place cannot be written.
+        TypeError: ``value`` is not JSON-able.
+    """
+    target = Path(path)
+    text = json.dumps(value, indent=2) + "\n"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp makes the file readable by its owner only; a report is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return target

@@ -1,0 +1,50 @@
+"""The ``dwswap`` command: one file per subcommand; here the parser and the error handling."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import dwswap
+from dwswap.cli import build, demo, doctor, explain
+from dwswap.cli.common import CliError, console
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: the arguments, without the program's name (default: those of the process).
+
+    Returns:
+        0 on success, 1 where something that was asked for failed, 2 where the request was wrong.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except CliError as error:
+        console(sys.stderr).print(f"dwswap: error: {error}", markup=False, soft_wrap=True)
+        return 2
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has left. What is still buffered must go nowhere, or the
+        # interpreter complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dwswap",
+        description="Fast depthwise convolutions for PyTorch models on NVIDIA GPUs.",
+    )
+    parser.add_argument("--version", action="version", version=f"dwswap {dwswap.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (demo, explain, doctor, build):
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,137 @@
+"""Copies of a model to work on, so that the caller's model is never half rewritten."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = [
+    "commit",
+    "complete_copy",
+    "copy_model",
+    "modules_by_path",
+    "share_model",
+    "shell_model",
+]
+
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Non-leaf tensors kept as attributes (the weight that ``weight_norm`` computes, say), which
+    deepcopy refuses, are copied by value.
+
+    Raises:
+        ValueError: the model holds something that cannot be copied.
+    """
+    try:
+        return _deepcopy(model, _non_leaf_tensors(model))
+    except Exception as error:  # whatever a user's attribute raises
+        raise ValueError(
+            f"model must be one that copy.deepcopy can copy, or use inplace=True; got a "
+            f"{type(model).__name__} for which it fails: {type(error).__name__}: {error}"
+        ) from error
+
+
+def share_model(model: nn.Module) -> nn.Module:
+    """A copy to run or trace: shares Parameters, buffers and hook functions with ``model``.
+
+    Costs no memory for them. All else is copied, as a forward may change it.
+
+    Raises:
+        ValueError: the model holds something that cannot be copied.
+    """
+    memo = _non_leaf_tensors(model)
+    for module in model.modules():
+        for shared in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            memo[id(shared)] = shared
+        for name in _CALL_HOOKS:
+            for hook in (getattr(module, name, None) or {}).values():
+                memo[id(hook)] = hook
+    try:
+        return _deepcopy(model, memo)
+    except Exception as error:  # whatever a user's attribute raises
+        raise ValueError(
+            f"model must have attributes that copy.deepcopy can copy; got a "
+            f"{type(model).__name__} for which it fails: {type(error).__name__}: {error}"
+        ) from error
+
+
+def shell_model(model: nn.Module) -> nn.Module:
+    """A copy whose modules can be replaced: the module tree is new, all attributes are shared.
+
+    Not to be run, as a forward may change what it shares. A root ``GraphModule`` comes with a
+    graph of its own; a TorchScript module is shared as it is.
+    """
+    if isinstance(model, fx.GraphModule):
+        return share_model(model)
+    shells: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            shells[id(module)] = module
+            continue
+        shell = shells[id(module)] = object.__new__(type(module))
+        shell.__dict__.update(
+            {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+        )
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            children = shells[id(module)]._modules
+            children.update({k: v if v is None else shells[id(v)] for k, v in children.items()})
+    return shells[id(model)]
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Every path of every module, aliases included."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def commit(model: nn.Module, before: dict[str, nn.Module], replaced: dict[str, nn.Module]) -> None:
+    """Put the modules that were replaced in a shared copy into ``model``, at the same paths.
+
+    Args:
+        before: :func:`modules_by_path` of the copy, before.
+        replaced: the same, after.
+
+    Only dict assignments are left to do here, so nothing can fail half-way.
+    """
+    parents = modules_by_path(model)
+    inside_new: set[str] = set()
+    for path, module in replaced.items():
+        parent, _, name = path.rpartition(".")
+        if path and parent in inside_new:
+            inside_new.add(path)
+        elif path and module is not before[path]:
+            parents[parent]._modules[name] = module
+            inside_new.add(path)
+
+
+def complete_copy(source: fx.GraphModule, copied: fx.GraphModule, memo: dict[int, Any]) -> None:
+    """Add what ``GraphModule.__deepcopy__`` leaves out: hooks, attributes, second names."""
+    for name, value in source.__dict__.items():
+        if name != "_graph":
+            # What has been copied already comes from the memo.
+            copied.__dict__[name] = copy.deepcopy(value, memo)
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    result = copy.deepcopy(model, memo)
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            complete_copy(module, memo[id(module)], memo)
+    return result
+
+
+def _non_leaf_tensors(model: nn.Module) -> dict[int, Any]:
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                with torch.no_grad():
+                    memo[id(value)] = value.detach().clone()
+    return memo

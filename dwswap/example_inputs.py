@@ -1,0 +1,175 @@
+"""``example_inputs``: what it may be, running a model on it, the shapes that this shows."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from dwswap.copying import share_model
+from dwswap.eligibility import is_convolution
+
+__all__ = ["Arguments", "ObservedShapes", "observe_shapes", "runnable_copy"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Positional and keyword arguments of a model."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, model: nn.Module, example_inputs: Any) -> Arguments:
+        """``example_inputs`` as arguments of ``model``.
+
+        Raises:
+            TypeError: it is no tensor, tuple or dict.
+            ValueError: the model's forward does not take such arguments.
+        """
+        if isinstance(example_inputs, Tensor):
+            result = cls((example_inputs,))
+        elif isinstance(example_inputs, tuple):
+            result = cls(example_inputs)
+        elif isinstance(example_inputs, dict):
+            result = cls((), dict(example_inputs))
+        else:
+            raise TypeError(
+                "example_inputs must be a tensor, a tuple of positional arguments or a dict of "
+                f"keyword arguments, got {type(example_inputs).__name__}"
+            )
+        try:
+            inspect.signature(model.forward).bind(*result.args, **result.kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"example_inputs must fit the forward of {type(model).__name__}: {error}"
+            ) from error
+        return result
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
+        """The same arguments with ``function`` applied to every tensor."""
+        args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
+        return Arguments(args, kwargs)
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        return model(*self.args, **self.kwargs)
+
+    def positional(self, function: Callable[..., Any]) -> tuple[Any, ...]:
+        """All arguments of ``function`` in its order, defaults filled in."""
+        bound = inspect.signature(function).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return bound.args
+
+
+@dataclass
+class ObservedShapes:
+    """Input shapes of convolution modules, by path, and shapes of a graph's values."""
+
+    modules: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    nodes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+
+
+def observe_shapes(model: nn.Module, arguments: Arguments) -> ObservedShapes:
+    """Shapes as ``model`` runs in eval mode on ``arguments``: on fake tensors where that works.
+
+    A model whose control flow reads tensor values stops a fake run. What came before it counts;
+    then the model runs once on the real tensors. On the meta device there are none to read.
+
+    Raises:
+        ValueError: the model fails on ``arguments``.
+    """
+    seen = ObservedShapes()
+    subject = runnable_copy(model)
+    with _recording(subject, seen):
+        try:
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            with torch.no_grad(), mode:
+                arguments.map(mode.from_tensor).call(subject)
+        except Exception as reason:  # anything: a real run decides
+            try:
+                if not any(p.is_meta for p in subject.parameters()):
+                    run(subject, arguments)
+            except Exception as error:
+                raise ValueError(
+                    f"example_inputs must be inputs that {type(model).__name__} accepts; it fails "
+                    f"on them: {type(error).__name__}: {error}"
+                ) from reason
+    if isinstance(model, fx.GraphModule):
+        seen.nodes = _node_shapes(model, arguments)
+    return seen
+
+
+def runnable_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares the tensors of ``model``, in eval mode."""
+    subject = share_model(model)
+    for module in subject.modules():
+        # Not .eval(): models override it with side effects.
+        module.training = False
+    return subject
+
+
+def run(model: nn.Module, arguments: Arguments) -> Any:
+    """Outputs of ``model`` without gradients, with fixed random numbers that stay inside."""
+    devices = {
+        t.device
+        for t in pytree.tree_leaves((arguments.args, arguments.kwargs))
+        if isinstance(t, Tensor) and t.is_cuda
+    }
+    devices |= {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        # Not torch.manual_seed, which seeds every GPU.
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(0)
+        return arguments.map(Tensor.clone).call(model)
+
+
+@contextlib.contextmanager
+def _recording(model: nn.Module, seen: ObservedShapes) -> Iterator[None]:
+    def record(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen.modules.setdefault(path, tuple(args[0].shape))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(record(path))
+        for path, module in model.named_modules()
+        if is_convolution(module) and not isinstance(module, torch.jit.ScriptModule)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+        return value
+
+
+def _node_shapes(
+    graph_module: fx.GraphModule, arguments: Arguments
+) -> dict[fx.Node, tuple[int, ...]]:
+    recorder = _ShapeRecorder(graph_module)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # A graph that needs real values yields the shapes up to there.
+    with torch.no_grad(), mode, contextlib.suppress(Exception):
+        recorder.run(*arguments.map(mode.from_tensor).positional(graph_module.forward))
+    return recorder.shapes

@@ -1,0 +1,120 @@
+"""The result of a trace: a GraphModule that keeps what torch.fx alone would lose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph_module import reduce_graph_module
+
+from dwswap.copying import complete_copy
+
+__all__ = ["InferenceGraph"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class InferenceGraph(fx.GraphModule):
+    """A ``torch.fx.GraphModule`` for inference, traced from a model in eval mode.
+
+    Against a plain GraphModule it keeps the model's parameter and buffer order, unused modules and
+    second names of shared modules, non-persistent buffers and plain attributes (numbers, strings
+    and containers of them), also through deepcopy and pickle. ``train()`` raises: the graph has
+    the eval behaviour of dropout and its like baked in.
+    """
+
+    @classmethod
+    def from_trace(
+        cls, root: nn.Module, graph: fx.Graph, constants: Mapping[str, Any] | None = None
+    ) -> InferenceGraph:
+        """The graph over the modules and tensors of ``root``, which are shared, not copied.
+
+        Args:
+            constants: attributes that the trace added to its root.
+        """
+        added = dict(constants or {})
+        root.__dict__.update(added)
+        try:
+            result = cls(root, graph, class_name=type(root).__name__)
+        finally:
+            for name in added:
+                del root.__dict__[name]
+        _mirror(root, result, {})
+        for name, value in root.__dict__.items():
+            if _is_plain(value) and not hasattr(result, name):
+                result.__dict__[name] = value
+        return result
+
+    def train(self, mode: bool = True) -> InferenceGraph:
+        """``train(False)`` and ``eval()`` are fine.
+
+        Raises:
+            RuntimeError: ``mode`` is true.
+        """
+        if mode:
+            raise RuntimeError(
+                "this model was optimized for inference; call dwswap.optimize(model.train()) on "
+                "the original to fine-tune"
+            )
+        return super().train(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InferenceGraph:
+        result: Any = super().__deepcopy__(memo)
+        complete_copy(self, result, memo)
+        result.__class__.__name__ = type(self).__name__
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, (state, imports) = super().__reduce__()
+        return _rebuild, (state, imports, type(self).__name__)
+
+
+def _rebuild(state: dict[str, Any], imports: str, name: str) -> InferenceGraph:
+    """Inverse of :meth:`InferenceGraph.__reduce__`."""
+    # A shallow copy, as torch pops entries off its argument.
+    module = reduce_graph_module(dict(state), imports)
+    assert isinstance(module, fx.GraphModule)
+    result = InferenceGraph(module, module.graph, class_name=name)
+    result.__dict__.update(state)
+    return result
+
+
+def _mirror(source: nn.Module, target: nn.Module, seen: dict[int, nn.Module]) -> None:
+    """Give ``target`` (made by torch.fx from ``source``) all of the state of ``source``.
+
+    torch.fx makes empty modules for those that it inlined and leaves out what the graph does not
+    use; here they get the parameters, buffers and children of the originals, in their order.
+    """
+    seen[id(source)] = target
+    target.training = source.training
+    extra = {n: b for n, b in target._buffers.items() if n not in source._buffers}
+    _refill(target._parameters, source._parameters)
+    _refill(target._buffers, {**source._buffers, **extra})
+    target._non_persistent_buffers_set = {*source._non_persistent_buffers_set, *extra}
+    children: dict[str, nn.Module | None] = {}
+    for name, child in source._modules.items():
+        made = target._modules.get(name)
+        if child is None or id(child) in seen:
+            children[name] = None if child is None else seen[id(child)]
+        elif made is None or made is child:
+            children[name] = seen[id(child)] = child
+        else:
+            _mirror(child, made, seen)
+            children[name] = made
+    _refill(target._modules, children)
+
+
+def _refill(target: dict[str, Any], content: Mapping[str, Any]) -> None:
+    content = dict(content)
+    target.clear()
+    target.update(content)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(_is_plain(k) and _is_plain(v) for k, v in value.items())
+    return isinstance(value, _PLAIN)

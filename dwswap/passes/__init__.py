@@ -1,0 +1,30 @@
+"""The rewriting passes, in the order in which they run.
+
+A pass is a function ``(graph_module, context) -> None`` that edits the graph in place. It says in
+``context.layers`` what it did. To add one: a file of its own, its line in a list below, tests for
+what it must and must not rewrite.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dwswap.passes.context import Context, GraphPass
+from dwswap.passes.swap_depthwise import swap_depthwise
+
+__all__ = ["EXACT_PASSES", "INFERENCE_PASSES", "Context", "run_passes"]
+
+# Exact in training too: parameters, state_dict keys and gradients stay. The passes for inference
+# run only where these have swapped something.
+EXACT_PASSES: tuple[GraphPass, ...] = (swap_depthwise,)
+INFERENCE_PASSES: tuple[GraphPass, ...] = ()
+
+
+def run_passes(
+    graph_module: fx.GraphModule, context: Context, passes: tuple[GraphPass, ...]
+) -> None:
+    """Run ``passes`` over ``graph_module``, checking the graph after each, then recompile it."""
+    for graph_pass in passes:
+        graph_pass(graph_module, context)
+        graph_module.graph.lint()
+    graph_module.recompile()

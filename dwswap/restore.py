@@ -1,0 +1,71 @@
+"""Back to plain PyTorch."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from dwswap.copying import commit, copy_model, modules_by_path, shell_model
+from dwswap.modules import DepthwiseConv2d
+from dwswap.passes.substitution import unswap_modules
+from dwswap.passes.unswap_calls import swapped_calls, unswap_call
+from dwswap.report import detach, has_report
+
+__all__ = ["restore"]
+
+
+def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Undo the swaps of :func:`dwswap.optimize`.
+
+    Every ``DepthwiseConv2d`` becomes an ``nn.Conv2d`` and every call of the operator in a graph
+    ``torch.conv2d``, with the same parameters and ``state_dict`` keys. A model that was rewritten
+    by substitution has its own class all along; one that became a graph remains a graph.
+
+    Args:
+        model: any model; where there is nothing to undo it is returned as it is.
+        inplace: change ``model`` itself instead of a copy. A root that is a ``DepthwiseConv2d``
+            itself cannot become another object; use the return value.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: a call in a graph has absorbed its neighbours and has no ``torch.conv2d`` to
+            go back to. ``model`` is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not has_report(model) and not _has_swaps(model):
+        return model
+    if not inplace:
+        return _restore(copy_model(model))
+    # Everything is computed on a shell first; the model changes when nothing can fail any more.
+    shell = shell_model(model)
+    before = modules_by_path(shell)
+    restored = _restore(shell)
+    if restored is not shell:
+        return restored
+    commit(model, before, modules_by_path(restored))
+    for path, module in modules_by_path(restored).items():
+        if isinstance(module, fx.GraphModule):
+            target = model.get_submodule(path)
+            assert isinstance(target, fx.GraphModule)
+            target.graph = module.graph
+    detach(model)
+    return model
+
+
+def _has_swaps(model: nn.Module) -> bool:
+    return any(
+        type(m) is DepthwiseConv2d
+        or (isinstance(m, fx.GraphModule) and next(swapped_calls(m), None) is not None)
+        for m in model.modules()
+    )
+
+
+def _restore(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in list(swapped_calls(module)):
+                unswap_call(module, node)
+            module.recompile()
+    model = unswap_modules(model)
+    detach(model)
+    return model

@@ -1,0 +1,235 @@
+"""``optimize`` and ``explain``: copy, trace, run the passes, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dwswap import build
+from dwswap.convolution_call import ConvolutionCall, find_calls
+from dwswap.copying import commit, copy_model, modules_by_path, shell_model
+from dwswap.eligibility import Skip, inspect_modules, is_convolution
+from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
+from dwswap.inference_graph import InferenceGraph
+from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
+from dwswap.passes.substitution import replace_modules, swap_modules
+from dwswap.report import Report, attach
+from dwswap.tracing import (
+    NotTraceable,
+    build_graph_module,
+    is_training,
+    one_line,
+    traceable_submodules,
+)
+from dwswap.verify import verify_result
+
+__all__ = ["explain", "optimize"]
+
+logger = logging.getLogger("dwswap")
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    inplace: bool = False,
+    fuse: bool = True,
+    skip: Skip | None = None,
+    verify: bool = False,
+) -> nn.Module:
+    """``model`` with its depthwise convolutions on the dwswap operator; same outputs.
+
+    In eval mode the result is a ``torch.fx.GraphModule`` for inference, where the model can be
+    traced. In train mode, with ``fuse=False``, or where it cannot be traced, modules are replaced:
+    the result has the model's class, ``state_dict`` keys, attributes and hooks, shares nothing
+    else, and trains. What cannot be rewritten safely stays; ``dwswap.report`` tells why.
+
+    Args:
+        model: ``nn.Module`` or ``torch.fx.GraphModule``, on any device.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+            Tells the report the shapes, and finds some more convolutions in functional form.
+        inplace: do not copy the weights. Where modules are replaced, they are replaced in
+            ``model`` itself, which is returned; a new graph shares the weights of ``model``.
+        fuse: False replaces modules only.
+        skip: ``skip(module, path)`` is asked about every convolution that would be swapped; true
+            keeps it. For a functional call it gets the module that makes it.
+        verify: compare every swapped layer and the whole model with a float64 run of the original
+            on ``example_inputs``; put back what has more than twice PyTorch's own error.
+
+    Returns:
+        The rewritten model, in the mode of ``model``. Without a depthwise convolution, the model
+        as it is (a copy, unless ``inplace``).
+
+    Raises:
+        TypeError: ``model``, ``example_inputs`` or ``skip`` is of the wrong kind.
+        ValueError: the model fails on ``example_inputs`` or cannot be copied; ``verify`` without
+            ``example_inputs``. ``model`` is unchanged whatever is raised.
+    """
+    arguments = _check(model, example_inputs)
+    if verify and arguments is None:
+        raise ValueError("verify=True needs example_inputs, got None")
+    workspace = shell_model(model) if inplace else copy_model(model)
+    before = modules_by_path(workspace)
+    result, report = _rewrite(model, workspace, arguments, fuse, skip)
+    report.kernels = _kernels(model, load=bool(report.swapped))
+    if verify and arguments is not None and report.mode != "unchanged":
+        result, report = verify_result(model, result, report, arguments)
+    if not report.swapped:
+        rewritten = result is not workspace or report.traced  # and then put back by verify
+        result = model if inplace else copy_model(model) if rewritten else workspace
+        report.mode, report.traced = "unchanged", ()
+    elif inplace and result is workspace:
+        commit(model, before, modules_by_path(result))
+        if isinstance(model, fx.GraphModule) and isinstance(result, fx.GraphModule):
+            model.graph = result.graph
+        result = model
+    attach(result, report)
+    logger.info("%s", report.summary())
+    return result
+
+
+def explain(
+    model: nn.Module, example_inputs: Any = None, *, fuse: bool = True, skip: Skip | None = None
+) -> Report:
+    """The report that :func:`optimize` would make, without changing or copying anything.
+
+    Arguments and errors are those of :func:`optimize`. Models on the meta device are fine.
+    """
+    arguments = _check(model, example_inputs)
+    _, report = _rewrite(model, shell_model(model), arguments, fuse, skip)
+    report.kernels = _kernels(model, load=False)
+    return report
+
+
+def _check(model: Any, example_inputs: Any) -> Arguments | None:
+    if not isinstance(model, nn.Module):
+        hint = "; pass program.module()" if isinstance(model, torch.export.ExportedProgram) else ""
+        raise TypeError(
+            "model must be an nn.Module or a torch.fx.GraphModule, "
+            f"got {type(model).__name__}{hint}"
+        )
+    if type(model).__module__.startswith("torch._dynamo"):
+        raise TypeError(
+            "model must not be compiled yet, got the result of torch.compile; "
+            "use torch.compile(dwswap.optimize(model))"
+        )
+    return None if example_inputs is None else Arguments.parse(model, example_inputs)
+
+
+def _rewrite(
+    model: nn.Module,
+    workspace: nn.Module,
+    arguments: Arguments | None,
+    fuse: bool,
+    skip: Skip | None,
+) -> tuple[nn.Module, Report]:
+    """Rewrite ``workspace``, a copy of ``model``; ``model`` itself is only read."""
+    report = Report(model=type(model).__name__)
+    layers = inspect_modules(model, skip)
+    context = Context(layers)
+    if skip is not None:
+        context.skip = lambda path: bool(skip(_nearest(model, path), path))
+    inference = fuse and not is_training(model)
+    result = workspace
+    graph_module = workspace if isinstance(workspace, fx.GraphModule) else None
+    if graph_module is None and not is_convolution(model):
+        try:
+            graph_module = _traced(workspace, model, fuse)
+        except NotTraceable as error:
+            report.not_traced = one_line(error)
+    seen = ObservedShapes()
+    if arguments is not None:
+        seen = observe_shapes(graph_module or model, arguments)
+    context.shapes = seen.nodes
+    if graph_module is not None:
+        run_passes(graph_module, context, EXACT_PASSES)
+        if inference and any(layer.swapped for layer in layers.values()):
+            run_passes(graph_module, context, INFERENCE_PASSES)
+        result, report.traced = graph_module, ("",)
+    else:
+        result = swap_modules(workspace, layers)
+        if inference and report.not_traced is not None:
+            report.traced = tuple(_rewrite_submodules(workspace, context))
+    report.layers = [
+        dataclasses.replace(layer, input_shape=layer.input_shape or seen.modules.get(layer.path))
+        for layer in layers.values()
+    ]
+    if not report.swapped:
+        return workspace, dataclasses.replace(report, traced=())
+    report.mode = "graph" if graph_module is not None else "substitution"
+    return result, report
+
+
+def _nearest(model: nn.Module, path: str) -> nn.Module:
+    """The module at ``path`` or the one nearest above: exported graphs name modules they lost."""
+    modules = modules_by_path(model)
+    while path not in modules:
+        path = path.rpartition(".")[0]
+    return modules[path]
+
+
+def _traced(workspace: nn.Module, model: nn.Module, fuse: bool) -> InferenceGraph:
+    if not fuse:
+        raise NotTraceable("fuse=False")
+    if is_training(model):
+        raise NotTraceable("the model is in train mode")
+    return build_graph_module(workspace)
+
+
+def _rewrite_submodules(workspace: nn.Module, context: Context) -> Iterator[str]:
+    """Replace submodules by graphs where a functional call can be swapped; yields their paths.
+
+    A graph has no methods and cannot be indexed, which a parent may do with its child. So it
+    replaces the smallest module around the call that can be traced, and nothing else.
+    """
+    for path, graph_module in list(traceable_submodules(workspace)):
+        calls = list(find_calls(graph_module, prefix=path, skip=context.skip))
+        chosen: dict[str, InferenceGraph] = {}
+        for call in calls:
+            if call.layer.reason == "depthwise":
+                where, graph = _smallest_graph(workspace, call, path, graph_module)
+                chosen[where] = graph
+        chosen = {p: g for p, g in chosen.items() if not _inside(p, chosen.keys() - {p})}
+        for call in calls:
+            if not _inside(call.owner, chosen.keys()):
+                context.layers.pop(call.owner, None)
+                context.layers[call.layer.path] = call.layer
+        for where, graph in chosen.items():
+            run_passes(graph, dataclasses.replace(context, prefix=where), EXACT_PASSES)
+            replace_modules(workspace, {workspace.get_submodule(where): graph})
+            yield where
+
+
+def _smallest_graph(
+    workspace: nn.Module, call: ConvolutionCall, largest: str, graph_module: InferenceGraph
+) -> tuple[str, InferenceGraph]:
+    where = call.owner
+    while where != largest and _inside(where, {largest}):
+        try:
+            return where, build_graph_module(workspace.get_submodule(where))
+        except NotTraceable:
+            where = where.rpartition(".")[0]
+    return largest, graph_module
+
+
+def _inside(path: str, others: Any) -> bool:
+    return any(path == other or path.startswith(f"{other}.") for other in others)
+
+
+def _kernels(model: nn.Module, *, load: bool) -> str:
+    """Which implementation of the operator the model runs, for the report."""
+    devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
+    if "cuda" in devices:
+        if load:
+            build.load()
+        status = build.status()
+        if status.loaded:
+            built = "" if status.seconds is None else f", built in {status.seconds:.0f} s"
+            return f"CUDA kernels{built}"
+        return f"aten on CUDA: {status.reason}"
+    return f"composite ({', '.join(sorted(d.upper() for d in devices)) or 'CPU'})"

@@ -1,0 +1,275 @@
+"""Tracing with convolution and norm layers as leaves, and when a trace may not be trusted."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.nn.modules import module as module_globals
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from dwswap.convolution_call import has_depthwise_call
+from dwswap.copying import share_model
+from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
+from dwswap.inference_graph import InferenceGraph
+from dwswap.ops import depthwise_conv2d
+
+__all__ = ["NotTraceable", "Tracer", "is_training", "trace", "traceable_submodules"]
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+# Context managers that torch.fx runs while it traces and then leaves out of the graph, and tests
+# that it answers once and for all.
+_NOT_RECORDED = {"autocast", "no_grad", "enable_grad", "set_grad_enabled", "inference_mode"}
+_NOT_RECORDED |= {"is_grad_enabled", "is_autocast_enabled", "is_tensor"}
+_CONTAINERS = (dict, list, immutable_dict, immutable_list)
+_VARIADIC = 0x04 | 0x08  # inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+
+
+class NotTraceable(Exception):
+    """The module has no graph that does exactly what the module does; the text says why."""
+
+
+class Tracer(fx.Tracer):
+    """``torch.fx.Tracer`` whose leaves are torch.nn modules, convolutions and norms of any class.
+
+    Buffers are read by the graph, not baked into it.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, inlined: Collection[nn.Module] = ()) -> None:
+        """``inlined``: convolutions that are no leaves."""
+        super().__init__(autowrap_modules=(math,), autowrap_functions=(depthwise_conv2d,))
+        self.inlined = inlined
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        opaque = (_ConvNd, LazyModuleMixin, torch.jit.ScriptModule, *_NORMS)
+        if isinstance(m, opaque) or is_convolution(m):
+            return m not in self.inlined
+        # The wrapper that torch.compile returns is dynamo's, and its forward must not be traced.
+        return type(m).__module__.startswith("torch._dynamo") or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+    def create_arg(self, a: Any) -> Any:
+        """As in torch.fx, which makes a plain dict or list of every subclass."""
+        if type(a) is OrderedDict:
+            items = self.create_arg(list(a.items()))
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        if isinstance(a, (dict, list)) and type(a) not in _CONTAINERS:
+            raise NotTraceable(f"it handles {type(a).__name__}, which a graph would not keep")
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
+            check_inlined(m, path)
+        return super().call_module(m, forward, args, kwargs)
+
+
+def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph of ``model`` and the constants that it needs beside the model's attributes.
+
+    ``model`` keeps its state: a copy of its module tree is traced.
+
+    Raises:
+        NotTraceable: torch.fx cannot trace it, or the graph would differ in what it does.
+    """
+    _check_root(model)
+    try:
+        subject = share_model(model)
+    except ValueError as error:
+        raise NotTraceable(one_line(error)) from error
+    # Not during the trace: one trace cannot run inside another.
+    inlined = {m for m in subject.modules() if m is not subject and _calls_depthwise(m)}
+    before = {path: _attributes(m) for path, m in subject.named_modules()}
+    random_states = _random_states()
+    try:
+        graph = Tracer(inlined).trace(subject)
+    except NotTraceable:
+        raise
+    except Exception as error:  # a forward that gets proxies for tensors may raise anything
+        raise NotTraceable(f"{type(error).__name__}: {one_line(error)}") from error
+    finally:
+        drew = _restore_random_states(random_states)
+    if drew:
+        raise NotTraceable("its forward draws random numbers, which a graph would freeze")
+    for node in graph.nodes:
+        # Annotations end up in the generated code, and strings among them break pickle.
+        node.type = None
+    constants = {}
+    for path, module in subject.named_modules():
+        for name, value in _changed(before.get(path, {}), _attributes(module)).items():
+            if path or not name.startswith("_") or "_constant" not in name:
+                where = f"{path}.{name}" if path else name
+                raise NotTraceable(f"its forward changes the attribute {where}")
+            constants[name] = value
+    return graph, constants
+
+
+def build_graph_module(model: nn.Module) -> InferenceGraph:
+    """:func:`trace` as a module that shares the tensors and leaf modules of ``model``.
+
+    Raises:
+        NotTraceable: also where the result would have another ``state_dict``.
+    """
+    graph, constants = trace(model)
+    result = InferenceGraph.from_trace(model, graph, constants)
+    difference = sorted(model.state_dict().keys() ^ result.state_dict().keys())
+    if difference:
+        raise NotTraceable(f"a graph would have other state_dict keys: {difference[0]}")
+    return result
+
+
+def traceable_submodules(model: nn.Module) -> Iterator[tuple[str, InferenceGraph]]:
+    """The largest submodules that can be traced, none inside another, with their graphs.
+
+    The model itself is not tried. Leaves of the tracer are not worth a graph and left out.
+    """
+    pending = list(model.named_children())
+    seen: set[nn.Module] = set()
+    while pending:
+        path, module = pending.pop(0)
+        leaf = Tracer().is_leaf_module(module, path) and not _calls_depthwise(module)
+        if leaf or module in seen:
+            continue
+        seen.add(module)
+        try:
+            yield path, build_graph_module(module)
+        except NotTraceable:
+            pending[:0] = [(f"{path}.{name}", child) for name, child in module.named_children()]
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether any module is in train mode; the empty modules that torch.fx makes do not count."""
+    return any(m.training for m in model.modules() if type(m) is not nn.Module)
+
+
+def check_inlined(module: nn.Module, path: str) -> None:
+    """Refuse to inline ``module`` where its call does more than what a graph records.
+
+    Raises:
+        NotTraceable: hooks, a decorated forward, context managers or type tests in forward.
+    """
+    name = f"{path or 'the model'} ({type(module).__name__})"
+    for attribute, code in HOOKS.items():
+        if getattr(module, attribute, None) and code != "state_dict_hook":
+            raise NotTraceable(f"{name} has a {code.replace('_', ' ')}")
+    forward = getattr(module.forward, "__func__", module.forward)
+    if hasattr(forward, "__wrapped__"):
+        raise NotTraceable(f"the forward of {name} is decorated")
+    for function in _called_functions(type(module), forward):
+        names = set(function.__code__.co_names)
+        if names & _NOT_RECORDED:
+            used = ", ".join(sorted(names & _NOT_RECORDED))
+            raise NotTraceable(f"{function.__name__} of {name} uses {used}, which a graph omits")
+        if {"isinstance", "Tensor"} <= names:
+            raise NotTraceable(
+                f"{function.__name__} of {name} tests for Tensor, which a tracer's proxy is not"
+            )
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip()
+
+
+def _check_root(model: nn.Module) -> None:
+    check_inlined(model, "")
+    if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
+        raise NotTraceable("global module hooks are registered")
+    if "forward" in model.__dict__:
+        raise NotTraceable("forward was replaced on the instance")
+    forward = type(model).forward
+    code = getattr(forward, "__code__", None)
+    if code is None or code.co_flags & _VARIADIC:
+        raise NotTraceable("its forward has no fixed list of arguments")
+    defaults = (*(forward.__defaults__ or ()), *(forward.__kwdefaults__ or {}).values())
+    if any(value is None for value in defaults):
+        raise NotTraceable("its forward has arguments that may be None, which a graph cannot test")
+
+
+def _random_states() -> tuple[Any, Tensor, list[Tensor]]:
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return random.getstate(), torch.get_rng_state(), on_gpu
+
+
+def _restore_random_states(states: tuple[Any, Tensor, list[Tensor]]) -> bool:
+    """Back to ``states``; whether anything had been drawn since."""
+    now = _random_states()
+    same = now[0] == states[0] and torch.equal(now[1], states[1])
+    same = same and all(map(torch.equal, now[2], states[2]))
+    if not same:
+        random.setstate(states[0])
+        torch.set_rng_state(states[1])
+        if states[2]:
+            torch.cuda.set_rng_state_all(states[2])
+    return not same
+
+
+def _called_functions(cls: type, forward: object) -> list[FunctionType]:
+    """``forward`` and the methods and functions that it names, and what these name."""
+    found: list[FunctionType] = []
+    pending = [forward]
+    while pending:
+        function = pending.pop()
+        if not isinstance(function, FunctionType) or function in found:
+            continue
+        if (function.__module__ or "").split(".")[0] == "torch":
+            continue
+        found.append(function)
+        for name in function.__code__.co_names:
+            pending += [vars(base).get(name) for base in cls.__mro__]
+            pending.append(function.__globals__.get(name))
+    return found
+
+
+def _calls_depthwise(module: nn.Module) -> bool:
+    """A subclass of nn.Conv2d whose forward, traced, shows a call that can be swapped."""
+    if not isinstance(module, nn.Conv2d) or reason_to_keep(module) != "subclass":
+        return False
+    try:
+        return has_depthwise_call(build_graph_module(module))
+    except NotTraceable:
+        return False
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, object]]:
+    """Attributes with something that shows in-place changes; the values are kept alive."""
+    found: dict[str, tuple[Any, object]] = {}
+    for name, value in module.__dict__.items():
+        if isinstance(value, Tensor):
+            found[name] = value, None if value.is_inference() else value._version
+        elif isinstance(value, (list, set)):
+            found[name] = value, tuple(map(id, value))
+        elif isinstance(value, dict):
+            found[name] = value, tuple((key, id(item)) for key, item in value.items())
+        else:
+            found[name] = value, None
+    return found
+
+
+def _changed(
+    before: dict[str, tuple[Any, object]], after: dict[str, tuple[Any, object]]
+) -> dict[str, Any]:
+    missing = (None, object())
+    return {
+        name: value
+        for name, (value, mark) in after.items()
+        if (known := before.get(name, missing))[0] is not value or known[1] != mark
+    } | dict.fromkeys(before.keys() - after.keys())

@@ -1,0 +1,231 @@
+"""Check a rewritten model against a float64 run of the original, and put back what fails.
+
+Rule: the error against float64 is at most twice the error of PyTorch's own result in the same
+dtype, plus one ulp of the result's scale; shapes, dtypes and strides are equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from dwswap.copying import copy_model
+from dwswap.example_inputs import Arguments, run, runnable_copy
+from dwswap.modules import DepthwiseConv2d
+from dwswap.ops import depthwise_conv2d
+from dwswap.passes.substitution import unswap_modules
+from dwswap.passes.unswap_calls import swapped_calls, unswap_call
+from dwswap.report import Layer, LayerErrors, Report, Verification
+
+__all__ = ["compare", "verify_result"]
+
+
+def verify_result(
+    model: nn.Module, result: nn.Module, report: Report, arguments: Arguments
+) -> tuple[nn.Module, Report]:
+    """Check ``result`` of optimizing ``model``; returns it without the layers that failed.
+
+    Every swapped layer is fed the input that it gets inside the model, one at a time, and compared
+    with ``torch.conv2d`` in the same dtype and in float64. Then the outputs of the whole models
+    are compared. Where these fail, every layer is put back.
+
+    Raises:
+        ValueError: a model that cannot run, in its own dtype or in float64.
+    """
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError("verify needs a model with data, got one on the meta device")
+    notes = []
+    if any(module.training for module in model.modules()):
+        notes.append("the model is in train mode; copies of it were compared in eval mode")
+    original = _run_original(runnable_copy(model), arguments, "its own dtype")
+    exact_model = runnable_copy(copy_model(model).double())
+    exact = _run_original(exact_model, arguments.map(_double), "float64")
+    del exact_model
+
+    errors: dict[str, LayerErrors] = {}
+    ours = _run_checked(result, report, arguments, errors)
+    outputs, more = _compare_outputs(ours, original, exact)
+    del ours
+    failed = {path for path, found in errors.items() if not found.passed}
+    if failed:
+        result = put_back(result, report.traced, failed)
+        notes.append(f"put back {len(failed)} of {len(errors)} layers")
+        outputs, more = _compare_outputs(run(runnable_copy(result), arguments), original, exact)
+    passed = all(found.passed for found in outputs.values())
+    if not passed:
+        failed = {layer.path for layer in report.layers if layer.reason == "depthwise"}
+        result = put_back(result, report.traced, failed)
+        notes.append("the outputs of the whole model failed; every layer was put back")
+
+    def checked(layer: Layer) -> Layer:
+        if layer.path in failed:
+            layer = layer.decided("kept", "verify_failed")
+        return dataclasses.replace(layer, errors=errors.get(layer.path))
+
+    verification = Verification(passed, outputs, (*notes, *more))
+    layers = [checked(layer) for layer in report.layers]
+    return result, dataclasses.replace(report, layers=layers, verification=verification)
+
+
+def put_back(model: nn.Module, traced: tuple[str, ...], paths: set[str]) -> nn.Module:
+    """Undo the swaps of the layers at ``paths``; returns the new root."""
+    for prefix in traced:
+        graph_module = model.get_submodule(prefix)
+        assert isinstance(graph_module, fx.GraphModule)
+        for node in list(swapped_calls(graph_module)):
+            if node.meta.get("dwswap_layer") in paths:
+                unswap_call(graph_module, node)
+        graph_module.recompile()
+    return unswap_modules(model, paths)
+
+
+def compare(ours: Tensor, theirs: Tensor, exact: Tensor) -> LayerErrors:
+    """Judge ``ours`` by the rule, given PyTorch's own result and the float64 one."""
+    problem = _difference_in_kind(ours, theirs)
+    if problem is not None:
+        return LayerErrors(math.inf, 0.0, 0.0, problem)
+    if not (theirs.is_floating_point() or theirs.is_complex()):
+        wrong, usual = (float((t != exact).sum()) for t in (ours, theirs))
+        return LayerErrors(wrong, usual, 2 * usual)
+    wide = torch.complex128 if theirs.is_complex() else torch.float64
+    ours, theirs, exact, dtype = ours.to(wide), theirs.to(wide), exact.to(wide), theirs.dtype
+    if not torch.equal(exact.isnan() & theirs.isnan(), exact.isnan() & ours.isnan()):
+        problem = "NaN in other places"
+    elif not bool((ours.isfinite() | ~theirs.isfinite()).all()):
+        problem = "not finite where PyTorch's result is"
+    finite = exact.isfinite() & theirs.isfinite() & ours.isfinite()
+    ours, theirs, exact = ours[finite], theirs[finite], exact[finite]
+    own = _largest(ours - exact)
+    usual = _largest(theirs - exact)
+    return LayerErrors(own, usual, 2 * usual + _ulp(_largest(exact), dtype), problem)
+
+
+def _run_original(model: nn.Module, arguments: Arguments, how: str) -> Any:
+    try:
+        return run(model, arguments)
+    except Exception as error:  # whatever a user's model raises
+        raise ValueError(
+            f"verify needs a model that runs on example_inputs in {how}, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _run_checked(
+    model: nn.Module, report: Report, arguments: Arguments, errors: dict[str, LayerErrors]
+) -> Any:
+    """Outputs of ``model``; fills ``errors`` of the layers on the way."""
+    subject = runnable_copy(model)
+
+    def note(path: str, found: LayerErrors) -> None:
+        errors[path] = found.worse(errors.get(path))
+
+    for layer in report.layers:
+        if layer.reason == "depthwise" and layer.kind == "module":
+            module = subject.get_submodule(layer.path)
+            module.register_forward_hook(_module_check(layer.path, note), with_kwargs=True)
+    for prefix in report.traced:
+        graph_module = subject.get_submodule(prefix)
+        assert isinstance(graph_module, fx.GraphModule)
+        if any("dwswap_layer" in node.meta for node in swapped_calls(graph_module)):
+            graph_module.register_forward_hook(_call_check(note), with_kwargs=True)
+    return run(subject, arguments)
+
+
+def _module_check(path: str, note: Callable[[str, LayerErrors], None]) -> Callable[..., None]:
+    def hook(module: DepthwiseConv2d, args: Any, kwargs: Any, output: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        note(path, _compare_layer(output, x, module.weight, module.bias, geometry))
+
+    return hook
+
+
+def _call_check(note: Callable[[str, LayerErrors], None]) -> Callable[..., None]:
+    class Checker(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            output = super().run_node(n)
+            if n.target is depthwise_conv2d and "dwswap_layer" in n.meta:
+                (x, weight, bias), given = self.fetch_args_kwargs_from_env(n)
+                names = ("stride", "padding", "dilation", "groups")
+                geometry = tuple(given[name] for name in names)
+                note(n.meta["dwswap_layer"], _compare_layer(output, x, weight, bias, geometry))
+            return output
+
+    def hook(module: fx.GraphModule, args: Any, kwargs: Any, output: Any) -> None:
+        Checker(module).run(*Arguments(args, kwargs).positional(module.forward))
+
+    return hook
+
+
+def _compare_layer(
+    output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
+) -> LayerErrors:
+    theirs = F.conv2d(x, weight, bias, *geometry)
+    exact_bias = None if bias is None else bias.double()
+    exact = F.conv2d(x.double(), weight.double(), exact_bias, *geometry)
+    return compare(output, theirs, exact)
+
+
+def _compare_outputs(
+    ours: Any, theirs: Any, exact: Any
+) -> tuple[dict[str, LayerErrors], tuple[str, ...]]:
+    """Errors per tensor of the outputs, and notes on what could not be judged."""
+    found: dict[str, LayerErrors] = {}
+    notes = []
+    our_leaves, expected, exact_leaves = map(_leaves, (ours, theirs, exact))
+    if our_leaves.keys() != expected.keys() and expected.keys() == exact_leaves.keys():
+        return {"output": LayerErrors(math.inf, 0.0, 0.0, "another structure")}, ()
+    for path, value in expected.items():
+        own, reference = our_leaves.get(path), exact_leaves.get(path)
+        if not isinstance(value, Tensor):
+            if isinstance(value, (bool, int, str)) and own != value:
+                found[path] = LayerErrors(math.inf, 0.0, 0.0, f"{own!r}, not {value!r}")
+        elif not isinstance(reference, Tensor) or reference.shape != value.shape:
+            notes.append(f"{path} has another shape in float64, so it cannot be compared")
+        elif not isinstance(own, Tensor):
+            found[path] = LayerErrors(math.inf, 0.0, 0.0, "missing")
+        else:
+            found[path] = compare(own, value, reference)
+    if not found:
+        notes.append("no output could be compared, only the layers were")
+    return found, tuple(notes)
+
+
+def _leaves(outputs: Any) -> dict[str, Any]:
+    leaves, _ = pytree.tree_flatten_with_path(outputs)
+    return {"output" + pytree.keystr(path): value for path, value in leaves}
+
+
+def _difference_in_kind(ours: Tensor, theirs: Tensor) -> str | None:
+    if ours.shape != theirs.shape:
+        return f"shape {tuple(ours.shape)}, not {tuple(theirs.shape)}"
+    if ours.dtype != theirs.dtype:
+        return f"dtype {ours.dtype}, not {theirs.dtype}"
+    strides = [
+        [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+        for t in (ours, theirs)
+    ]
+    if ours.layout == torch.strided and ours.numel() > 0 and strides[0] != strides[1]:
+        return f"strides {ours.stride()}, not {theirs.stride()}"
+    return None
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def _ulp(scale: float, dtype: torch.dtype) -> float:
+    """Distance of neighbouring numbers of ``dtype`` at ``scale``."""
+    _, exponent = math.frexp(scale)
+    return torch.finfo(dtype).eps * math.ldexp(1.0, exponent - 1) if scale else 0.0

@@ -1,0 +1,126 @@
+"""Fill the performance section of README.md from the recorded results, or check that it is filled.
+
+    python scripts/readme_table.py            # rewrite the section
+    python scripts/readme_table.py --check    # exit code 1 if the section is not what the files say
+
+Every figure in the section comes from a file in benchmarks/results, written by `--json` of
+examples/kernelbench.py or by `dwswap demo`. Of several files of one kind and device the newest
+counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+START = "<!-- results: start (scripts/readme_table.py) -->"
+END = "<!-- results: end -->"
+NOTHING = "No results are recorded yet."
+
+
+def kernelbench_table(result: dict[str, Any]) -> list[str]:
+    """The lines of one KernelBench record."""
+    lines = [
+        f"KernelBench level 1, float32, NCHW, on {result['device']}; times in microseconds:",
+        "",
+        "| problem | input | kernel | eager | channels_last | dwswap | copy | times eager |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["results"]:
+        lines.append(
+            f"| {row['problem']} | {'x'.join(map(str, row['shape']))} "
+            f"| {'x'.join(map(str, row['kernel']))} | {row['eager_us']:,.0f} "
+            f"| {row['eager_channels_last_us']:,.0f} | {row['ours_us']:,.0f} "
+            f"| {row['copy_us']:,.0f} | {row['speedup']:.1f} |"
+        )
+    return lines
+
+
+def demo_table(result: dict[str, Any]) -> list[str]:
+    """The lines of one demo record."""
+    lines = [
+        f"{result['model']} on {result['device']} (`dwswap demo`); milliseconds per call:",
+        "",
+        "| dtype | layout | batch | eager | dwswap | times eager |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["timings"]:
+        eager = row["eager"]["microseconds"] / 1e3
+        optimized = row["optimized"]["microseconds"] / 1e3
+        lines.append(
+            f"| {row['dtype']} | {row['layout']} | {row['batch']} | {eager:.2f} "
+            f"| {optimized:.2f} | {row['speedup']:.2f} |"
+        )
+    return lines
+
+
+TABLES = {"kernelbench": kernelbench_table, "demo": demo_table}
+
+
+def section(folder: Path) -> str:
+    """The text between the markers, for the records in ``folder``.
+
+    Records of a kind that has no table here are passed over.
+
+    Raises:
+        ValueError: a record holds a result that failed its own check.
+    """
+    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        kind = result.get("kind") if isinstance(result, dict) else None
+        if kind not in TABLES:
+            continue
+        if not all(row["passed"] for row in result.get("results") or result["timings"]):
+            raise ValueError(f"{path}: holds a result that failed its check")
+        key = (kind, result["device"], result.get("model", ""))
+        if key not in newest or newest[key]["recorded"] < result["recorded"]:
+            newest[key] = result
+    if not newest:
+        return NOTHING
+    parts = []
+    for kind in TABLES:
+        for key in sorted(key for key in newest if key[0] == kind):
+            result = newest[key]
+            found = result["environment"]
+            lines = TABLES[kind](result)
+            lines += ["", f"Recorded {result['recorded'][:10]}, torch {found['torch']}."]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def filled(readme: str, text: str) -> str:
+    """``readme`` with ``text`` between the markers.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    if START not in readme or END not in readme:
+        raise ValueError(f"README.md must hold the markers {START!r} and {END!r}")
+    head, _, rest = readme.partition(START)
+    return f"{head}{START}\n{text}\n{END}{rest.partition(END)[2]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fill the results of README.md from the records.")
+    parser.add_argument("--check", action="store_true", help="change nothing, only compare")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+    before = args.readme.read_text(encoding="utf-8")
+    after = filled(before, section(args.results))
+    if args.check:
+        if after != before:
+            print(f"{args.readme}: the results differ: run python scripts/readme_table.py")
+            return 1
+        return 0
+    args.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

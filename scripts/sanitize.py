@@ -1,0 +1,165 @@
+"""Ragged shapes through every family of kernels, for NVIDIA's compute-sanitizer:
+
+    compute-sanitizer --tool memcheck python scripts/sanitize.py
+    compute-sanitizer --tool initcheck python scripts/sanitize.py
+    compute-sanitizer --tool racecheck python scripts/sanitize.py
+
+Every tensor is an allocation of its own, so an access beyond its end is an error that memcheck
+sees. Results are compared with float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# Read when torch starts CUDA.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+from dwswap import build, depthwise_conv2d
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class Problem(NamedTuple):
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    shape: tuple[int, int, int, int]
+    kernel: tuple[int, int]
+    stride: int = 1
+    dilation: int = 1
+    multiplier: int = 1
+    transform: bool = False
+    extra_padding: tuple[int, int] = (0, 0)
+    offset: int = 0  # of the input in its storage, in elements
+    portable: bool = False
+
+
+def problems() -> Iterator[Problem]:
+    """Shapes that no tile divides, for every family of kernels and each way it reads and cuts."""
+    fast = (torch.float32, *HALVES)
+    contiguous, last = FORMATS
+    for size in ((3, 3), (5, 5), (7, 7)):
+        for stride in (1, 2):
+            for i, dtype in enumerate(fast):
+                transform = (size[0] + i) % 2 == 0
+                ragged = Problem(dtype, last, (2, 2, 7, 7), size, stride, transform=transform)
+                # channel_tiles: read by the copy engine, and by 16, 8 and 4 bytes.
+                for channels, portable in ((72, False), (72, True), (20, False), (58, False)):
+                    shape = (2, channels, 7 + 6 * i, 17 - 4 * i)
+                    yield ragged._replace(shape=shape, portable=portable)
+                # plane_strips: whole planes and strips; rolling_rows: what is not aligned.
+                ragged = ragged._replace(memory_format=contiguous)
+                for offset in (0, 1):
+                    yield ragged._replace(shape=(2, 7, 9 + 6 * i, 15 + 2 * i), offset=offset)
+                yield ragged._replace(shape=(1, 2, 11, 803 + i))
+        # Outputs enough for the kernels that compute many rows per thread.
+        yield Problem(torch.float16, contiguous, (25, 96, 30, 31), size)
+        yield Problem(torch.float16, last, (25, 96, 30, 31), size)
+        yield Problem(torch.float32, last, (25, 96, 30, 31), size, portable=True)
+        for memory_format in FORMATS:
+            # Rows of outputs that see nothing but padding, at both ends of the tensor.
+            for transform in (False, True):
+                shape = (2, 8, 9, 901)
+                padded = Problem(torch.float16, memory_format, shape, size, transform=transform)
+                yield padded._replace(extra_padding=(6, 0))
+                yield padded._replace(shape=(3, 8, 11, 13), extra_padding=(9, 5))
+    for kernel in ((3, 1), (1, 3), (3, 7), (7, 3)):
+        for dtype in fast:
+            yield Problem(dtype, contiguous, (2, 3, 19, 21), kernel)
+    for memory_format in FORMATS:
+        # What the general kernel takes.
+        for dtype in (*fast, torch.float64):
+            yield Problem(dtype, memory_format, (2, 3, 10, 13), (1, 11), transform=True)
+            yield Problem(dtype, memory_format, (1, 57, 1, 33), (3, 3), transform=True)
+            yield Problem(dtype, memory_format, (1, 5, 11, 9), (5, 5), dilation=2)
+            yield Problem(dtype, memory_format, (2, 4, 7, 7), (4, 2), stride=3, multiplier=3)
+
+
+def place(values: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """A copy on the GPU in the memory format and at the offset of the problem."""
+    laid_out = values.contiguous(memory_format=problem.memory_format)
+    buffer = torch.zeros(values.numel() + problem.offset, dtype=values.dtype, device="cuda")
+    return buffer.as_strided(values.shape, laid_out.stride(), problem.offset).copy_(laid_out)
+
+
+def check(problem: Problem) -> str | None:
+    """Run one problem; returns what is wrong with its result."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(problem.dtype)
+
+    channels = problem.shape[1]
+    input = draw(*problem.shape)
+    weight = draw(channels * problem.multiplier, 1, *problem.kernel)
+    bias, input_bias = draw(weight.shape[0]), draw(channels)
+    padding = [problem.dilation * size // 2 for size in problem.kernel]
+    padding = [p + extra for p, extra in zip(padding, problem.extra_padding, strict=True)]
+    os.environ["DWSWAP_PORTABLE"] = str(int(problem.portable))  # read at each launch
+    ours = depthwise_conv2d(
+        place(input, problem),
+        weight.cuda(),
+        bias.cuda(),
+        problem.stride,
+        padding,
+        problem.dilation,
+        input_bias=input_bias.cuda() if problem.transform else None,
+        input_activation="relu6" if problem.transform else "none",
+        activation="silu" if problem.transform else "none",
+    )
+    # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
+    result = (ours * 1).cpu().double()
+    hidden = input.double()
+    if problem.transform:
+        hidden = F.relu6(hidden + input_bias.double()[:, None, None])
+    exact = F.conv2d(
+        hidden,
+        weight.double(),
+        bias.double(),
+        problem.stride,
+        padding,
+        problem.dilation,
+        groups=channels,
+    )
+    exact = F.silu(exact) if problem.transform else exact
+    if result.shape != exact.shape:
+        return f"shape {tuple(result.shape)} instead of {tuple(exact.shape)}"
+    # Errors of the arithmetic are for the tests; here wrong memory must show.
+    bound = 16 * torch.finfo(problem.dtype).eps * max(1.0, exact.abs().max().item())
+    error = (result - exact).abs().max().item()
+    if not error <= bound:  # NaN fails as well
+        return f"error {error:.3e} instead of at most {bound:.3e}"
+    return None
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("sanitize: PyTorch sees no CUDA GPU", file=sys.stderr)
+        return 1
+    count, failures = 0, 0
+    with torch.no_grad():
+        for problem in problems():
+            wrong = check(problem)
+            count += 1
+            if wrong is not None:
+                failures += 1
+                print(f"{problem}: {wrong}", file=sys.stderr)
+    torch.cuda.synchronize()
+    if not build.status().loaded:
+        print(f"sanitize: no kernels of ours ran: {build.status().reason}", file=sys.stderr)
+        return 1
+    print(f"sanitize: {count} cases, {failures} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

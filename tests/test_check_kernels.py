@@ -1,0 +1,148 @@
+"""scripts/check_kernels.py: what it reads from ptxas, and what it fails on."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from dwswap import toolkit
+from dwswap.toolkit import BuildError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_kernels.py"
+
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1aPf' for 'sm_80'
+ptxas info    : Function properties for _Z1aPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 4096 bytes smem, 380 bytes cmem[0]
+ptxas info    : Compile time = 5.120 ms
+ptxas info    : Compiling entry function '_Z1bPf' for 'sm_80'
+ptxas info    : Function properties for _Z1bPf
+    16 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 16 bytes cumulative stack size
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1aPf' for 'sm_90'
+ptxas info    : Function properties for _Z1aPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for helper
+    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+"""
+
+CLEAN = """
+template <typename T, int size>
+__global__ void scale_kernel(T* out) { out[threadIdx.x] *= size; }
+template __global__ void scale_kernel<float, 3>(float*);
+"""
+
+SPILLING = """
+__global__ __launch_bounds__(1024, 2) void spill_kernel(const float* in, float* out, int count) {
+  float values[96];
+#pragma unroll
+  for (int i = 0; i < 96; ++i) values[i] = in[i * 1024 + threadIdx.x];
+  for (int k = 0; k < count; ++k) {
+#pragma unroll
+    for (int i = 0; i < 96; ++i) values[i] = values[i] * values[(i + 7) % 96] + k;
+  }
+#pragma unroll
+  for (int i = 0; i < 96; ++i) out[i * 1024 + threadIdx.x] = values[i];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def script():
+    if not SCRIPT.exists():
+        pytest.skip("scripts/ is part of a checkout only")
+    spec = importlib.util.spec_from_file_location("check_kernels", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["check_kernels"] = module  # dataclasses look their module up
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = path
+    del sys.modules["check_kernels"]
+
+
+@pytest.fixture
+def compiler():
+    try:
+        toolkit.find_nvcc()
+        toolkit.find_host_compiler()
+    except BuildError as error:
+        pytest.skip(f"nothing to compile with: {error}")
+
+
+def test_the_report_of_ptxas(script):
+    usages = script.parse_ptxas(REPORT)
+    assert [(usage.name, usage.architecture, usage.registers) for usage in usages] == [
+        ("_Z1aPf", "sm_80", 40),
+        ("_Z1bPf", "sm_80", 255),
+        ("_Z1aPf", "sm_90", 32),
+    ]
+    assert [usage.shared for usage in usages] == [4096, 0, 0]
+    assert [(usage.stack, usage.spill_stores, usage.spill_loads) for usage in usages] == [
+        (0, 0, 0),
+        (16, 20, 24),
+        (8, 0, 0),
+    ]
+    assert [usage.faulty for usage in usages] == [False, True, True]
+
+
+def test_a_report_in_another_format_is_an_error(script):
+    with pytest.raises(ValueError, match="no resources for _Z1aPf on sm_80"):
+        script.parse_ptxas(REPORT.replace("registers", "regs"))
+
+
+@pytest.mark.parametrize(
+    ("full", "short"),
+    [
+        ("plain(float*)", "plain"),
+        ("void a::ns::kernel<float, 3>(a::Params)", "ns::kernel<float, 3>"),
+        ("void (anonymous namespace)::k<float, (int)3>(P<int>)", "k<float, 3>"),
+        ("void a::k<a::T<__half, (bool)1>, (a::Act)2>(a::P, int)", "a::k<T<__half, 1>, 2>"),
+        ("void k<(unsigned int)4, -1>(float (*)(int))", "k<4, -1>"),
+        ("_Zmangled", "_Zmangled"),
+    ],
+)
+def test_short_names(script, full, short):
+    assert script.shorten(full) == short
+
+
+def test_clean_kernels_pass(script, compiler, tmp_path, capsys):
+    (tmp_path / "a.cu").write_text(CLEAN)
+    assert script.main(["--csrc", str(tmp_path), "8.0", "9.0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    name = "scale_kernel<float, 3>" if shutil.which("c++filt") else "scale_kernel"
+    assert [name in line for line in lines] == [False, True, True, True]
+    assert lines[-1].startswith("check_kernels: 1 kernels x 2 architectures")
+    assert "0 spills" in lines[-1]
+
+
+def test_spills_fail(script, compiler, tmp_path, capsys):
+    (tmp_path / "a.cu").write_text(CLEAN)
+    (tmp_path / "b.cu").write_text(SPILLING)
+    assert script.main(["--csrc", str(tmp_path), "9.0"]) == 1
+    output = capsys.readouterr().out
+    faults = [line for line in output.splitlines() if "FAULT" in line]
+    assert faults[0].startswith("spill_kernel")
+    assert "FAULT: spill_kernel" in faults[1]
+    assert len(faults) == 2
+    assert "1 spill," in output
+
+
+def test_errors_fail(script, compiler, tmp_path, capsys):
+    (tmp_path / "a.cu").write_text("__global__ void k() { oops }")
+    assert script.main(["--csrc", str(tmp_path), "9.0"]) == 1
+    assert 'identifier "oops" is undefined' in capsys.readouterr().out
+
+
+def test_nothing_to_check_fails(script, compiler, tmp_path):
+    assert script.main(["--csrc", str(tmp_path)]) == 1
+    (tmp_path / "a.cu").write_text("int host() { return 1; }")
+    assert script.main(["--csrc", str(tmp_path), "9.0"]) == 1

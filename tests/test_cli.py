@@ -1,0 +1,351 @@
+"""The ``dwswap`` command: what it prints and saves, and what it answers to wrong requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dwswap
+from dwswap import build
+from dwswap.cli import doctor, main, models
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU())
+
+def broken():
+    raise ValueError("no such width")
+
+def not_a_module():
+    return 3
+
+def needs_values():
+    assert torch.linspace(0, 1, 3).sum().item() > 0
+    return model()
+
+number = 3
+"""
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """No line is wrapped, so that texts can be looked for."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A user's module in the working directory."""
+    (tmp_path / "dwswap_test_models.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "dwswap_test_models"
+    sys.modules.pop("dwswap_test_models", None)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"dwswap {dwswap.__version__}\n"
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    assert exit.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "dwswap", "explain", "mobilnet_v2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "mobilenet_v2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# explain
+
+
+def test_explain_torchvision(capsys, wide, tmp_path):
+    pytest.importorskip("torchvision")
+    path = tmp_path / "new" / "report.json"
+    assert main(["explain", "mobilenet_v3_small", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "features.1.block.0.0" in out
+    saved = json.loads(path.read_text())
+    assert saved["kind"] == "explain"
+    assert saved["environment"]["torch"] == torch.__version__
+    decisions = [layer["decision"] for layer in saved["report"]["layers"]]
+    assert decisions.count("swapped") == 11
+
+
+def test_explain_train_mode(capsys, wide):
+    pytest.importorskip("torchvision")
+    assert main(["explain", "shufflenet_v2_x0_5", "--train"]) == 0
+    assert "substitution" in capsys.readouterr().out
+
+
+def test_explain_detection_model(capsys, wide):
+    pytest.importorskip("torchvision")
+    assert main(["explain", "ssdlite320_mobilenet_v3_large"]) == 0
+    assert "31 of" in capsys.readouterr().out
+
+
+def test_explain_timm(capsys, wide):
+    pytest.importorskip("timm")
+    assert main(["explain", "timm/mobilenetv3_small_050"]) == 0
+    assert "swapped" in capsys.readouterr().out
+
+
+def test_explain_input_size(own, capsys, wide):
+    assert main(["explain", f"{own}:model", "--input-size", "1x6x20x30"]) == 0
+    assert "1x6x20x30" in capsys.readouterr().out
+
+
+def test_explain_input_that_does_not_fit(own, capsys):
+    assert main(["explain", f"{own}:model", "--input-size", "20x30"]) == 2
+    err = capsys.readouterr().err
+    assert "--input-size 1x3x20x30" in err
+    assert "6 channels" in err
+    assert "Traceback" not in err
+
+
+def test_explain_own_model(own, capsys, wide):
+    assert main(["explain", f"{own}:model"]) == 0
+    assert "depthwise" in capsys.readouterr().out
+
+
+def test_explain_constructor_that_cannot_run_on_meta(own, capsys, wide):
+    assert main(["explain", f"{own}:needs_values"]) == 0
+    assert "depthwise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("{own}:broken", "raised ValueError: no such width"),
+        ("{own}:not_a_module", "must return a torch.nn.Module, got int"),
+        ("{own}:number", "must be callable or a torch.nn.Module, got int"),
+        ("{own}:modle", "Did you mean model"),
+        ("no_such_package_at_all:model", "cannot import 'no_such_package_at_all'"),
+        ("keras/mobilenet", "unknown library 'keras'"),
+    ],
+)
+def test_explain_refuses(own, argument, expected, capsys):
+    assert main(["explain", argument.format(own=own)]) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_unknown_model_suggests(capsys):
+    pytest.importorskip("torchvision")
+    assert main(["explain", "mobilnet_v2"]) == 2
+    err = capsys.readouterr().err
+    assert "unknown model 'mobilnet_v2'" in err
+    assert "Did you mean mobilenet_v2" in err
+
+
+def test_missing_torchvision_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(models.LOOKUPS, "torchvision", absent("torchvision"))
+    monkeypatch.setitem(models.LOOKUPS, "timm", absent("timm"))
+    assert main(["explain", "mobilenet_v2"]) == 2
+    assert "pip install 'dwswap[bench]'" in capsys.readouterr().err
+    assert main(["explain", "timm/mobilenetv2_100"]) == 2
+    assert "pip install timm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["", "x", "224x", "0", "-3", "big"])
+def test_explain_refuses_input_size(size, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["explain", "mobilenet_v2", "--input-size", size])
+    assert exit.value.code == 2
+    assert "--input-size" in capsys.readouterr().err
+
+
+def test_unwritable_json(own, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["explain", f"{own}:model", "--json", str(tmp_path / "file" / "x.json")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+# doctor
+
+
+def test_doctor(capsys, wide, tmp_path):
+    path = tmp_path / "doctor.json"
+    code = main(["doctor", "--json", str(path)])
+    checks = {check["name"]: check for check in json.loads(path.read_text())["checks"]}
+    out = capsys.readouterr().out
+    failed = [name for name, check in checks.items() if check["status"] == "fail"]
+    assert code == (1 if failed else 0)
+    assert {"torch", "GPU", "nvcc", "cache", "kernels", "operator, cpu"} <= set(checks)
+    assert checks["operator, cpu"]["status"] == "ok"
+    assert torch.__version__ in checks["torch"]["found"]
+    for name in checks:
+        assert name in out
+
+
+def test_doctor_without_compilers(monkeypatch, tmp_path):
+    """What is missing is named, with what to install; without a GPU nothing has failed."""
+    monkeypatch.setattr(doctor, "find_nvcc", raising(build.BuildError("install an nvcc")))
+    monkeypatch.setattr(doctor, "find_host_compiler", raising(build.BuildError("install g++")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {check.name: check for check in doctor.checks()}
+    assert (found["nvcc"].status, found["nvcc"].advice) == ("warn", "install an nvcc")
+    assert (found["host compiler"].status, found["host compiler"].advice) == ("warn", "install g++")
+
+
+def test_doctor_fails_where_the_kernels_do(monkeypatch):
+    """A GPU whose kernels cannot be built: the missing tool fails, and so does the whole."""
+    broken = build.Status(attempted=True, reason="no CUDA compiler")
+    monkeypatch.setattr(build, "status", lambda: broken)
+    assert doctor._kernels(gpu=True).status == "fail"
+    tool = doctor._tool("nvcc", raising(build.BuildError("install it")), needed=True)
+    assert (tool.status, tool.advice) == ("fail", "install it")
+    monkeypatch.setattr(doctor, "checks", lambda: iter([tool]))
+    assert main(["doctor"]) == 1
+
+
+def test_doctor_unwritable_cache(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DWSWAP_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    check = doctor._cache()
+    assert check.status == "warn"
+    assert "DWSWAP_CACHE_DIR" in check.advice
+
+
+def test_doctor_notices_wrong_numbers(monkeypatch):
+    monkeypatch.setattr(dwswap, "depthwise_conv2d", lambda x, *rest, **options: x.new_zeros(1))
+    assert doctor._operator(torch.device("cpu")).status == "fail"
+
+
+# build
+
+
+def test_build_passes_the_request_on(monkeypatch, capsys, wide):
+    seen = []
+    monkeypatch.setattr(
+        build, "build", lambda archs, force: seen.append((archs, force)) or Path("/cache/lib.so")
+    )
+    assert main(["build", "--arch", "8.0", "9.0", "--force"]) == 0
+    assert seen == [(["8.0", "9.0"], True)]
+    assert "/cache/lib.so" in capsys.readouterr().out
+
+
+def test_build_error_is_one_message(monkeypatch, capsys):
+    monkeypatch.setattr(build, "build", raising(build.BuildError("no CUDA compiler: install it")))
+    assert main(["build"]) == 1
+    err = capsys.readouterr().err
+    assert "no CUDA compiler: install it" in err
+    assert "Traceback" not in err
+
+
+def test_build_refuses_an_architecture(capsys):
+    assert main(["build", "--arch", "hopper"]) == 1
+    assert "hopper" in capsys.readouterr().err
+
+
+# demo
+
+
+def test_demo(tmp_path, capsys, wide):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("PIL")
+    arguments = ["--model", "shufflenet_v2_x0_5", "--device", "cpu", "--batch", "1"]
+    assert main(["demo", *arguments, "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "random weights" in out
+    assert "needs an NVIDIA GPU" in out
+    assert "channels_last" in out
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert saved["kind"] == "demo"
+    assert saved["report"]["verification"]["passed"]
+    assert {(row["layout"], row["batch"]) for row in saved["timings"]} == {
+        ("NCHW", 1),
+        ("channels_last", 1),
+    }
+    assert all(row["passed"] and row["optimized"]["microseconds"] > 0 for row in saved["timings"])
+    assert os.listdir(tmp_path / "out") == ["report.json"]
+
+
+def test_demo_own_image_and_weights(tmp_path, capsys, wide):
+    torchvision = pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (300, 200), (200, 30, 30)).save(tmp_path / "red.png")
+    model = torchvision.models.shufflenet_v2_x0_5(weights=None)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pt")
+    arguments = ["--model", "shufflenet_v2_x0_5", "--device", "cpu", "--batch", "1"]
+    arguments += ["--image", str(tmp_path / "red.png"), "--weights", str(tmp_path / "weights.pt")]
+    assert main(["demo", *arguments, "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "red.png, 300 x 200" in out
+    assert "weights of weights.pt" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "mobilnet_v2"], "Did you mean mobilenet_v2"),
+        (["--model", "ssdlite320_mobilenet_v3_large"], "must be a torchvision classification"),
+        (["--image", "no-such-file.jpg"], "cannot read the photograph"),
+        (["--image", __file__], "cannot read the photograph"),
+        (["--weights", "no-such-file.pt"], "cannot load the weights"),
+        (["--device", "tpu"], "--device must be cpu or cuda"),
+        (["--device", "cuda:99"], "CUDA GPUs"),
+        (["--output", __file__], "cannot make the output folder"),
+        (["--output", __file__ + "/out"], "cannot make the output folder"),
+    ],
+)
+def test_demo_refuses(arguments, expected, tmp_path, capsys, wide):
+    pytest.importorskip("torchvision")
+    output = [] if "--output" in arguments else ["--output", str(tmp_path)]
+    assert main(["demo", *arguments, *output]) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_demo_weights_of_another_model(tmp_path, capsys, wide):
+    pytest.importorskip("torchvision")
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
+    arguments = ["--weights", str(tmp_path / "weights.pt"), "--output", str(tmp_path)]
+    assert main(["demo", *arguments]) == 2
+    assert "cannot load the weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", ["0", "-1", "many"])
+def test_demo_refuses_batch(batch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["demo", "--batch", batch])
+    assert exit.value.code == 2
+    assert "--batch" in capsys.readouterr().err
+
+
+def raising(error):
+    def raise_it(*args, **options):
+        raise error
+
+    return raise_it
+
+
+def absent(package):
+    return raising(ModuleNotFoundError(f"No module named {package!r}", name=package))

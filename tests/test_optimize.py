@@ -1,0 +1,319 @@
+"""optimize and explain: modes, arguments, what the caller's model keeps."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import MODES, Block, ControlFlow, depthwise, image, optimized, snapshot
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+
+import dwswap
+from dwswap import DepthwiseConv2d, build, rewrite
+
+
+def test_eval_mode_gives_a_graph_for_inference() -> None:
+    model = Block().eval()
+    x = image()
+    expected = model(x)
+    before = snapshot(model)
+
+    fast = dwswap.optimize(model)
+
+    assert isinstance(fast, fx.GraphModule)
+    assert snapshot(model) == before
+    assert type(fast.depthwise) is DepthwiseConv2d
+    assert type(fast.expand) is nn.Conv2d
+    nodes = [n.target for n in fast.graph.nodes if n.op == "call_module"]
+    assert nodes == ["expand", "depthwise", "norm", "dropout"]
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert fast.name == "block"
+    torch.testing.assert_close(fast(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", MODES[1:])
+def test_substitution_keeps_the_class(how: dict[str, bool]) -> None:
+    model, fast = optimized(how)
+    assert type(fast) is Block
+    assert fast.method() == "block"
+    assert type(fast.depthwise) is DepthwiseConv2d
+    assert type(model.depthwise) is nn.Conv2d
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert [m.training for m in fast.modules()] == [m.training for m in model.modules()]
+    torch.manual_seed(0)
+    expected = model(image())
+    torch.manual_seed(0)
+    torch.testing.assert_close(fast(image()), expected, rtol=0, atol=1e-5)
+
+
+def test_train_mode_trains() -> None:
+    model = Block().train()
+    fast = dwswap.optimize(model)
+    for m in (model, fast):
+        torch.manual_seed(0)
+        m(image()).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    in_eval = dwswap.optimize(fast.eval())
+    assert dwswap.report(in_eval).mode == "graph"
+    torch.testing.assert_close(in_eval(image()), fast(image()))
+
+
+@pytest.mark.parametrize("how", MODES)
+def test_checkpoints_load_both_ways(how: dict[str, bool]) -> None:
+    model, fast = optimized(how)
+    other, other_fast = optimized(how)
+    other.load_state_dict(fast.state_dict())
+    other_fast.load_state_dict(model.state_dict())
+    for m in (other, other_fast):
+        for name, value in m.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("how", MODES)
+def test_inplace_shares_the_parameters(how: dict[str, bool]) -> None:
+    model = Block().train(how["train"])
+    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    fast = dwswap.optimize(model, inplace=True, fuse=how["fuse"])
+    substitution = dwswap.report(fast).mode == "substitution"
+    assert (fast is model) == substitution
+    assert type(model.depthwise) is (DepthwiseConv2d if substitution else nn.Conv2d)
+    assert all(p is parameters[name] for name, p in fast.named_parameters())
+    assert all(b is buffers[name] for name, b in fast.named_buffers())
+
+
+def test_copy_shares_nothing() -> None:
+    model = Block().eval()
+    fast = dwswap.optimize(model)
+    mine = {t.data_ptr() for t in model.state_dict().values()}
+    assert mine.isdisjoint(t.data_ptr() for t in fast.state_dict().values())
+
+
+def test_a_hook_handle_of_the_original_still_removes_after_inplace() -> None:
+    model = nn.Sequential(depthwise(), nn.ReLU())
+    handle = model[1].register_forward_hook(lambda _m, _args, output: output + 1)
+    dwswap.optimize(model, inplace=True, fuse=False)
+    handle.remove()
+    assert model(image(8)).min() == 0
+
+
+def test_autocast_reaches_the_operator() -> None:
+    model = Block().eval()
+    fast = dwswap.optimize(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, expected = fast(image()), model(image())
+    assert output.dtype == expected.dtype
+    torch.testing.assert_close(output, expected)
+
+
+def test_no_depthwise_convolution_leaves_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    fast = dwswap.optimize(model)
+    assert type(fast) is nn.Sequential
+    assert fast is not model
+    assert dwswap.report(fast).mode == "unchanged"
+    assert dwswap.optimize(model, inplace=True) is model
+
+
+def test_idempotent() -> None:
+    for train in (False, True):
+        once = dwswap.optimize(Block().train(train))
+        twice = dwswap.optimize(once)
+        assert [layer.reason for layer in dwswap.report(twice).swapped] == ["already_swapped"]
+        assert dwswap.report(twice).mode == dwswap.report(once).mode
+        assert dwswap.optimize(once, inplace=True) is once
+        assert list(twice.state_dict()) == list(once.state_dict())
+
+
+def test_graph_module_in_graph_module_out() -> None:
+    model = Block().eval()
+    traced = fx.symbolic_trace(model)
+    traced.register_forward_hook(lambda _m, _args, output: output + 1)
+    fast = dwswap.optimize(traced)
+    assert isinstance(fast, fx.GraphModule)
+    assert dwswap.report(fast).mode == "graph"
+    assert type(fast.depthwise) is DepthwiseConv2d
+    assert type(traced.depthwise) is nn.Conv2d
+    torch.testing.assert_close(fast(image()), traced(image()))
+    assert dwswap.optimize(traced, inplace=True) is traced
+    assert type(traced.depthwise) is DepthwiseConv2d
+
+
+def test_exported_program_module() -> None:
+    model = Block().eval()
+    program = torch.export.export(model, (image(),))
+    with pytest.raises(TypeError, match=r"ExportedProgram; pass program\.module"):
+        dwswap.optimize(program)  # type: ignore[arg-type]
+    module = program.module()
+    fast = dwswap.optimize(module)
+    (layer,) = dwswap.report(fast).swapped
+    assert layer.kind == "functional"
+    torch.testing.assert_close(fast(image()), module(image()))
+
+
+def test_skip_on_an_exported_program() -> None:
+    """Its nodes name modules that it does not have; the one nearest above is asked about."""
+    module = torch.export.export(Block().eval(), (image(),)).module()
+    asked = []
+    fast = dwswap.optimize(module, skip=lambda m, path: asked.append((m, path)) is None)
+    assert [(type(m), path) for m, path in asked] == [(type(module.depthwise), "depthwise")]
+    assert [layer.reason for layer in dwswap.report(fast).layers] == ["not_depthwise", "skipped"]
+
+
+def test_skip() -> None:
+    model = nn.Sequential(depthwise(), depthwise(), nn.Conv2d(8, 8, 1)).eval()
+    asked = []
+
+    def skip(module: nn.Module, path: str) -> bool:
+        asked.append(path)
+        return module is model[1]
+
+    fast = dwswap.optimize(model, skip=skip)
+    assert [layer.reason for layer in dwswap.report(fast).layers] == [
+        "depthwise",
+        "skipped",
+        "not_depthwise",
+    ]
+    assert asked == ["0", "1"]
+    assert type(fast.get_submodule("1")) is nn.Conv2d
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("case", ["graph", "substitution", "root"])
+def test_failure_leaves_the_model_untouched(
+    monkeypatch: pytest.MonkeyPatch, inplace: bool, case: str
+) -> None:
+    models = {
+        "graph": Block().eval(),
+        "substitution": ControlFlow().eval(),
+        "root": fx.symbolic_trace(Block().eval()),
+    }
+    model = models[case]
+    x = image()
+    expected = model(x)
+    before = snapshot(model)
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("half-way")
+
+    if case == "substitution":
+        monkeypatch.setattr(rewrite, "traceable_submodules", failing)
+    else:
+        monkeypatch.setattr(rewrite, "INFERENCE_PASSES", (failing,))
+    with pytest.raises(RuntimeError, match="half-way"):
+        dwswap.optimize(model, inplace=inplace)
+    assert snapshot(model) == before
+    assert torch.equal(model(x), expected)
+
+
+def test_explain_changes_nothing_and_agrees_with_optimize() -> None:
+    for model in (Block().eval(), Block().train(), ControlFlow().eval(), depthwise().eval()):
+        before = snapshot(model)
+        report = dwswap.explain(model)
+        assert snapshot(model) == before
+        assert report == dwswap.report(dwswap.optimize(model))
+
+
+def test_explain_runs_on_meta_and_copies_no_weights() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(depthwise(1 << 20), nn.Linear(1 << 20, 1 << 20)).eval()
+    (layer,) = dwswap.explain(model).layers
+    assert layer.decision == "swapped"
+
+
+def test_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="dwswap"):
+        fast = dwswap.optimize(Block().eval())
+    assert [r.getMessage() for r in caplog.records] == [dwswap.report(fast).summary()]
+    assert caplog.records[0].levelno == logging.INFO
+
+
+def test_example_inputs_give_shapes() -> None:
+    model = Block().eval()
+    for example in (image(), (image(),), {"x": image()}):
+        shapes = [layer.input_shape for layer in dwswap.explain(model, example).layers]
+        assert shapes == [(2, 3, 9, 9), (2, 8, 9, 9)]
+    for other in (ControlFlow().eval(), Block().train()):
+        report = dwswap.explain(other, image())
+        assert [layer.input_shape for layer in report.layers] == shapes
+    on_meta = dwswap.explain(Block().to("meta"), image().to("meta"))
+    assert [layer.input_shape for layer in on_meta.layers] == shapes
+
+
+def test_example_inputs_leave_batchnorm_statistics() -> None:
+    model = nn.Sequential(ControlFlow()).train()
+    before = copy.deepcopy(model.state_dict())
+    dwswap.explain(model, image())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (lambda: ("model",), TypeError, "model must be .* got str"),
+        (lambda: (torch.compile(Block()),), TypeError, "must not be compiled"),
+        (lambda: (Block(), [image()]), TypeError, "example_inputs must be .* got list"),
+        (lambda: (Block(), (image(), image())), ValueError, "must fit the forward of Block"),
+        (lambda: (Block(), {"y": image()}), ValueError, "must fit the forward of Block"),
+        (lambda: (Block(), image(5)), ValueError, "that Block accepts; it fails on them"),
+        (lambda: (Block().eval(), image(5)), ValueError, "accepts; it fails on them"),
+    ],
+)
+def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -> None:
+    for function in (dwswap.optimize, dwswap.explain):
+        with pytest.raises(error, match=message):
+            function(*arguments())
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(TypeError, match="skip must be callable"):
+        dwswap.optimize(Block(), skip="features")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="verify=True needs example_inputs"):
+        dwswap.optimize(Block(), verify=True)
+
+
+def test_model_that_cannot_be_copied() -> None:
+    model = ControlFlow().eval()
+    model.stream = (i for i in range(3))
+    with pytest.raises(ValueError, match="inplace=True"):
+        dwswap.optimize(model)
+    dwswap.optimize(model, inplace=True)
+    assert type(model.block.depthwise) is DepthwiseConv2d
+    assert next(model.stream) == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (build.Status(loaded=True), "CUDA kernels"),
+        (build.Status(loaded=True, seconds=41.6), "CUDA kernels, built in 42 s"),
+        (build.Status(attempted=True, reason="no nvcc"), "aten on CUDA: no nvcc"),
+    ],
+)
+def test_kernels_of_a_model_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, status: build.Status, text: str
+) -> None:
+    loads = []
+    monkeypatch.setattr(build, "load", lambda: loads.append(1))
+    monkeypatch.setattr(build, "status", lambda: status)
+    with FakeTensorMode():
+        on_gpu = torch.empty(1, device="cuda")  # says that it is
+    for model in (Block().eval(), nn.Sequential(nn.ReLU())):
+        model.register_buffer("on_gpu", on_gpu)
+        swapped = len(dwswap.explain(model).swapped)
+        assert loads == []
+        fast = dwswap.optimize(model, inplace=True)
+        assert dwswap.report(fast).kernels == text
+        assert len(loads) == swapped
+        loads.clear()
+
+
+def test_kernels_of_a_model_without_gpu() -> None:
+    assert dwswap.explain(Block()).kernels == "composite (CPU)"
+    assert dwswap.explain(Block().to("meta")).kernels == "composite (META)"

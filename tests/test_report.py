@@ -1,0 +1,121 @@
+"""The report: content, rendering, JSON, where it lives."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+from tiny_models import Block, ControlFlow, depthwise, image
+from torch import nn
+
+import dwswap
+from dwswap.report import REASONS, Layer, LayerErrors, Report, Verification
+
+
+def test_layer_lines() -> None:
+    model = Block(kernel_size=(3, 5), stride=2, padding=(1, 2), dilation=1, multiplier=2).eval()
+    expand, layer = dwswap.report(dwswap.optimize(model, image())).layers
+    assert layer == Layer(
+        path="depthwise",
+        kind="module",
+        decision="swapped",
+        reason="depthwise",
+        detail=REASONS["depthwise"],
+        weight_shape=(16, 1, 3, 5),
+        kernel_size=(3, 5),
+        stride=(2, 2),
+        padding=(1, 2),
+        dilation=(1, 1),
+        groups=8,
+        dtype="float32",
+        input_shape=(2, 8, 9, 9),
+    )
+    assert (expand.decision, expand.reason) == ("kept", "not_depthwise")
+    assert expand.detail == "groups 1 of 3 channels"
+
+
+def test_text() -> None:
+    report = dwswap.report(dwswap.optimize(Block().eval(), image(), verify=True))
+    lines = str(report).splitlines()
+    assert len(lines) == 5
+    for word in ("layer", "input", "weight", "stride", "pad", "decision", "reason", "error"):
+        assert word in lines[0]
+    assert "2x3x9x9" in lines[1]
+    assert "not_depthwise: groups 1 of 3 channels" in lines[1]
+    assert "8x1x3x3" in lines[2]
+    assert "swapped" in lines[2]
+    assert lines[3] == report.summary()
+    assert lines[3].startswith(
+        "Block: 1 of 2 convolutions swapped (graph; composite (CPU)); kept: 1 not_depthwise; "
+        "verify passed"
+    )
+    assert lines[4].startswith("verify output: error / PyTorch's ")
+    assert max(map(len, lines[:3])) <= 120
+    assert all(len(line) <= 80 for line in report.render(width=80).splitlines()[:-2])
+
+
+def test_text_takes_paths_literally() -> None:
+    layer = Layer("[bold]x[/bold]", "module", "kept", "skipped", REASONS["skipped"])
+    text = str(Report("M", layers=[layer]))
+    assert "[bold]x[/bold]" in text
+
+
+def test_text_of_an_untraced_model() -> None:
+    report = dwswap.explain(ControlFlow().eval())
+    assert str(report).splitlines()[-1].startswith("not traced as a whole: TraceError: ")
+    assert str(Report("M")) == "M: 0 of 0 convolutions swapped (unchanged; )"
+
+
+def test_text_shows_failures_and_changes() -> None:
+    errors = LayerErrors(1.0, 0.1, 0.3)
+    layer = Layer("a", "module", "kept", "verify_failed", "put back", errors=errors)
+    other = dataclasses.replace(layer, path="b", errors=None, changes=("folded BatchNorm",))
+    verification = Verification(False, {"output": errors}, ("a note",))
+    text = str(Report("M", layers=[layer, other], verification=verification))
+    assert "1 / 0.1 FAILED" in text
+    assert "folded BatchNorm" in text
+    assert "verify: a note" in text
+    assert "verify FAILED" in text
+
+
+def test_json() -> None:
+    report = dwswap.report(dwswap.optimize(Block().eval(), image(), verify=True))
+    loaded = json.loads(json.dumps(report.to_dict()))
+    assert loaded["mode"] == "graph"
+    assert loaded["summary"] == report.summary()
+    assert loaded["layers"][1]["path"] == "depthwise"
+    assert loaded["layers"][1]["weight_shape"] == [8, 1, 3, 3]
+    assert loaded["layers"][1]["errors"].keys() == {"ours", "pytorch", "limit", "problem"}
+    assert loaded["verification"]["passed"] is True
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_lives_with_the_model(fuse: bool) -> None:
+    fast = dwswap.optimize(Block().eval(), fuse=fuse)
+    report = dwswap.report(fast)
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert dwswap.report(again) == report
+    for restored in (dwswap.restore(fast), dwswap.restore(fast, inplace=True)):
+        with pytest.raises(ValueError, match=r"dwswap\.explain"):
+            dwswap.report(restored)
+
+
+def test_report_of_any_other_model() -> None:
+    with pytest.raises(ValueError, match=r"must come from dwswap\.optimize, got a Sequential"):
+        dwswap.report(nn.Sequential(depthwise()))
+
+
+def test_errors_that_are_worse() -> None:
+    good, better = LayerErrors(1.0, 1.0, 2.0), LayerErrors(0.5, 1.0, 2.0)
+    bad = LayerErrors(3.0, 1.0, 2.0)
+    broken = LayerErrors(0.0, 1.0, 2.0, problem="shape")
+    assert good.passed
+    assert not bad.passed
+    assert not broken.passed
+    assert good.worse(better) == better.worse(good) == good
+    assert good.worse(None) == good
+    for failed in (bad, broken):
+        assert good.worse(failed) == failed.worse(good) == failed

@@ -1,0 +1,284 @@
+"""verify=True: the rule, what it finds, what it puts back."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import Block, ControlFlow, Functional, depthwise, image
+from torch import Tensor, fx, nn
+
+import dwswap
+from dwswap import DepthwiseConv2d, registration
+from dwswap.report import Verification
+from dwswap.verify import compare
+
+
+def verified(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Any, Verification]:
+    fast = dwswap.optimize(model, example_inputs, verify=True, **options)
+    verification = dwswap.report(fast).verification
+    assert verification is not None
+    return fast, verification
+
+
+@pytest.fixture
+def wrong_layers(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Numbers of channels for which the operator returns wrong results."""
+    channels: set[int] = set()
+    right = registration.depthwise_conv2d
+
+    def wrong(input: Tensor, *args: Any) -> Tensor:
+        output = right(input, *args)
+        return output + 1e-2 if input.shape[-3] in channels else output
+
+    monkeypatch.setattr(registration, "depthwise_conv2d", wrong)
+    return channels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_passes(dtype: torch.dtype, fuse: bool) -> None:
+    fast, verification = verified(Block().eval().to(dtype), image().to(dtype), fuse=fuse)
+    assert verification.passed
+    assert verification.notes == ()
+    report = dwswap.report(fast)
+    (layer,) = report.swapped
+    for errors in (layer.errors, verification.outputs["output"]):
+        assert errors is not None
+        assert errors.ours <= errors.limit
+        assert (errors.pytorch > 0) == (dtype != torch.float64)
+    assert report.layers[0].errors is None
+
+
+def test_failing_layer_is_put_back(wrong_layers: set[int]) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good = depthwise(8)
+            self.widen = nn.Conv2d(8, 12, 1)
+            self.bad = depthwise(12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bad(self.widen(self.good(x)))
+
+    wrong_layers.add(12)
+    x = image(8)
+    for model in (Two().eval(), Two().train(), ControlFlow(Two()).eval()):
+        for inplace in (False, True):
+            prefix = "block." if isinstance(model, ControlFlow) else ""
+            fast, verification = verified(model, x, inplace=inplace)
+            assert verification.passed
+            assert any("put back 1 of 2" in note for note in verification.notes)
+            layers = {layer.path: layer for layer in dwswap.report(fast).layers}
+            bad = layers[prefix + "bad"]
+            assert (bad.decision, bad.reason) == ("kept", "verify_failed")
+            assert bad.errors is not None
+            assert bad.errors.ours > bad.errors.limit
+            assert layers[prefix + "good"].decision == "swapped"
+            assert type(fast.get_submodule(prefix + "bad")) is nn.Conv2d
+            assert type(fast.get_submodule(prefix + "good")) is DepthwiseConv2d
+            dwswap.restore(model, inplace=True)
+            torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-6)
+
+
+def test_failing_call_is_put_back(wrong_layers: set[int]) -> None:
+    def call(x: Tensor, w: Tensor, b: Tensor, c: int) -> Tensor:
+        return F.conv2d(x, w, b, padding="same", groups=c)
+
+    wrong_layers.add(8)
+    x = image(8)
+    for child in (Functional(call), nn.Sequential(Functional(call), Functional(call))):
+        for model in (child.eval(), ControlFlow(child).eval()):
+            mixed = nn.Sequential(OrderedDict(fine=depthwise(), model=model)).eval()
+            wrong_layers.clear()
+            fast, verification = verified(mixed, x)
+            assert verification.passed
+            assert all(layer.errors for layer in dwswap.report(fast).swapped)
+            wrong_layers.add(8)
+            fast, verification = verified(model, x)
+            assert verification.passed
+            reasons = {layer.reason for layer in dwswap.report(fast).layers}
+            assert reasons == {"verify_failed"}
+            assert dwswap.report(fast).mode == "unchanged"
+            assert type(fast) is type(model)
+            torch.testing.assert_close(fast(x), model(x))
+
+
+def test_everything_is_put_back_when_the_whole_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is right on what it gets here, in a model that is wrong all the same."""
+    from dwswap import rewrite
+
+    def break_output(graph_module: fx.GraphModule, context: Any) -> None:
+        (output,) = (n for n in graph_module.graph.nodes if n.op == "output")
+        with graph_module.graph.inserting_before(output):
+            output.args = (graph_module.graph.call_function(torch.mul, (output.args[0], 1.001)),)
+
+    monkeypatch.setattr(rewrite, "INFERENCE_PASSES", (break_output,))
+    model = Block().eval()
+    fast, verification = verified(model, image())
+    assert not verification.passed
+    assert "every layer was put back" in verification.notes[-1]
+    assert dwswap.report(fast).mode == "unchanged"
+    assert dwswap.report(fast).layers[1].reason == "verify_failed"
+    assert type(fast) is Block
+    assert torch.equal(fast(image()), model(image()))
+    assert dwswap.optimize(model, image(), verify=True, inplace=True) is model
+    assert type(model.depthwise) is nn.Conv2d
+
+
+def test_outputs_of_any_structure() -> None:
+    class Detector(ControlFlow):
+        def forward(self, images: list[Tensor], *, scale: float) -> list[dict[str, Any]]:
+            return [
+                {
+                    "scores": super(Detector, self).forward(x[None])[0] * scale,
+                    "labels": self.block(x[None]).flatten().argmax(),
+                    "name": "image",
+                    "size": (x.shape[0], [torch.tensor(True)]),
+                }
+                for x in images
+            ]
+
+    model = Detector().eval()
+    example = {"images": [image(batch=1)[0], image(batch=1)[0] + 1], "scale": 2.0}
+    _, verification = verified(model, example)
+    assert verification.passed
+    assert sorted(verification.outputs) == [
+        f"output[{i}]{name}"
+        for i in range(2)
+        for name in ("['labels']", "['scores']", "['size'][1][0]")
+    ]
+
+
+def test_outputs_of_data_dependent_shape() -> None:
+    class Rounding(Block):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y if x.dtype == torch.float64 else y[:1], y.sum()
+
+    fast, verification = verified(Rounding().eval(), image(), fuse=False)
+    assert verification.passed
+    assert list(verification.outputs) == ["output[1]"]
+    assert "output[0] has another shape in float64" in verification.notes[0]
+    assert len(dwswap.report(fast).swapped) == 1
+
+
+def test_train_mode_is_compared_in_eval_mode() -> None:
+    model = Block().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast, verification = verified(model, image())
+    assert verification.passed
+    assert "train mode" in verification.notes[0]
+    assert all(module.training for module in fast.modules())
+    for name, value in (*model.state_dict().items(), *fast.state_dict().items()):
+        assert torch.equal(value, before[name]), name
+
+
+def test_random_numbers_and_inputs_are_left_alone() -> None:
+    class Random(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x.add_(1)
+            return super().forward(F.dropout(x, 0.5, training=True))
+
+    model = Random().eval()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    x = image()
+    _, verification = verified(model, x, fuse=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, image())
+    assert verification.outputs
+
+
+def test_shared_module_reports_its_worst_call(wrong_layers: set[int]) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = depthwise()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x)) + self.conv(x * 0)
+
+    wrong_layers.add(8)
+    fast, _ = verified(Twice().eval(), image(8))
+    assert dwswap.report(fast).layers[0].reason == "verify_failed"
+
+
+def test_layer_called_by_keyword() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = depthwise()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    for fuse in (True, False):
+        fast, verification = verified(Keyword().eval(), {"x": image(8)}, fuse=fuse)
+        assert verification.passed
+        assert dwswap.report(fast).layers[0].errors is not None
+
+
+def test_models_that_cannot_be_verified() -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        dwswap.optimize(Block().to("meta").eval(), image().to("meta"), verify=True)
+
+    class Half(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.half())
+
+    model = Half().eval().half()
+    with pytest.raises(ValueError, match="runs on example_inputs in float64"):
+        dwswap.optimize(model, image(), verify=True, inplace=True)
+    assert type(model.depthwise) is nn.Conv2d
+
+
+def test_rule() -> None:
+    exact = torch.tensor([1.0, 3.0, -4.0], dtype=torch.float64)
+    theirs = exact.float() + torch.tensor([0, 0, 1e-3])
+    ulp = 2.0**-23 * 4
+    ours = compare(exact.float(), theirs, exact)
+    assert ours.passed
+    assert ours.limit == pytest.approx(2e-3 + ulp, rel=1e-3)
+    assert compare(exact.float() + 1.9e-3, theirs, exact).passed
+    assert not compare(exact.float() + 2.1e-3, theirs, exact).passed
+    # One ulp at the scale of 4 where PyTorch is exact, not more.
+    assert compare(exact.float() + ulp, exact.float(), exact).passed
+    assert not compare(exact.float() + 2 * ulp, exact.float(), exact).passed
+    zero = torch.zeros(2)
+    assert compare(zero, zero, zero.double()).limit == 0
+    assert compare(zero[:0], zero[:0], zero[:0].double()).passed
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "problem"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3, 2), "shape"),
+        (torch.zeros(2), torch.zeros(2).half(), "dtype"),
+        (torch.zeros(3, 2).t(), torch.zeros(2, 3), "strides"),
+        (torch.tensor([math.nan, 1]), torch.tensor([1, math.nan]), "NaN"),
+        (torch.tensor([math.inf, 1]), torch.tensor([1.0, 1]), "not finite"),
+    ],
+)
+def test_kinds_of_difference(ours: Tensor, theirs: Tensor, problem: str) -> None:
+    found = compare(ours, theirs, theirs.double())
+    assert not found.passed
+    assert problem in str(found.problem)
+
+
+def test_overflow_and_nan_where_pytorch_has_them() -> None:
+    exact = torch.tensor([1e6, math.nan, 2.0], dtype=torch.float64)
+    theirs = exact.half()
+    assert theirs[0].isinf()
+    assert compare(theirs, theirs, exact).passed
+
+
+def test_integers_count() -> None:
+    exact = torch.tensor([1, 2, 3, 4])
+    assert compare(exact, exact, exact).passed
+    assert not compare(exact + 1, exact, exact).passed
+    assert compare(exact, torch.tensor([1, 2, 3, 5]), exact).ours == 0
