@@ -24,9 +24,10 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
         ValueError: its length is not 1 or 2, or an element is below ``minimum``.
     """
     # The common case first: it is on the path of every call.
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        if value[0] >= minimum and value[1] >= minimum:
-            return value
+    if isinstance(value, tuple) and len(value) == 2:
+        height, width = value
+        if type(height) is type(width) is int and height >= minimum and width >= minimum:
+            return height, width
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         value = (value, value)
     if not isinstance(value, (tuple, list)) or any(

@@ -1,4 +1,4 @@
-// Bulk tensor copies (TMA) and the barrier they complete on. Device code for sm_90 and later.
+// Bulk tensor copies (TMA) and the barrier they complete on: sm_90, where they are tested.
 #pragma once
 
 #include <cuda.h>
@@ -27,7 +27,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ / 100 == 9
+#define DWSWAP_BULK_COPIES 1
+#else
+#define DWSWAP_BULK_COPIES 0
+#endif
+
+#if DWSWAP_BULK_COPIES
 
 // A barrier for one phase: one arrival (by the thread that issues the copies) and their bytes.
 __device__ __forceinline__ void barrier_init(uint64_t* barrier) {

@@ -46,7 +46,7 @@ channel_tiles::Reader choose_reader(const DepthwiseConv2dParams& p, const Device
   const int bytes = alignment % 16 == 0 ? 16 : alignment % 8 == 0 ? 8 : 4;
   // The copy engine wants 16-byte addresses and pitches, of the weights too.
   const bool bulk = bytes == 16 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 &&
-                    device.major >= 9 && !portable_only() && tensor_map_encoder() != nullptr;
+                    device.major == 9 && !portable_only() && tensor_map_encoder() != nullptr;
   return {bulk, bytes};
 }
 
@@ -64,40 +64,49 @@ Depth choose_depth(const DepthwiseConv2dParams& p, int multiprocessors) {
 
 Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int columns, int rows,
                  int element_bytes, int multiprocessors) {
-  constexpr int kThreads = 128;      // per block, where the image is large enough
-  constexpr int kTileBytes = 40960;  // several blocks per SM
+  constexpr int kThreads = 128;         // per block, where the image is large enough
+  constexpr int kTileBytes = 40960;     // several blocks per SM
+  constexpr int kSector = 32;           // bytes that L2 moves at least
+  constexpr double kIssueSlots = 14.0;  // per byte of input at the bandwidth of a copy
   const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
   const int step = reader.vector_bytes / element_bytes / 2;
   const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
   const auto wide = static_cast<int>(up(p.out_w, columns));
   const auto high = static_cast<int>(up(p.out_h, rows));
   const auto all_pairs = static_cast<int>(p.channels / 2);
+  // Time in units of a copy: of the arithmetic, and of what goes through L2.
+  const double arithmetic =
+      (9.0 + 2.0 * kernel * kernel) / (kIssueSlots * element_bytes * (1.0 + stride * stride));
+  const double in_share = stride * stride / (1.0 + stride * stride);
   Tile best{};
   double best_cost = std::numeric_limits<double>::infinity();
-  for (int pairs = step; pairs <= std::min(64, all_pairs); pairs += step) {
+  for (const int wish : {4, 8, 12, 16, 24, 32, 48, 64}) {
+    const int pairs = std::min(static_cast<int>(up(wish, step)) * step, all_pairs);
+    const auto slices = up(all_pairs, pairs);
+    const int bytes = 2 * pairs * element_bytes;
+    // Short runs of channels are slow to copy, and those that end within a sector move more.
+    const double runs = 1.0 + 24.0 / bytes;
+    const bool whole = slices == 1 || bytes % kSector == 0;
+    const double sectors = whole ? runs : runs + static_cast<double>(kSector) / bytes;
     for (int groups_w = 1; groups_w <= std::min(wide, kMaxThreads / pairs); ++groups_w) {
       for (int groups_h = 1; groups_h <= std::min(high, kMaxThreads / (pairs * groups_w));
            ++groups_h) {
         const int tile_w = (groups_w * columns - 1) * stride + kernel;
         const int tile_h = (groups_h * rows - 1) * stride + kernel;
-        if (tile_w > 256 || tile_h > 256) continue;
-        if (2 * pairs * tile_w * tile_h * element_bytes > kTileBytes) continue;
+        if (tile_w > 256 || tile_h > 256 || bytes * tile_w * tile_h > kTileBytes) continue;
         const int threads = pairs * groups_w * groups_h;
-        const double tiles =
-            static_cast<double>(up(all_pairs, pairs)) * up(wide, groups_w) * up(high, groups_h);
+        const double tiles = static_cast<double>(slices) * up(wide, groups_w) * up(high, groups_h);
         // Threads that are launched, idle ones included, over threads with work.
         const double idle =
             tiles * up(threads, 32) * 32 / (static_cast<double>(all_pairs) * wide * high);
-        // Elements that are copied over elements of the image that the outputs advance by.
-        const double halo =
-            static_cast<double>(tile_w) * tile_h /
-            (static_cast<double>(groups_w * columns * stride) * (groups_h * rows * stride));
-        // Short runs of channels make short memory transactions.
-        const double runs = 1.0 + 16.0 / (2 * pairs * element_bytes);
+        // Bytes that are copied over bytes of the image.
+        const double copied = tiles * bytes * tile_w * tile_h * sectors /
+                              (static_cast<double>(p.channels) * element_bytes * p.in_w * p.in_h);
         const double waves = tiles * p.batch / multiprocessors;
-        const double size = 1.0 + std::abs(threads - kThreads) / 512.0;
         const double starved = waves < 2.0 ? 2.0 - waves / 2.0 : 1.0;
-        const double cost = idle * (0.5 + 0.5 * halo * runs) * size * starved;
+        const double size = 1.0 + std::abs(threads - kThreads) / 1024.0;
+        const double cost =
+            (arithmetic * idle + in_share * copied + 1.0 - in_share) * size * starved;
         if (cost < best_cost) {
           best_cost = cost;
           best = {pairs, groups_w, groups_h};

@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   const int first_column = tile_column * S - a.padding_w;
   const auto* weight =
       static_cast<const T*>(a.weight) + static_cast<int64_t>(first_channel) * K * K;
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if DWSWAP_BULK_COPIES
   __shared__ uint64_t barrier;
   if (a.reader.bulk) {
     if (threadIdx.x == 0) {
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   float bias[2] = {};
   if (!idle && a.bias != nullptr) load(static_cast<const T*>(a.bias) + c, bias);
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if DWSWAP_BULK_COPIES
   if (a.reader.bulk) barrier_wait(&barrier, 0);
 #endif
   if (!a.reader.bulk) {
