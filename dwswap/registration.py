@@ -53,8 +53,10 @@ def output_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """channels_last where input or weight has its strides, contiguous otherwise.
 
     The rule of ``aten::conv2d`` (``cudnn_conv_suggest_memory_format`` in
-    ``aten/src/ATen/native/ConvUtils.h``).
+    ``aten/src/ATen/native/ConvUtils.h``): on CUDA, float64 is contiguous always.
     """
+    if input.dtype == torch.float64 and input.device.type == "cuda":
+        return torch.contiguous_format
     for tensor in (input, weight):
         if input.dim() == 4 and _suggests_channels_last(tensor):
             return torch.channels_last
@@ -182,6 +184,18 @@ def _backward(
     return grad_input, grad_weight, grad_bias
 
 
+def _backward_aten(
+    grad_output: Tensor, input: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    # cuDNN fails on some half-precision tensors that do not begin at 16 bytes, even with an illegal
+    # access.
+    grad_output, input, weight = (
+        tensor.clone() if tensor.data_ptr() % 16 else tensor
+        for tensor in (grad_output, input, weight)
+    )
+    return _backward(grad_output, input, weight, *args)
+
+
 def _backward_fake(
     grad_output: Tensor,
     input: Tensor,
@@ -211,6 +225,17 @@ def _differentiated_elsewhere() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def _below_autograd(*args: Any) -> Tensor:
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return depthwise_conv2d(*args)
+    except RuntimeError as error:
+        # An exception loses its type on its way through the stable ABI.
+        if type(error) is RuntimeError and "CUDA out of memory." in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -228,18 +253,17 @@ class _DepthwiseConv2d(torch.autograd.Function):
         ctx.geometry = _geometry(stride, padding, dilation)
         ctx.input_activation, ctx.activation = input_activation, activation
         ctx.save_for_backward(input, weight, bias, input_bias)
-        with torch._C._AutoDispatchBelowAutograd():
-            return depthwise_conv2d(
-                input,
-                weight,
-                bias,
-                stride,
-                padding,
-                dilation,
-                input_bias,
-                input_activation,
-                activation,
-            )
+        return _below_autograd(
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            input_bias,
+            input_activation,
+            activation,
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -303,8 +327,7 @@ def _forward_autograd(
         return _decomposed(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, input_bias):
         return _DepthwiseConv2d.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return depthwise_conv2d(*args)
+    return _below_autograd(*args)
 
 
 class _DepthwiseConv2dBackward(torch.autograd.Function):
@@ -463,7 +486,7 @@ def _forward_vmap(
 
 _library.impl("depthwise_conv2d", _forward, "CompositeExplicitAutograd")
 _library.impl("_depthwise_conv2d_aten", _forward_aten, "CompositeExplicitAutograd")
-_library.impl("_depthwise_conv2d_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("_depthwise_conv2d_backward", _backward_aten, "CompositeExplicitAutograd")
 torch.library.register_fake("dwswap::depthwise_conv2d", _forward_fake, lib=_library)
 torch.library.register_fake("dwswap::_depthwise_conv2d_aten", _forward_fake, lib=_library)
 torch.library.register_fake("dwswap::_depthwise_conv2d_backward", _backward_fake, lib=_library)

@@ -177,20 +177,14 @@ def test_forward_mode_in_one_argument(device, which):
     tensors = make_tensors(case, device)
     direction = getattr(make_tensors(small(seed=1), device), which)
 
-    def function(call, value: Tensor) -> Tensor:
-        return call(case, tensors._replace(**{which: value}))
-
-    value = (getattr(tensors, which),)
-    ours, theirs = (
-        jvp(
-            partial(
-                f,
-            ),
-            value,
+    def along(call):
+        return jvp(
+            lambda value: call(case, tensors._replace(**{which: value})),
+            (getattr(tensors, which),),
             (direction,),
         )
-        for f in (partial(function, operator), partial(function, composite))
-    )
+
+    ours, theirs = along(operator), along(composite)
     torch.testing.assert_close(ours, theirs)
     assert ours[1].abs().sum() > 0
 
@@ -262,7 +256,7 @@ def test_vmap_in_all_combinations(device, batch, mapped):
             )
 
         result, expected = (vmap(f, in_dims)(*values) for f in (ours, theirs))
-        assert torch.equal(result, expected), in_dims
+        torch.testing.assert_close(result, expected, msg=lambda text, at=in_dims: f"{at}: {text}")
 
 
 def test_vmap_without_optional_tensors(device):

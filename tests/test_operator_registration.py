@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,6 +194,10 @@ def test_compile_without_a_graph_break(device, dynamic):
         torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.skipif(
+    not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="inductor compiles C++ that needs Python's headers",
+)
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 def test_inductor(device, layout):
     """Strides that the fake kernel gets wrong would show here."""

@@ -66,6 +66,7 @@ Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int colum
                  int element_bytes, int multiprocessors) {
   constexpr int kThreads = 128;         // per block, where the image is large enough
   constexpr int kTileBytes = 40960;     // several blocks per SM
+  constexpr int kMostGroups = 8;        // along an axis: the search is on the path of every call
   constexpr int kSector = 32;           // bytes that L2 moves at least
   constexpr double kIssueSlots = 14.0;  // per byte of input at the bandwidth of a copy
   const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
@@ -88,12 +89,16 @@ Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int colum
     const double runs = 1.0 + 24.0 / bytes;
     const bool whole = slices == 1 || bytes % kSector == 0;
     const double sectors = whole ? runs : runs + static_cast<double>(kSector) / bytes;
-    for (int groups_w = 1; groups_w <= std::min(wide, kMaxThreads / pairs); ++groups_w) {
-      for (int groups_h = 1; groups_h <= std::min(high, kMaxThreads / (pairs * groups_w));
+    for (int groups_w = 1; groups_w <= std::min({wide, kMostGroups, kMaxThreads / pairs});
+         ++groups_w) {
+      for (int groups_h = 1;
+           groups_h <= std::min({high, kMostGroups, kMaxThreads / (pairs * groups_w)});
            ++groups_h) {
         const int tile_w = (groups_w * columns - 1) * stride + kernel;
         const int tile_h = (groups_h * rows - 1) * stride + kernel;
-        if (tile_w > 256 || tile_h > 256 || bytes * tile_w * tile_h > kTileBytes) continue;
+        if (tile_w > 256 || tile_h > 256 ||
+            bytes * (tile_w * tile_h + kernel * kernel) > kTileBytes)
+          continue;
         const int threads = pairs * groups_w * groups_h;
         const double tiles = static_cast<double>(slices) * up(wide, groups_w) * up(high, groups_h);
         // Threads that are launched, idle ones included, over threads with work.

@@ -15,7 +15,7 @@ Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows) {
   const auto high = static_cast<int>(up(p.out_h, rows));
   const auto bytes = [&](int64_t planes, int64_t groups_h) {
     const int64_t out_rows = std::min<int64_t>(groups_h * rows, p.out_h);
-    const int64_t in_rows = std::min((out_rows - 1) * p.stride_h + p.kernel_h, p.in_h);
+    const int64_t in_rows = input_rows(p, planes, out_rows);
     return shared_bytes(planes * std::max(in_rows * p.in_w, out_rows * p.out_w));
   };
   Strip best{};
@@ -28,7 +28,7 @@ Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows) {
     const double idle =
         blocks * up(strip.threads(), 32) * 32 / (static_cast<double>(p.channels) * high * groups_w);
     const double out_rows = std::min<double>(groups_h * rows, p.out_h);
-    const double in_rows = std::min<double>((out_rows - 1) * p.stride_h + p.kernel_h, p.in_h);
+    const auto in_rows = static_cast<double>(input_rows(p, planes, static_cast<int64_t>(out_rows)));
     const double halo = in_rows / std::min<double>(out_rows * p.stride_h, p.in_h);
     const double size = 1.0 + std::abs(strip.threads() - kThreads) / 640.0;
     const double cost = idle * (0.5 + 0.5 * halo) * size;

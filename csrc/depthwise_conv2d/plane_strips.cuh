@@ -170,8 +170,10 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const 
   const int planes = min(a.planes, a.channels - first_channel);
   const int first_row = strip * a.rows;
   const int rows = min(a.rows, a.out_h - first_row);
-  const int in_first = max(first_row * S - a.padding_h, 0);
-  const int in_end = min((first_row + rows - 1) * S - a.padding_h + KH, a.in_h);
+  // Several planes make one piece only if it holds every row of theirs, used or not.
+  const bool whole = a.planes > 1;
+  const int in_first = whole ? 0 : max(first_row * S - a.padding_h, 0);
+  const int in_end = whole ? a.in_h : min((first_row + rows - 1) * S - a.padding_h + KH, a.in_h);
   const int in_rows = max(in_end - in_first, 0);
   const int64_t plane = static_cast<int64_t>(n) * a.channels + first_channel;
 
@@ -256,6 +258,11 @@ inline int shared_bytes(int64_t elements) {
   return static_cast<int>(elements * sizeof(float)) + 3 * 8 * static_cast<int>(sizeof(float));
 }
 
+// Rows of input per plane that a block with so many planes and rows of output reads.
+inline int64_t input_rows(const DepthwiseConv2dParams& p, int64_t planes, int64_t out_rows) {
+  return planes > 1 ? p.in_h : std::min((out_rows - 1) * p.stride_h + p.kernel_h, p.in_h);
+}
+
 // The cut for a problem; planes = 0 where the family does not cover it.
 Strip choose_strip(const DepthwiseConv2dParams& params, int columns, int rows);
 // Whether one row per thread is better: too few threads with many.
@@ -283,8 +290,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.transforms_input = p.transforms_input();
   a.input_activation = p.input_activation, a.activation = p.activation;
 
-  const int64_t in_rows =
-      std::min<int64_t>((a.rows - 1) * Traits::kStride + Traits::kKernelH, p.in_h);
+  const int64_t in_rows = input_rows(p, strip.planes, a.rows);
   const int shared = shared_bytes(strip.planes * std::max(in_rows * p.in_w, a.rows * p.out_w));
   const auto function = kernel<Traits>;
   if (shared > 48 * 1024) {

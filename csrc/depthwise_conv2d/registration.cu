@@ -129,6 +129,18 @@ int64_t output_extent(const char* dimension, int64_t size, int64_t kernel, int64
   return (padded - extent) / stride + 1;
 }
 
+// The stable ABI reports a failed allocation as any other failure. Python turns this text back into
+// torch.OutOfMemoryError.
+Tensor allocate(const std::vector<int64_t>& sizes, const Tensor& like, MemoryFormat format) {
+  try {
+    return torch::stable::empty(sizes, like.scalar_type(), torch::headeronly::Layout::Strided,
+                                like.device(), false, format);
+  } catch (const std::exception&) {
+    DWSWAP_CHECK(false, "CUDA out of memory. The output of shape ", shape_string(sizes),
+                 " could not be allocated");
+  }
+}
+
 Tensor call_aten(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                  const std::vector<int64_t>& dilation, const std::optional<Tensor>& input_bias,
@@ -192,13 +204,13 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
   p.dtype = *dtype;
 
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const bool channels_last =
-      suggests_channels_last(input) || (input.dim() == 4 && suggests_channels_last(weight));
+  // The rule of aten::conv2d: dwswap/registration.py, output_memory_format.
+  const bool channels_last = *dtype != DataType::kFloat64 && input.dim() == 4 &&
+                             (suggests_channels_last(input) || suggests_channels_last(weight));
   std::vector<int64_t> sizes = {p.out_channels(), p.out_h, p.out_w};
   if (input.dim() == 4) sizes.insert(sizes.begin(), p.batch);
-  const Tensor output = torch::stable::empty(
-      sizes, input.scalar_type(), torch::headeronly::Layout::Strided, input.device(), false,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const Tensor output =
+      allocate(sizes, input, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (p.batch == 0) return output;
 
   const Tensor dense_weight = torch::stable::contiguous(weight);
