@@ -13,9 +13,6 @@ __all__ = ["DepthwiseConv2d"]
 
 Convolution = TypeVar("Convolution", bound=nn.Conv2d)
 
-# One node in a symbolic trace, so that the checks on shapes run with tensors and not with proxies.
-torch.fx.wrap("depthwise_conv2d")
-
 
 class DepthwiseConv2d(nn.Conv2d):
     """Drop-in for ``nn.Conv2d(..., groups=in_channels)`` that runs the dwswap operator.
@@ -76,8 +73,20 @@ class DepthwiseConv2d(nn.Conv2d):
         """The same convolution as a ``DepthwiseConv2d``: shares the Parameters, keeps the mode.
 
         Raises:
-            ValueError: ``conv`` is not depthwise.
+            ValueError: ``conv`` is not depthwise, or does more than ``nn.Conv2d``: a subclass, a
+                parametrized weight, a ``forward`` of its own.
         """
+        own_forward = " with a forward of its own" if "forward" in conv.__dict__ else ""
+        if type(conv) not in (nn.Conv2d, cls) or own_forward:
+            raise ValueError(
+                "DepthwiseConv2d.from_conv2d: conv must be a plain nn.Conv2d, "
+                f"got {type(conv).__name__}{own_forward}"
+            )
+        if conv._parameters.get("weight") is None:
+            raise ValueError(
+                "DepthwiseConv2d.from_conv2d: conv.weight must be a Parameter of its own, "
+                "got one that is computed"
+            )
         if conv.groups != conv.in_channels:
             raise ValueError(
                 "DepthwiseConv2d.from_conv2d: conv must have groups == in_channels, got "

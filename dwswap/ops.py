@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dwswap import registration
 from dwswap.checks import NAME, pair
@@ -52,6 +53,22 @@ def depthwise_conv2d(
         TypeError, ValueError: naming the argument, the rule and the value (RuntimeError when the
             CUDA operator finds it).
     """
+    tensors = (input, weight, bias, input_bias)
+    if has_torch_function(tensors):  # one node in a symbolic trace, as the functions of torch
+        return handle_torch_function(
+            depthwise_conv2d,
+            tensors,
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups=groups,
+            input_bias=input_bias,
+            input_activation=input_activation,
+            activation=activation,
+        )
     if groups is not None and (input.dim() < 3 or input.shape[-3] != groups):
         raise ValueError(
             f"{NAME}: input must have groups = {groups} channels, got shape {list(input.shape)}"

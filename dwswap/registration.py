@@ -57,10 +57,18 @@ def output_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     """
     if input.dtype == torch.float64 and input.device.type == "cuda":
         return torch.contiguous_format
-    for tensor in (input, weight):
-        if input.dim() == 4 and _suggests_channels_last(tensor):
-            return torch.channels_last
+    # An image without a batch is judged as a batch of one.
+    input = input.unsqueeze(0) if input.dim() == 3 else input
+    if _suggests_channels_last(input) or _suggests_channels_last(weight):
+        return torch.channels_last
     return torch.contiguous_format
+
+
+def _laid_out(output: Tensor, layout: torch.memory_format) -> Tensor:
+    """``output`` in ``layout``; without a batch, as the only image of one."""
+    if output.dim() == 3:
+        return output.unsqueeze(0).contiguous(memory_format=layout).squeeze(0)
+    return output.contiguous(memory_format=layout)
 
 
 def _suggests_channels_last(tensor: Tensor) -> bool:
@@ -114,8 +122,7 @@ def _geometry(stride: Ints, padding: Ints, dilation: Ints) -> tuple[Ints, Ints, 
 
 
 def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    output = _decomposed(input, weight, *args)
-    return output.contiguous(memory_format=output_memory_format(input, weight))
+    return _laid_out(_decomposed(input, weight, *args), output_memory_format(input, weight))
 
 
 def _forward(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -139,12 +146,14 @@ def _forward_fake(
     check_arguments(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
     )
-    return torch.empty(
-        output_size(input, weight, stride, padding, dilation),
+    size = output_size(input, weight, stride, padding, dilation)
+    output = torch.empty(
+        size if len(size) == 4 else [1, *size],
         dtype=input.dtype,
         device=input.device,
         memory_format=output_memory_format(input, weight),
     )
+    return output if len(size) == 4 else output.squeeze(0)
 
 
 # --- backward on every device -----------------------------------------------------------------
@@ -177,8 +186,8 @@ def _backward(
         grad if wanted else None for grad, wanted in zip(grads, output_mask, strict=True)
     )
     if grad_input is not None:
-        grad_input = grad_input.squeeze(0) if unbatched else grad_input
-        grad_input = grad_input.contiguous(memory_format=output_memory_format(input, weight))
+        layout = output_memory_format(input, weight)
+        grad_input = _laid_out(grad_input.squeeze(0) if unbatched else grad_input, layout)
     if grad_weight is not None:
         grad_weight = grad_weight.contiguous(memory_format=_memory_format(weight))
     return grad_input, grad_weight, grad_bias
@@ -205,9 +214,10 @@ def _backward_fake(
     dilation: Ints,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    layout = output_memory_format(input, weight)
     return (
-        torch.empty_like(input, memory_format=layout) if output_mask[0] else None,
+        _laid_out(torch.empty_like(input), output_memory_format(input, weight))
+        if output_mask[0]
+        else None,
         torch.empty_like(weight, memory_format=_memory_format(weight)) if output_mask[1] else None,
         weight.new_empty(weight.shape[0]) if output_mask[2] else None,
     )

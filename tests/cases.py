@@ -83,8 +83,9 @@ def random_case(
 ) -> Case:
     """A case drawn from everything that the operator takes.
 
-    Height and width are at most ``largest``, or what the kernel needs; from 40 on, some cases are
-    wide and some have many outputs. With ``enough`` there are at least ``MIN_RESULTS`` outputs.
+    Height and width are at most ``largest``, or what the kernel needs. Up to 12 there are few
+    channels; from 40 on some cases are wide and some have many outputs. With ``enough`` there are
+    at least ``MIN_RESULTS`` outputs.
     """
     square = rng.choice((3, 3, 5, 7))
     kernel = (square, square) if rng.random() < 0.6 else (rng.randint(1, 11), rng.randint(1, 11))
@@ -99,7 +100,7 @@ def random_case(
     # The kernel must fit.
     least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
     height, width = (max(size, rng.randint(1, largest)) for size in least)
-    channels = rng.choice(CHANNELS if enough else CHANNELS[:6])
+    channels = rng.choice(CHANNELS if largest > 12 else CHANNELS[:8])
     if largest >= 40 and rng.random() < 0.06:
         width, channels = rng.randint(300, 1200), rng.choice(CHANNELS[:5])
     case = Case(

@@ -3,33 +3,33 @@
 #include <cstdlib>
 #include <limits>
 #include <string_view>
+#include <vector>
 
 #include "depthwise_conv2d/channel_tiles.cuh"
 
 namespace dwswap {
 namespace {
 
-// Attributes of the current device; asked once per device.
 struct Device {
   int major = 0;
   int multiprocessors = 1;
 };
 
 Device current_device() {
-  constexpr int kDevices = 64;
-  static Device devices[kDevices];
-  static bool known[kDevices];
+  static const std::vector<Device> devices = [] {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+    std::vector<Device> all(count);
+    for (int i = 0; i < count; ++i) {
+      cudaDeviceGetAttribute(&all[i].major, cudaDevAttrComputeCapabilityMajor, i);
+      cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
+    }
+    return all;
+  }();
   int index = 0;
-  Device device;
-  if (cudaGetDevice(&index) != cudaSuccess) return device;
-  if (index < kDevices && known[index]) return devices[index];
-  cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
-  cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  if (index < kDevices) {
-    devices[index] = device;
-    known[index] = true;
-  }
-  return device;
+  const bool known =
+      cudaGetDevice(&index) == cudaSuccess && index < static_cast<int>(devices.size());
+  return known ? devices[index] : Device{};
 }
 
 int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }

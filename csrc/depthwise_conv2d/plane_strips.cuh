@@ -172,14 +172,17 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const 
   const int rows = min(a.rows, a.out_h - first_row);
   // Several planes make one piece only if it holds every row of theirs, used or not.
   const bool whole = a.planes > 1;
-  const int in_first = whole ? 0 : max(first_row * S - a.padding_h, 0);
+  // A strip that sees nothing but padding reads nothing.
+  const int in_first = whole ? 0 : min(max(first_row * S - a.padding_h, 0), a.in_h);
   const int in_end = whole ? a.in_h : min((first_row + rows - 1) * S - a.padding_h + KH, a.in_h);
   const int in_rows = max(in_end - in_first, 0);
   const int64_t plane = static_cast<int64_t>(n) * a.channels + first_channel;
 
   const T* source = static_cast<const T*>(a.input) + (plane * a.in_h + in_first) * a.in_w;
   const int in_plane = in_rows * a.in_w;
-  if (a.transforms_input) {
+  if (in_plane == 0) {
+    // Nothing to read.
+  } else if (a.transforms_input) {
     transform_piece(tile, source, planes * in_plane, in_plane, first_channel, a);
   } else {
     read_piece(tile, source, planes * in_plane);

@@ -61,7 +61,7 @@ Pair parse_pair(const char* argument, const std::vector<int64_t>& values, int64_
   return pair;
 }
 
-// Sizes and strides as (N, C, H, W), N = 1 where there is none.
+// Sizes and strides as (N, C, H, W); without N as Tensor::unsqueeze(0) has them.
 struct Image {
   int64_t n, c, h, w;
   Strides stride;
@@ -72,7 +72,8 @@ struct Image {
     const size_t d = sizes.size() - 3;
     n = d == 1 ? sizes[0] : 1;
     c = sizes[d], h = sizes[d + 1], w = sizes[d + 2];
-    stride = {d == 1 ? strides[0] : 0, strides[d], strides[d + 1], strides[d + 2]};
+    stride = {d == 1 ? strides[0] : sizes[d] * strides[d], strides[d], strides[d + 1],
+              strides[d + 2]};
   }
 
   // Strides of dimensions of size 1 are free.
@@ -85,10 +86,10 @@ struct Image {
 };
 
 // Tensor::suggest_memory_format() == ChannelsLast of c10/core/MemoryFormat.h.
-bool suggests_channels_last(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  if (sizes.size() != 4 || strides[1] == 0) return false;
+bool suggests_channels_last(const Image& image) {
+  const int64_t sizes[4] = {image.n, image.c, image.h, image.w};
+  const int64_t strides[4] = {image.stride.n, image.stride.c, image.stride.h, image.stride.w};
+  if (strides[1] == 0) return false;
   int64_t minimum = 0;
   for (const int d : {1, 3, 2, 0}) {
     if (sizes[d] == 0 || strides[d] < minimum) return false;
@@ -205,12 +206,12 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
 
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   // The rule of aten::conv2d: dwswap/registration.py, output_memory_format.
-  const bool channels_last = *dtype != DataType::kFloat64 && input.dim() == 4 &&
-                             (suggests_channels_last(input) || suggests_channels_last(weight));
-  std::vector<int64_t> sizes = {p.out_channels(), p.out_h, p.out_w};
-  if (input.dim() == 4) sizes.insert(sizes.begin(), p.batch);
-  const Tensor output =
-      allocate(sizes, input, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const bool channels_last = *dtype != DataType::kFloat64 &&
+                             (suggests_channels_last(in) || suggests_channels_last(Image(weight)));
+  const Tensor batch =
+      allocate({p.batch, p.out_channels(), p.out_h, p.out_w}, input,
+               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const Tensor output = input.dim() == 4 ? batch : torch::stable::squeeze(batch, 0);
   if (p.batch == 0) return output;
 
   const Tensor dense_weight = torch::stable::contiguous(weight);
@@ -219,7 +220,7 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
   p.bias = bias_vector ? bias_vector->const_data_ptr() : nullptr;
   p.input_bias = input_bias_vector ? input_bias_vector->const_data_ptr() : nullptr;
   p.output = output.mutable_data_ptr();
-  const Image out(output);
+  const Image out(batch);
   p.in_stride = in.stride, p.out_stride = out.stride;
   p.out_layout = channels_last ? Layout::kChannelsLast : Layout::kContiguous;
   // An image with one channel or one pixel has both layouts: take the output's.
