@@ -87,7 +87,7 @@ def depthwise_conv2d(
         input, padding = _named_padding(input, weight, stride, padding, dilation)
     else:
         padding = pair("padding", padding, 0)
-    return registration.depthwise_conv2d(
+    return registration.apply(
         input,
         weight,
         bias,

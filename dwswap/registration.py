@@ -23,7 +23,7 @@ from dwswap import build
 from dwswap.activations import ACTIVATIONS
 from dwswap.checks import check_arguments, output_size, pair
 
-__all__ = ["depthwise_conv2d", "depthwise_conv2d_backward", "output_memory_format"]
+__all__ = ["apply", "depthwise_conv2d", "depthwise_conv2d_backward", "output_memory_format"]
 
 Ints = Sequence[int]
 
@@ -338,6 +338,21 @@ def _forward_autograd(
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, input_bias):
         return _DepthwiseConv2d.apply(*args)
     return _below_autograd(*args)
+
+
+def apply(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    """Call the operator; without gradients past the autograd kernel, which is Python and costs microseconds.
+
+    Args:
+        args: stride, padding, dilation, input_bias, input_activation, activation.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, args[3]))
+        or _differentiated_elsewhere()
+    ):
+        return depthwise_conv2d(input, weight, bias, *args)
+    return _below_autograd(input, weight, bias, *args)
 
 
 class _DepthwiseConv2dBackward(torch.autograd.Function):
