@@ -341,7 +341,9 @@ def _forward_autograd(
 
 
 def apply(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    """Call the operator; without gradients past the autograd kernel, which is Python and costs microseconds.
+    """Call the operator; where nothing needs a gradient, past the autograd kernel.
+
+    That kernel is Python, and its microseconds count at batch 1.
 
     Args:
         args: stride, padding, dilation, input_bias, input_activation, activation.

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, side by side: the GPU tests, the other tests on the GPU, the fuzz at
+# full size, and compute-sanitizer. Prints a line per part and what failed; logs go to a folder.
+#
+#   scripts/gpu_checks.sh [FOLDER]        PYTHON=python3, LIMIT=300 (seconds per part)
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+logs=${1:-gpu-checks}
+python=${PYTHON:-python3}
+limit=${LIMIT:-300}
+mkdir -p "$logs"
+export PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+
+part() { # NAME COMMAND...: prints its exit status and its last line
+  local name=$1 status=0
+  shift
+  timeout "$limit" "$@" >"$logs/$name.log" 2>&1 || status=$?
+  echo "$status $name: $(grep -v '^$' "$logs/$name.log" | tail -n 1 | cut -c1-150)"
+  echo "$status" >"$logs/$name.status"
+}
+tests() { local name=$1 && shift && part "$name" "$python" -m pytest -q -rs --durations=3 "$@"; }
+
+rm -f "$logs"/*.status
+"$python" -m dwswap build || exit 1
+for tool in memcheck initcheck racecheck; do
+  if command -v compute-sanitizer >/dev/null; then
+    part "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" scripts/sanitize.py &
+  else
+    echo "compute-sanitizer is not on PATH: $tool was not run" && echo 127 >"$logs/$tool.status"
+  fi
+done
+for dtype in float32 float16 bfloat16 float64; do
+  chosen=$dtype
+  [ "$dtype" = float16 ] && chosen="float16 and not bfloat16"
+  for what in forward gradients; do
+    tests "fuzz-$dtype-$what" tests/gpu/test_fuzz.py -k "$chosen and $what" &
+  done
+  tests "kernels-$dtype" tests/gpu/test_kernels.py -k "$chosen" &
+done
+tests fuzz-other tests/gpu/test_fuzz.py -k "not forward and not gradients" &
+tests kernels-other tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64" &
+tests reliability tests/gpu/test_reliability.py tests/gpu/test_timing.py &
+tests models tests/gpu/test_gpu_models.py &
+tests operator tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py &
+tests registration tests/test_operator_registration.py tests/test_operator_errors.py &
+others=()
+for file in tests/test_*.py; do
+  case $file in */test_operator* | */test_module.py | */test_torchvision.py) ;; *) others+=("$file") ;; esac
+done
+tests others "${others[@]}" &
+tests torchvision tests/test_torchvision.py &
+wait
+
+grep -hE '^(FAILED|ERROR)' "$logs"/*.log | cut -c1-200
+grep -hE '^SKIPPED' "$logs"/*.log | sort -u | cut -c1-200
+failed=$(grep -LxE '0|5' "$logs"/*.status | wc -l) # 5: no test was selected
+echo "$failed parts failed; logs in $logs"
+[ "$failed" = 0 ]
