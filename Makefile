@@ -3,7 +3,7 @@
 #   make test       all tests; those that need a CUDA GPU are skipped, and say so
 #   make test-gpu   the tests that need a CUDA GPU; fails where there is none
 #   make lint       ruff, mypy, clang-format
-#   make bench      KernelBench problems 82 to 85
+#   make bench      KernelBench problems 82 to 85, then every depthwise layer of torchvision
 #   make clean      remove what the other targets made
 
 PYTHON ?= python3
@@ -15,6 +15,7 @@ TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+KERNELBENCH_ARGS ?=
 
 .PHONY: demo test test-gpu lint bench clean
 # Two targets must never install into the one virtual environment at the same time.
@@ -38,10 +39,11 @@ lint: $(VENV)/.installed-dev
 	    | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 
 bench: $(VENV)/.installed-bench
-	$(PY) examples/kernelbench.py $(BENCH_ARGS)
+	$(PY) examples/kernelbench.py $(KERNELBENCH_ARGS)
+	$(PY) -m dwswap bench layers $(BENCH_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info dwswap-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info dwswap-demo gpu-checks .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find dwswap tests examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 	if [ -f $(VENV)/.made-by-make ]; then rm -rf $(VENV); fi
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dwswap.activations import ACTIVATIONS
 
-__all__ = ["check_arguments", "output_size", "pair"]
+__all__ = ["check_arguments", "check_dense", "output_size", "pair"]
 
 NAME = "dwswap.depthwise_conv2d"
+NAMES = ("input", "weight", "bias", "input_bias")
 type_check = torch._check_type
 value_check = torch._check_value
 
@@ -64,6 +65,17 @@ def output_size(
     return [*input.shape[:-3], weight.shape[0], *spatial]
 
 
+def check_dense(*tensors: Tensor | None) -> None:
+    """Refuse sparse, nested and quantized tensors; in order input, weight, bias, input_bias.
+
+    Raises:
+        TypeError: naming the first one.
+    """
+    for name, tensor in zip(NAMES, tensors, strict=False):
+        if tensor is not None:
+            _check_kind(name, tensor)
+
+
 def check_arguments(
     input: Tensor,
     weight: Tensor,
@@ -81,10 +93,8 @@ def check_arguments(
         TypeError: layouts, dtypes that differ.
         ValueError: everything else.
     """
-    tensors = {"input": input, "weight": weight, "bias": bias, "input_bias": input_bias}
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            _check_kind(name, tensor)
+    tensors = dict(zip(NAMES, (input, weight, bias, input_bias), strict=True))
+    check_dense(*tensors.values())
     value_check(
         input.dim() in (3, 4),
         lambda: (

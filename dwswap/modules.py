@@ -105,7 +105,7 @@ def _as_class(source: nn.Conv2d, cls: type[Convolution]) -> Convolution:
     # Containers of its own, so that what is added to the one does not appear in the other.
     result.__dict__.update(
         {
-            name: value.copy() if isinstance(value, dict) else value
+            name: value.copy() if isinstance(value, (dict, set)) else value
             for name, value in source.__dict__.items()
         }
     )

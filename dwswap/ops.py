@@ -76,15 +76,8 @@ def depthwise_conv2d(
     stride = pair("stride", stride, 1)
     dilation = pair("dilation", dilation, 1)
     if isinstance(padding, str):
-        if input_bias is not None or input_activation != "none":
-            even = any((d * (k - 1)) % 2 for d, k in zip(dilation, weight.shape[-2:], strict=True))
-            if padding == "same" and even:
-                raise ValueError(
-                    f'{NAME}: padding="same" needs an asymmetric border for kernel '
-                    f"{tuple(weight.shape[-2:])}, dilation {dilation}, and that cannot be combined "
-                    "with input_bias or input_activation"
-                )
-        input, padding = _named_padding(input, weight, stride, padding, dilation)
+        transformed = input_bias is not None or input_activation != "none"
+        input, padding = _named_padding(input, weight, stride, padding, dilation, transformed)
     else:
         padding = pair("padding", padding, 0)
     return registration.apply(
@@ -101,7 +94,12 @@ def depthwise_conv2d(
 
 
 def _named_padding(
-    input: Tensor, weight: Tensor, stride: tuple[int, int], padding: str, dilation: tuple[int, int]
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: str,
+    dilation: tuple[int, int],
+    transformed: bool,
 ) -> tuple[Tensor, tuple[int, int]]:
     """Input and symmetric padding that mean the same as ``padding`` "same" or "valid"."""
     if padding == "valid":
@@ -112,8 +110,18 @@ def _named_padding(
         )
     if stride != (1, 1):
         raise ValueError(f'{NAME}: padding="same" needs stride 1, got stride {stride}')
-    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[-2:], strict=True)]
+    if weight.dim() != 4:
+        raise ValueError(
+            f"{NAME}: weight must be 4-D (C * m, 1, kH, kW), got shape {list(weight.shape)}"
+        )
+    kernel = tuple(weight.shape[-2:])
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if any(t % 2 for t in total):
+        if transformed:
+            raise ValueError(
+                f'{NAME}: padding="same" needs an asymmetric border for kernel {kernel}, dilation '
+                f"{dilation}, and that cannot be combined with input_bias or input_activation"
+            )
         # aten pads the odd element at the end as well.
         input = torch.nn.functional.pad(input, (0, total[1] % 2, 0, total[0] % 2))
     return input, (total[0] // 2, total[1] // 2)

@@ -12,7 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.autograd import forward_ad
 
 from dwswap import build
 from dwswap.activations import ACTIVATIONS
-from dwswap.checks import check_arguments, output_size, pair
+from dwswap.checks import check_arguments, check_dense, output_size, pair
 
 __all__ = ["apply", "depthwise_conv2d", "depthwise_conv2d_backward", "output_memory_format"]
 
@@ -115,9 +116,9 @@ def _preactivate(input: Tensor, input_bias: Tensor | None, input_activation: str
 
 def _geometry(stride: Ints, padding: Ints, dilation: Ints) -> tuple[Ints, Ints, Ints]:
     return (
-        pair("stride", list(stride), 1),
-        pair("padding", list(padding), 0),
-        pair("dilation", list(dilation), 1),
+        pair("stride", tuple(stride), 1),
+        pair("padding", tuple(padding), 0),
+        pair("dilation", tuple(dilation), 1),
     )
 
 
@@ -127,7 +128,9 @@ def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 def _forward(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
     if input.is_cuda and build.load():
-        return depthwise_conv2d(input, weight, *args)  # the CUDA kernels are registered now
+        # Dense tensors have a CUDA kernel from now on; others would come back here for ever.
+        check_dense(input, weight, args[0], *args[4:5])
+        return depthwise_conv2d(input, weight, *args)
     return _forward_aten(input, weight, *args)
 
 
@@ -246,6 +249,22 @@ def _below_autograd(*args: Any) -> Tensor:
         raise
 
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+)
+
+
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The dtypes of a backward are those of its forward, whatever region it is called in."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return backward(ctx, *grads)
+
+    return wrapped
+
+
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -276,6 +295,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         )
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, input_bias = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -333,7 +353,8 @@ def _forward_autograd(
         input_activation,
         activation,
     )
-    if _differentiated_elsewhere():
+    # aten differentiates a complex convolution as real ones, which convolution_backward does not.
+    if _differentiated_elsewhere() or input.is_complex():
         return _decomposed(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, input_bias):
         return _DepthwiseConv2d.apply(*args)
@@ -380,6 +401,7 @@ class _DepthwiseConv2dBackward(torch.autograd.Function):
             )
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, input, weight = ctx.saved_tensors
         grad_grad_input, grad_grad_weight, grad_grad_bias = grads

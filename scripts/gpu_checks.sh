@@ -27,7 +27,7 @@ for tool in memcheck initcheck racecheck; do
     part "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "$python" scripts/sanitize.py &
   else
-    echo "compute-sanitizer is not on PATH: $tool was not run" && echo 127 >"$logs/$tool.status"
+    echo "compute-sanitizer is not on PATH: $tool was not run" && echo 127 >"$logs/sanitizer-$tool.status"
   fi
 done
 for dtype in float32 float16 bfloat16 float64; do

@@ -4,8 +4,8 @@
     python scripts/readme_table.py --check    # exit code 1 if the section is not what the files say
 
 Every figure in the section comes from a file in benchmarks/results, written by `--json` of
-examples/kernelbench.py or by `dwswap demo`. Of several files of one kind and device the newest
-counts.
+examples/kernelbench.py, by `dwswap bench layers` or by `dwswap demo`. Of several files of one kind
+and device the newest counts.
 """
 
 from __future__ import annotations
@@ -58,13 +58,29 @@ def demo_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-TABLES = {"kernelbench": kernelbench_table, "demo": demo_table}
+def layers_table(result: dict[str, Any]) -> list[str]:
+    """The lines of one record of `dwswap bench layers`, and the picture next to it."""
+    lines = [
+        f"The depthwise convolutions of torchvision's models, N = {result['batch']}, on "
+        f"{result['device']} (`dwswap bench layers`); targets in parentheses, what misses its "
+        "target is bold.",
+        "",
+        *result["markdown"],
+    ]
+    picture = result["path"].with_suffix(".png")
+    if picture.exists():
+        lines += ["", f"![Speedup and percent of copy](benchmarks/results/{picture.name})"]
+    return lines
+
+
+TABLES = {"kernelbench": kernelbench_table, "layers": layers_table, "demo": demo_table}
 
 
 def section(folder: Path) -> str:
     """The text between the markers, for the records in ``folder``.
 
-    Records of a kind that has no table here are passed over.
+    Records of a kind that has no table here are passed over, and so are those of a part of the
+    layers.
 
     Raises:
         ValueError: a record holds a result that failed its own check.
@@ -75,11 +91,13 @@ def section(folder: Path) -> str:
         kind = result.get("kind") if isinstance(result, dict) else None
         if kind not in TABLES:
             continue
+        if kind == "layers" and not (result["complete"] and result["whole"]):
+            continue
         if not all(row["passed"] for row in result.get("results") or result["timings"]):
             raise ValueError(f"{path}: holds a result that failed its check")
-        key = (kind, result["device"], result.get("model", ""))
+        key = (kind, result["device"], str(result.get("model") or result.get("batch", "")))
         if key not in newest or newest[key]["recorded"] < result["recorded"]:
-            newest[key] = result
+            newest[key] = {**result, "path": path}
     if not newest:
         return NOTHING
     parts = []

@@ -308,3 +308,16 @@ def test_gradients_through_vmap(device):
         leaves = [t.clone().requires_grad_() for t in (input, weight)]
         gradients.append(torch.autograd.grad(vmap(function)(*leaves).square().sum(), leaves))
     torch.testing.assert_close(*gradients)
+
+
+def test_complex_gradients(device):
+    """aten differentiates a complex convolution as real ones."""
+    input = torch.randn(2, 3, 6, 5, dtype=torch.complex64, device=device)
+    weight = torch.randn(6, 1, 3, 3, dtype=torch.complex64, device=device)
+    gradients = []
+    for function in (depthwise_conv2d, partial(F.conv2d, groups=3)):
+        leaves = [t.clone().requires_grad_() for t in (input, weight)]
+        output = function(*leaves, padding=1)
+        gradients.append(torch.autograd.grad(output.abs().square().sum(), leaves))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -152,6 +152,21 @@ def test_gradients_under_autocast_have_the_dtype_of_the_parameters(device):
         torch.testing.assert_close(tensor.grad, expected.grad, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+def test_backward_in_an_autocast_region_keeps_the_dtypes_of_the_forward(device, activation):
+    """aten's backwards are not autocast; ours recomputes, and must not be either."""
+    case = replace(CASE, input_activation=activation, activation=activation)
+    ours, theirs = (make_tensors(case, device).leaves() for _ in range(2))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, enabled=False):
+            outputs = operator(case, ours), composite(case, theirs)
+        for output in outputs:
+            output.square().sum().backward()
+    for tensor, expected in zip(ours, theirs, strict=True):
+        if tensor is not None:
+            torch.testing.assert_close(tensor.grad, expected.grad)
+
+
 # --- compile and export -------------------------------------------------------------------------
 
 

@@ -34,7 +34,9 @@ def package_files() -> set[str]:
     assert "dwswap/__init__.py" in modules
     assert any(name.endswith(".cu") for name in sources)
     assert any(name.endswith(".cuh") for name in sources)
-    return modules | sources | {"dwswap/py.typed"}
+    data = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dwswap").rglob("*.json")}
+    assert "dwswap/bench/data/torchvision_depthwise.json" in data
+    return modules | sources | data | {"dwswap/py.typed"}
 
 
 def build(kind: str, tree: Path, folder: Path) -> Path:

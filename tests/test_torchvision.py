@@ -109,7 +109,7 @@ def leaves(outputs: Any) -> Iterator[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
 def test_all_depthwise_layers_of_all_models_are_swapped() -> None:
     names = models.list_models()
-    assert len(names) == 121
+    assert len(names) >= 121  # what was surveyed; later releases may add models
     found: dict[bool, dict[str, int]] = {False: {}, True: {}}
     for name in names:
         model = build_without_data(name)

@@ -3,34 +3,12 @@
 #include <cstdlib>
 #include <limits>
 #include <string_view>
-#include <vector>
 
+#include "common/device.h"
 #include "depthwise_conv2d/channel_tiles.cuh"
 
 namespace dwswap {
 namespace {
-
-struct Device {
-  int major = 0;
-  int multiprocessors = 1;
-};
-
-Device current_device() {
-  static const std::vector<Device> devices = [] {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
-    std::vector<Device> all(count);
-    for (int i = 0; i < count; ++i) {
-      cudaDeviceGetAttribute(&all[i].major, cudaDevAttrComputeCapabilityMajor, i);
-      cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
-    }
-    return all;
-  }();
-  int index = 0;
-  const bool known =
-      cudaGetDevice(&index) == cudaSuccess && index < static_cast<int>(devices.size());
-  return known ? devices[index] : Device{};
-}
 
 int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
@@ -138,7 +116,8 @@ bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
                          reinterpret_cast<uintptr_t>(p.output) |
                          reinterpret_cast<uintptr_t>(p.bias);
   if (p.channels % 2 != 0 || addresses % pair_bytes != 0) return false;
-  const int64_t blocks = p.batch * p.channels * p.out_h * p.out_w / 8;
+  // At least 4 pairs of channels (or all), 7 columns and a row per block.
+  const int64_t blocks = p.batch * ((p.channels + 7) / 8) * ((p.out_w + 6) / 7) * p.out_h;
   if (blocks > kLimit || p.channels > kLimit / 64) return false;
   return p.in_h + 2 * p.padding_h <= kLimit / 2 && p.in_w + 2 * p.padding_w <= kLimit / 2;
 }

@@ -72,8 +72,8 @@ struct Arguments {
   Activation input_activation, activation;
 };
 
-// Calls visit(element, channel, inside) for every vector of VEC elements of the tile that this
-// thread has: its place in the tile, its channel, and whether it lies inside the image.
+// Calls visit(element, channel, row, column, inside) for every vector of VEC elements of the tile
+// that this thread has: its place in the tile, where it lies in the image, and whether it does.
 template <int VEC, typename Visit>
 __device__ __forceinline__ void for_each_vector(const Arguments& a, int first_channel,
                                                 int first_row, int first_column, Visit&& visit) {
@@ -177,6 +177,8 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
     }
     __syncthreads();
   }
+#else
+  if (a.reader.bulk) __trap();  // the host chose it for an image of sm_90
 #endif
   if (!a.reader.bulk) {
     const T* image =

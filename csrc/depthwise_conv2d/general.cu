@@ -96,13 +96,14 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   // Enough for any GPU; the rest of the work is in the loop.
   const auto grid = static_cast<unsigned>(blocks < (1 << 20) ? blocks : (1 << 20));
   // 32-bit indices must hold: the thread index one step of the grid past the end, offsets within
-  // a plane, and coordinates up to kRows - 1 rows past the padded image.
+  // a plane, and coordinates up to kRows - 1 rows past the padded image, and taps.
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() - (int64_t{1} << 28);
   static_assert((int64_t{1} << 28) >= (int64_t{1} << 20) * kThreads, "a step of the grid fits");
   const int64_t plane = (p.in_h - 1) * p.in_stride.h + (p.in_w - 1) * p.in_stride.w;
   const int64_t padded_h = p.in_h + 2 * p.padding_h + kRows * p.stride_h;
   const int64_t padded_w = p.in_w + 2 * p.padding_w + p.stride_w;
-  if (threads <= kLimit && plane <= kLimit && padded_h <= kLimit && padded_w <= kLimit) {
+  if (threads <= kLimit && plane <= kLimit && padded_h <= kLimit && padded_w <= kLimit &&
+      p.kernel_h * p.kernel_w <= kLimit) {
     general_kernel<T, int32_t><<<grid, kThreads, 0, stream>>>(p, static_cast<int32_t>(threads));
   } else {
     general_kernel<T, int64_t><<<grid, kThreads, 0, stream>>>(p, threads);

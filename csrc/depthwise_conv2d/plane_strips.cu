@@ -7,22 +7,23 @@ namespace dwswap {
 
 namespace plane_strips {
 
+bool fits(const DepthwiseConv2dParams& p, int columns, int rows, const Strip& strip) {
+  const int64_t out_rows = std::min<int64_t>(strip.groups_h * rows, p.out_h);
+  const int64_t in_rows = input_rows(p, strip.planes, out_rows);
+  return strip.threads() <= kMaxThreads &&
+         shared_bytes(strip.planes * std::max(in_rows * p.in_w, out_rows * p.out_w)) <= kMaxShared;
+}
+
 Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows) {
-  constexpr int kThreads = 128;          // per block, about
-  constexpr int64_t kBytes = 72 * 1024;  // of shared memory: at least three blocks per SM
+  constexpr int kThreads = 128;  // per block, about
   const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
   const auto groups_w = static_cast<int>(up(p.out_w, columns));
   const auto high = static_cast<int>(up(p.out_h, rows));
-  const auto bytes = [&](int64_t planes, int64_t groups_h) {
-    const int64_t out_rows = std::min<int64_t>(groups_h * rows, p.out_h);
-    const int64_t in_rows = input_rows(p, planes, out_rows);
-    return shared_bytes(planes * std::max(in_rows * p.in_w, out_rows * p.out_w));
-  };
   Strip best{};
   double best_cost = std::numeric_limits<double>::infinity();
   const auto consider = [&](int planes, int groups_h) {
     const Strip strip{planes, groups_h, groups_w};
-    if (strip.threads() > kMaxThreads || bytes(planes, groups_h) > kBytes) return;
+    if (!fits(p, columns, rows, strip)) return;
     const double blocks = static_cast<double>(up(p.channels, planes)) * up(high, groups_h);
     // Threads that are launched over threads with work.
     const double idle =
@@ -67,9 +68,10 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
   if (p.batch * p.channels * p.out_h > kLimit) return false;
   bool covered = false;
   plane_strips::visit<float>(p, plane_strips::choose_depth(p), [&]<typename Traits>() {
-    covered = p.out_w >= Traits::kColumns && p.padding_w <= Traits::kMaxPaddingW &&
-              p.padding_h <= p.in_h &&
-              plane_strips::choose_strip(p, Traits::kColumns, Traits::kRows).planes > 0;
+    constexpr int kColumns = Traits::kColumns;
+    const plane_strips::Strip least{1, 1, static_cast<int>((p.out_w + kColumns - 1) / kColumns)};
+    covered = p.out_w >= kColumns && p.padding_w <= Traits::kMaxPaddingW && p.padding_h <= p.in_h &&
+              plane_strips::fits(p, kColumns, Traits::kRows, least);
   });
   return covered;
 }

@@ -21,6 +21,7 @@ namespace dwswap {
 namespace plane_strips {
 
 constexpr int kMaxThreads = 256;
+constexpr int kMaxShared = 72 * 1024;  // three blocks per SM of an H200, one where an SM has 100 KB
 
 template <typename T_, int KH_, int KW_, int STRIDE_, Depth DEPTH_>
 struct Traits {
@@ -107,7 +108,8 @@ __device__ __forceinline__ void transform_piece(float* tile, const T* source, in
     widen_all(raw, x);
     if (input_bias != nullptr) {
       int channel = first_channel + max(at - skipped, 0) / plane;
-      int left = plane - max(at - skipped, 0) % plane;
+      // Elements in front of the piece count down too, to where its first plane begins.
+      int left = plane - max(at - skipped, 0) % plane - min(at - skipped, 0);
       float bias = widen(input_bias[channel]);
 #pragma unroll
       for (int i = 0; i < N; ++i, --left) {
@@ -255,10 +257,10 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const 
   write_piece(target, tile, planes * rows * a.out_w, a.activation);
 }
 
-// Of a block whose larger piece has so many elements: the vector in front, and as much for a piece
-// that begins in a vector and ends in one.
-inline int shared_bytes(int64_t elements) {
-  return static_cast<int>(elements * sizeof(float)) + 3 * 8 * static_cast<int>(sizeof(float));
+// Of a block whose larger piece has so many elements: 4 floats in front, up to 7 before a piece
+// that begins within a vector, up to 7 behind one that ends within a vector.
+inline int64_t shared_bytes(int64_t elements) {
+  return (elements + 24) * static_cast<int64_t>(sizeof(float));
 }
 
 // Rows of input per plane that a block with so many planes and rows of output reads.
@@ -266,9 +268,12 @@ inline int64_t input_rows(const DepthwiseConv2dParams& p, int64_t planes, int64_
   return planes > 1 ? p.in_h : std::min((out_rows - 1) * p.stride_h + p.kernel_h, p.in_h);
 }
 
-// The cut for a problem; planes = 0 where the family does not cover it.
+// Whether a block may have so many planes and threads along the rows of each.
+bool fits(const DepthwiseConv2dParams& params, int columns, int rows, const Strip& strip);
+
+// The cut for a problem in which one group of rows fits.
 Strip choose_strip(const DepthwiseConv2dParams& params, int columns, int rows);
-// Whether one row per thread is better: too few threads with many.
+// kFlat where threads of the deep kernel would be too few to fill a GPU.
 Depth choose_depth(const DepthwiseConv2dParams& params);
 
 template <typename Traits>
@@ -294,11 +299,12 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.input_activation = p.input_activation, a.activation = p.activation;
 
   const int64_t in_rows = input_rows(p, strip.planes, a.rows);
-  const int shared = shared_bytes(strip.planes * std::max(in_rows * p.in_w, a.rows * p.out_w));
+  const auto shared =
+      static_cast<int>(shared_bytes(strip.planes * std::max(in_rows * p.in_w, a.rows * p.out_w)));
   const auto function = kernel<Traits>;
   if (shared > 48 * 1024) {
     const cudaError_t status =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
     if (status != cudaSuccess) return status;
   }
   const auto blocks = static_cast<unsigned>(p.batch * chunks * strips);

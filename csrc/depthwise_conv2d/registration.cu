@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/device.h"
 #include "depthwise_conv2d/params.h"
 
 namespace dwswap {
@@ -101,7 +102,9 @@ bool suggests_channels_last(const Image& image) {
 
 void check_same(const char* name, const Tensor& tensor, const Tensor& input) {
   DWSWAP_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.get_device_index(), name,
-               " must be on the input's device, cuda:", input.get_device_index());
+               " must be on the input's device, cuda:", input.get_device_index(), ", got ",
+               tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index())
+                                : std::string(tensor.is_cpu() ? "cpu" : "another kind of device"));
   DWSWAP_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the input's dtype ",
                torch::headeronly::toString(input.scalar_type()), ", got ",
                torch::headeronly::toString(tensor.scalar_type()));
@@ -123,10 +126,11 @@ int64_t output_extent(const char* dimension, int64_t size, int64_t kernel, int64
                "stride, padding and dilation must be below 2^40, got ", stride, ", ", padding, ", ",
                dilation, " along the ", dimension);
   const int64_t padded = size + 2 * padding;
+  // Divided, as dilation * (kernel - 1) may not fit 64 bits for an expanded weight.
+  DWSWAP_CHECK(kernel - 1 <= (padded - 1) / dilation, "the kernel must fit into the padded input; ",
+               "along the ", dimension, " it has ", kernel, " elements, ", dilation,
+               " apart, the padded input has ", padded);
   const int64_t extent = dilation * (kernel - 1) + 1;
-  DWSWAP_CHECK(extent <= padded, "the kernel must fit into the padded input; along the ", dimension,
-               " it covers ", extent, " elements (dilation ", dilation, "), the padded input has ",
-               padded);
   return (padded - extent) / stride + 1;
 }
 
@@ -205,6 +209,11 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
   p.dtype = *dtype;
 
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  // The library holds no code for an older GPU beside a supported one.
+  if (current_device().major < 8) {
+    return call_aten(input, weight, bias, stride, padding, dilation, input_bias, input_activation,
+                     activation);
+  }
   // The rule of aten::conv2d: dwswap/registration.py, output_memory_format.
   const bool channels_last = *dtype != DataType::kFloat64 &&
                              (suggests_channels_last(in) || suggests_channels_last(Image(weight)));

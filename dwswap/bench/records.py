@@ -11,7 +11,7 @@ from typing import Any
 
 from dwswap.environment import environment
 
-__all__ = ["record", "write_json"]
+__all__ = ["record", "write_json", "write_text"]
 
 
 def record(kind: str, **content: Any) -> dict[str, Any]:
@@ -38,8 +38,18 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
         OSError: the place cannot be written.
         TypeError: ``value`` is not JSON-able.
     """
+    return write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write ``text`` to ``path`` as UTF-8: all of it, or the file that was there stays as it was.
+
+    Missing parent folders are made.
+
+    Raises:
+        OSError: the place cannot be written.
+    """
     target = Path(path)
-    text = json.dumps(value, indent=2) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:

@@ -64,6 +64,23 @@ def test_every_offset_in_storage(dtype, layout):
     assert torch.stack(wrong).tolist() == [0] * len(wrong)
 
 
+@pytest.mark.parametrize(("channels", "kernel"), [(9, (3, 1)), (3, (3, 7)), (1, (1, 3))])
+def test_planes_shorter_than_a_vector(channels, kernel):
+    """Images of 1 x 7 halves: a 16-byte vector holds the end of one and the start of the next."""
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    case = Case(HALF, "contiguous", 3, channels, 1, 7, kernel, padding=padding, input_bias=True)
+    given = make_tensors(case, "cuda", integers=True)
+    exact = composite(case, given.wide(), exact=True)
+    assert torch.equal(operator(case, given).double(), exact)
+
+
+def test_sparse_tensors_are_refused():
+    """They have no CUDA kernel of ours, and must not come back to the fallback for ever."""
+    weight = torch.ones(2, 1, 3, 3, device="cuda")
+    with pytest.raises(TypeError, match="input must be a dense strided tensor"):
+        depthwise_conv2d(torch.ones(1, 2, 5, 5, device="cuda").to_sparse(), weight)
+
+
 # --- sizes --------------------------------------------------------------------------------------
 
 

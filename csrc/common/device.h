@@ -1,0 +1,33 @@
+// What the launch choice asks of a GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <vector>
+
+namespace dwswap {
+
+struct Device {
+  int major = 0;
+  int multiprocessors = 1;
+};
+
+// The current device; all are asked once.
+inline Device current_device() {
+  static const std::vector<Device> devices = [] {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+    std::vector<Device> all(count);
+    for (int i = 0; i < count; ++i) {
+      cudaDeviceGetAttribute(&all[i].major, cudaDevAttrComputeCapabilityMajor, i);
+      cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
+    }
+    return all;
+  }();
+  int index = 0;
+  const bool known =
+      cudaGetDevice(&index) == cudaSuccess && index < static_cast<int>(devices.size());
+  return known ? devices[index] : Device{};
+}
+
+}  // namespace dwswap

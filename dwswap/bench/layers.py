@@ -1,0 +1,267 @@
+"""Layer by layer: our forward, PyTorch's in the same layout, and a copy of the same bytes.
+
+A measurement is one CUDA graph of launches on rotating buffers (``dwswap.bench.timing``). What it
+costs is mostly not the kernels: capture, instantiation and the outputs' memory take 10 to 20 ms, as
+estimated, and the samples ``budget`` seconds (15 ms). So inputs are windows of one pool of random
+numbers per dtype, and a copy is measured once per number of bytes. The 368 shapes in three dtypes
+and two layouts make 4416 measurements (about 2.5 minutes), 500 copies, 2208 checks, 2000 plans that
+cuDNN builds, and a second look where we are about as fast as PyTorch: five minutes in all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwswap.activations import ACTIVATIONS
+from dwswap.bench.layer_results import Key, LayerResult, Skipped
+from dwswap.bench.precision import float32_convolutions
+from dwswap.bench.shapes import LayerShape
+from dwswap.bench.timing import buffers_needed, time_copy, time_launches
+from dwswap.ops import depthwise_conv2d
+from dwswap.report import LayerErrors
+from dwswap.verify import compare
+
+__all__ = ["DTYPES", "LAYOUTS", "LayerBench", "available_bytes"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+CHECK_ELEMENTS = 8_000_000
+"""How much of an output, in whole samples, is compared with float64."""
+
+CLOSE = 1.05
+"""A speedup below this is measured again: there noise could decide who is faster."""
+
+CPU_BUFFERS = 2
+GPU_RESERVE = 1_000_000_000
+"""Bytes for the float64 check, cuDNN's workspaces and the allocator's rounding."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The convolution of one shape as functions of its input."""
+
+    ours: Callable[[Tensor], Tensor]
+    plain: Callable[[Tensor], Tensor]
+    pytorch: Callable[[Tensor], Tensor]
+    exact: Callable[[Tensor], Tensor]
+
+
+class LayerBench:
+    """Measures shapes on one device; keeps the pool of inputs and the copies between them.
+
+    Args:
+        device: ``cpu`` is for trying the path out: two buffers instead of a full rotation, and
+            ``time.perf_counter`` around each call.
+        batch: N of every input.
+        activation: applied to the input and to the output, by the kernel in ours and by calls of
+            their own in PyTorch's; ``"none"`` leaves both out.
+        budget: seconds of samples per measurement.
+        copies: times of copies that are already known, by number of bytes.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        batch: int,
+        activation: str = "none",
+        budget: float,
+        copies: dict[int, float] | None = None,
+    ) -> None:
+        self.device = device
+        self.batch = batch
+        self.activation = activation
+        self.budget = budget
+        self.copies = dict(copies or {})
+        self._pool = torch.empty(0)
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def run(
+        self,
+        shapes: Sequence[LayerShape],
+        dtypes: Sequence[str],
+        layouts: Sequence[str],
+        done: Collection[Key] = (),
+    ) -> Iterator[LayerResult | Skipped]:
+        """Measure all shapes in all dtypes and layouts but those in ``done``, one by one."""
+        done = set(done)
+        for dtype in dtypes:
+            for layout in layouts:
+                for shape in shapes:
+                    if (shape.index, dtype, layout) not in done:
+                        yield self.measure(shape, dtype, layout)
+
+    @torch.no_grad()
+    def measure(self, shape: LayerShape, dtype: str, layout: str) -> LayerResult | Skipped:
+        """Check one shape, then time it; ``Skipped`` where it does not fit into memory."""
+        size = [self.batch, shape.channels, shape.height, shape.width]
+        width = DTYPES[dtype].itemsize
+        bytes_in = self.batch * shape.input_elements * width
+        bytes_out = self.batch * shape.output_elements * width
+        moved = bytes_in + bytes_out
+        cuda = self.device.type == "cuda"
+        buffers = buffers_needed(moved) if cuda else CPU_BUFFERS
+
+        held = self._pool.nbytes
+        pool = max(held, buffers * _rounded(bytes_in, 1))
+        # The outputs of a graph, with what the warm-up before it, PyTorch's layout changes and the
+        # check need; the copy has buffers of its own.
+        needed = pool + max(buffers * moved, buffers * bytes_out + 4 * moved)
+        needed += GPU_RESERVE if cuda else 0
+        available = available_bytes(self.device) + held
+        skipped = partial(Skipped, shape.index, dtype, layout, size)
+        if needed > available:
+            return skipped(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
+        try:
+            inputs = self._inputs(buffers, size, DTYPES[dtype], LAYOUTS[layout])
+            calls = self._calls(shape, DTYPES[dtype], LAYOUTS[layout])
+            errors = self._check(calls, inputs[0])
+            ours, pytorch, remeasured = self._compare(calls, inputs)
+            plain = None if self.activation == "none" else self._time(calls.plain, inputs)
+            copy = self._copy(moved)
+        except torch.OutOfMemoryError as error:
+            return skipped(str(error).partition("\n")[0])
+        return LayerResult(
+            index=shape.index,
+            dtype=dtype,
+            layout=layout,
+            shape=size,
+            kernel=list(shape.kernel),
+            stride=list(shape.stride),
+            padding=list(shape.padding),
+            dilation=list(shape.dilation),
+            bias=shape.bias,
+            moved_bytes=moved,
+            ours_us=ours,
+            pytorch_us=pytorch,
+            copy_us=copy,
+            plain_us=plain,
+            speedup=pytorch / ours,
+            percent_of_copy=100 * copy / ours,
+            remeasured=remeasured,
+            error=errors.ours,
+            pytorch_error=errors.pytorch,
+            error_limit=errors.limit,
+            problem=errors.problem,
+            passed=errors.passed,
+        )
+
+    def _inputs(
+        self, count: int, size: list[int], dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> list[Tensor]:
+        """``count`` windows of the pool, which grows to hold them."""
+        n, c, h, w = size
+        elements = n * c * h * w
+        step = _rounded(elements, dtype.itemsize)
+        if self._pool.dtype != dtype or self._pool.numel() < count * step:
+            self._pool = torch.empty(0)
+            pool = torch.empty(count * step, dtype=dtype, device=self.device)
+            self._pool = pool.normal_(generator=self._generator)
+        windows = [self._pool[i * step : i * step + elements] for i in range(count)]
+        if memory_format == torch.channels_last:
+            return [window.view(n, h, w, c).permute(0, 3, 1, 2) for window in windows]
+        return [window.view(n, c, h, w) for window in windows]
+
+    def _calls(
+        self, shape: LayerShape, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> Calls:
+        def random(*size: int) -> Tensor:
+            values = torch.empty(size, dtype=dtype, device=self.device)
+            return values.normal_(generator=self._generator)
+
+        weight = random(shape.out_channels, 1, *shape.kernel)
+        weight = weight.contiguous(memory_format=memory_format)
+        bias = random(shape.out_channels) if shape.bias else None
+        geometry = (shape.stride, shape.padding, shape.dilation)
+        activate = ACTIVATIONS[self.activation].forward
+
+        def plain(x: Tensor) -> Tensor:
+            return depthwise_conv2d(x, weight, bias, *geometry)
+
+        def ours(x: Tensor) -> Tensor:
+            return depthwise_conv2d(
+                x,
+                weight,
+                bias,
+                *geometry,
+                input_activation=self.activation,
+                activation=self.activation,
+            )
+
+        def pytorch(x: Tensor) -> Tensor:
+            return activate(F.conv2d(activate(x), weight, bias, *geometry, shape.channels))
+
+        def exact(x: Tensor) -> Tensor:
+            x = activate(x.double().contiguous())
+            wide = None if bias is None else bias.double()
+            return activate(F.conv2d(x, weight.double(), wide, *geometry, shape.channels))
+
+        return Calls(ours, plain, pytorch, exact)
+
+    def _check(self, calls: Calls, x: Tensor) -> LayerErrors:
+        """Some samples, the last among them, against float64; all of them against PyTorch's."""
+        with float32_convolutions():
+            theirs = calls.pytorch(x)
+        # The allocator hands this block to the next output of the same size, so an element that the
+        # kernel forgets to write shows up as NaN.
+        poison = torch.full_like(theirs, float("nan"))
+        del poison
+        ours = calls.ours(x)
+        samples = max(1, CHECK_ELEMENTS // max(x[0].numel(), theirs[0].numel()))
+        step = -(-self.batch // min(samples, self.batch))
+        part = slice((self.batch - 1) % step, None, step)
+        errors = compare(ours[part], theirs[part], calls.exact(x[part]))
+        if errors.passed:
+            apart = float((ours - theirs).abs().max())
+            # Both are as far from float64 elsewhere as in the samples, give or take a factor of 2.
+            # A comparison with NaN is false, so NaN fails.
+            if not apart <= 2 * (errors.limit + errors.pytorch):
+                problem = f"{apart:.2g} from PyTorch's result outside the samples"
+                errors = dataclasses.replace(errors, problem=problem)
+        return errors
+
+    def _compare(self, calls: Calls, inputs: list[Tensor]) -> tuple[float, float, bool]:
+        """Our time, PyTorch's, and whether they were so close that each got its best of three."""
+        ours, pytorch = self._time(calls.ours, inputs), self._time(calls.pytorch, inputs)
+        close = self.device.type == "cuda" and pytorch < CLOSE * ours
+        if close:
+            for _ in range(2):
+                ours = min(ours, self._time(calls.ours, inputs, 2))
+                pytorch = min(pytorch, self._time(calls.pytorch, inputs, 2))
+        return ours, pytorch, close
+
+    def _time(
+        self, call: Callable[[Tensor], Tensor], inputs: list[Tensor], budgets: int = 1
+    ) -> float:
+        launches = [partial(call, x) for x in inputs]
+        return time_launches(launches, self.device, budget=budgets * self.budget).microseconds
+
+    def _copy(self, num_bytes: int) -> float:
+        if num_bytes not in self.copies:
+            timing = time_copy(num_bytes, self.device, budget=self.budget)
+            self.copies[num_bytes] = timing.microseconds
+        return self.copies[num_bytes]
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of ``device``, with what torch's allocator holds but does not use."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _rounded(count: int, itemsize: int) -> int:
+    """``count`` elements up to whole 512 bytes, as the allocator aligns: kernels may rely on it."""
+    unit = 512 // itemsize
+    return -(-count // unit) * unit
