@@ -5,7 +5,9 @@
 #include <string_view>
 
 #include "common/device.h"
+#include "common/integer.h"
 #include "depthwise_conv2d/channel_tiles.cuh"
+#include "depthwise_conv2d/dispatch.h"
 
 namespace dwswap {
 namespace {
@@ -49,9 +51,8 @@ Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int colum
   constexpr double kIssueSlots = 14.0;  // per byte of input at the bandwidth of a copy
   const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
   const int step = reader.vector_bytes / element_bytes / 2;
-  const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
-  const auto wide = static_cast<int>(up(p.out_w, columns));
-  const auto high = static_cast<int>(up(p.out_h, rows));
+  const auto wide = static_cast<int>(ceil_div(p.out_w, columns));
+  const auto high = static_cast<int>(ceil_div(p.out_h, rows));
   const auto all_pairs = static_cast<int>(p.channels / 2);
   // Time in units of a copy: of the arithmetic, and of what goes through L2.
   const double arithmetic =
@@ -60,8 +61,8 @@ Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int colum
   Tile best{};
   double best_cost = std::numeric_limits<double>::infinity();
   for (const int wish : {4, 8, 12, 16, 24, 32, 48, 64}) {
-    const int pairs = std::min(static_cast<int>(up(wish, step)) * step, all_pairs);
-    const auto slices = up(all_pairs, pairs);
+    const int pairs = std::min(static_cast<int>(ceil_div(wish, step)) * step, all_pairs);
+    const auto slices = ceil_div(all_pairs, pairs);
     const int bytes = 2 * pairs * element_bytes;
     // Short runs of channels are slow to copy, and those that end within a sector move more.
     const double runs = 1.0 + 24.0 / bytes;
@@ -78,10 +79,11 @@ Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int colum
             bytes * (tile_w * tile_h + kernel * kernel) > kTileBytes)
           continue;
         const int threads = pairs * groups_w * groups_h;
-        const double tiles = static_cast<double>(slices) * up(wide, groups_w) * up(high, groups_h);
+        const double tiles =
+            static_cast<double>(slices) * ceil_div(wide, groups_w) * ceil_div(high, groups_h);
         // Threads that are launched, idle ones included, over threads with work.
         const double idle =
-            tiles * up(threads, 32) * 32 / (static_cast<double>(all_pairs) * wide * high);
+            tiles * ceil_div(threads, 32) * 32 / (static_cast<double>(all_pairs) * wide * high);
         // Bytes that are copied over bytes of the image.
         const double copied = tiles * bytes * tile_w * tile_h * sectors /
                               (static_cast<double>(p.channels) * element_bytes * p.in_w * p.in_h);
@@ -117,7 +119,7 @@ bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
                          reinterpret_cast<uintptr_t>(p.bias);
   if (p.channels % 2 != 0 || addresses % pair_bytes != 0) return false;
   // At least 4 pairs of channels (or all), 7 columns and a row per block.
-  const int64_t blocks = p.batch * ((p.channels + 7) / 8) * ((p.out_w + 6) / 7) * p.out_h;
+  const int64_t blocks = p.batch * ceil_div(p.channels, 8) * ceil_div(p.out_w, 7) * p.out_h;
   if (blocks > kLimit || p.channels > kLimit / 64) return false;
   return p.in_h + 2 * p.padding_h <= kLimit / 2 && p.in_w + 2 * p.padding_w <= kLimit / 2;
 }
@@ -125,20 +127,9 @@ bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
 cudaError_t launch_channel_tiles(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   const Device device = current_device();
   const channel_tiles::Reader reader = choose_reader(p, device);
-  switch (p.dtype) {
-    case DataType::kFloat32:
-      return channel_tiles::launch_typed<float>(p, reader, CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                                                device.multiprocessors, stream);
-    case DataType::kFloat16:
-      return channel_tiles::launch_typed<__half>(p, reader, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                                                 device.multiprocessors, stream);
-    case DataType::kBFloat16:
-      return channel_tiles::launch_typed<__nv_bfloat16>(p, reader, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                                        device.multiprocessors, stream);
-    case DataType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return visit_fast_type(p.dtype, [&]<typename T>() {
+    return channel_tiles::launch_typed<T>(p, reader, device.multiprocessors, stream);
+  });
 }
 
 }  // namespace dwswap

@@ -16,6 +16,7 @@
 
 #include "common/async_copy.cuh"
 #include "common/depth.h"
+#include "common/integer.h"
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/params.h"
@@ -279,13 +280,21 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   }
 }
 
+template <typename T>
+constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+template <>
+inline constexpr CUtensorMapDataType kTensorMapType<__half> = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+template <>
+inline constexpr CUtensorMapDataType kTensorMapType<__nv_bfloat16> =
+    CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+
 Depth choose_depth(const DepthwiseConv2dParams& params, int multiprocessors);
 Tile choose_tile(const DepthwiseConv2dParams& params, const Reader& reader, int columns, int rows,
                  int element_bytes, int multiprocessors);
 
 template <typename Traits>
-cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, CUtensorMapDataType type,
-                   int multiprocessors, cudaStream_t stream) {
+cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int multiprocessors,
+                   cudaStream_t stream) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride;
   const Tile tile =
@@ -305,16 +314,15 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, CUtenso
                                static_cast<cuuint32_t>(tile_w), static_cast<cuuint32_t>(tile_h), 1};
     const cuuint32_t steps[4] = {1, 1, 1, 1};
     const CUresult encoded =
-        tensor_map_encoder()(&map, type, 4, const_cast<void*>(p.input), sizes, pitches, box, steps,
-                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+        tensor_map_encoder()(&map, kTensorMapType<T>, 4, const_cast<void*>(p.input), sizes, pitches,
+                             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (encoded != CUDA_SUCCESS) return cudaErrorInvalidValue;
   }
 
-  const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
-  const auto slices = static_cast<uint32_t>(up(p.channels, tile_channels));
-  const auto tiles_w = static_cast<uint32_t>(up(p.out_w, tile.groups_w * Traits::kColumns));
-  const auto tiles_h = static_cast<uint32_t>(up(p.out_h, tile.groups_h * Traits::kRows));
+  const auto slices = static_cast<uint32_t>(ceil_div(p.channels, tile_channels));
+  const auto tiles_w = static_cast<uint32_t>(ceil_div(p.out_w, tile.groups_w * Traits::kColumns));
+  const auto tiles_h = static_cast<uint32_t>(ceil_div(p.out_h, tile.groups_h * Traits::kRows));
   Arguments a{};
   a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
   a.output = p.output;
@@ -326,7 +334,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, CUtenso
   a.reader = reader;
   a.tile_w = tile_w, a.tile_pixels = tile_w * tile_h;
   a.box_bytes = static_cast<uint32_t>(tile_channels * tile_w * tile_h * sizeof(T));
-  a.tile_bytes = static_cast<uint32_t>(up(a.box_bytes, 128) * 128);
+  a.tile_bytes = static_cast<uint32_t>(ceil_div(a.box_bytes, 128) * 128);
   a.by_slices = Divisor(slices), a.by_tiles_w = Divisor(tiles_w), a.by_tiles_h = Divisor(tiles_h);
   a.by_pairs = Divisor(static_cast<uint32_t>(tile.pairs));
   a.by_groups_w = Divisor(static_cast<uint32_t>(tile.groups_w));
@@ -337,21 +345,21 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, CUtenso
 
   const auto shared = static_cast<int>(a.tile_bytes + tile_channels * K * K * sizeof(T));
   const auto blocks = static_cast<unsigned>(p.batch * slices * tiles_w * tiles_h);
-  const auto threads = static_cast<unsigned>(up(tile.threads(), 32) * 32);
+  const auto threads = static_cast<unsigned>(ceil_div(tile.threads(), 32) * 32);
   kernel<Traits><<<blocks, threads, shared, stream>>>(map, a);
   return cudaGetLastError();
 }
 
 // One file per element type instantiates this.
 template <typename T>
-cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader,
-                         CUtensorMapDataType type, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, int multiprocessors,
+                         cudaStream_t stream) {
   const Depth depth = choose_depth(p, multiprocessors);
-#define DWSWAP_CASE(K, S)                                                                         \
-  if (p.kernel_h == K && p.stride_h == S) {                                                       \
-    return depth == Depth::kDeep                                                                  \
-               ? launch<Traits<T, K, S, Depth::kDeep>>(p, reader, type, multiprocessors, stream)  \
-               : launch<Traits<T, K, S, Depth::kFlat>>(p, reader, type, multiprocessors, stream); \
+#define DWSWAP_CASE(K, S)                                                                   \
+  if (p.kernel_h == K && p.stride_h == S) {                                                 \
+    return depth == Depth::kDeep                                                            \
+               ? launch<Traits<T, K, S, Depth::kDeep>>(p, reader, multiprocessors, stream)  \
+               : launch<Traits<T, K, S, Depth::kFlat>>(p, reader, multiprocessors, stream); \
   }
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)
@@ -363,9 +371,8 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader,
   return cudaErrorInvalidValue;
 }
 
-#define DWSWAP_LAUNCH_TYPED(T)                                                                  \
-  cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, const Reader&, CUtensorMapDataType, \
-                              int, cudaStream_t)
+#define DWSWAP_LAUNCH_TYPED(T) \
+  cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, const Reader&, int, cudaStream_t)
 extern template DWSWAP_LAUNCH_TYPED(float);
 extern template DWSWAP_LAUNCH_TYPED(__half);
 extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);

@@ -2,6 +2,7 @@
 // and size of tensors. One thread computes kRows rows of one output column of one channel.
 #include <limits>
 
+#include "common/integer.h"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/params.h"
 
@@ -90,9 +91,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
-  const int64_t strips = (p.out_h + kRows - 1) / kRows;
+  const int64_t strips = ceil_div(p.out_h, kRows);
   const int64_t threads = p.batch * p.out_channels() * strips * p.out_w;
-  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  const int64_t blocks = ceil_div(threads, kThreads);
   // Enough for any GPU; the rest of the work is in the loop.
   const auto grid = static_cast<unsigned>(blocks < (1 << 20) ? blocks : (1 << 20));
   // 32-bit indices must hold: the thread index one step of the grid past the end, offsets within

@@ -1,6 +1,8 @@
 #include <cstdlib>
 #include <limits>
 
+#include "common/integer.h"
+#include "depthwise_conv2d/dispatch.h"
 #include "depthwise_conv2d/plane_strips.cuh"
 
 namespace dwswap {
@@ -16,18 +18,18 @@ bool fits(const DepthwiseConv2dParams& p, int columns, int rows, const Strip& st
 
 Strip choose_strip(const DepthwiseConv2dParams& p, int columns, int rows) {
   constexpr int kThreads = 128;  // per block, about
-  const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
-  const auto groups_w = static_cast<int>(up(p.out_w, columns));
-  const auto high = static_cast<int>(up(p.out_h, rows));
+  const auto groups_w = static_cast<int>(ceil_div(p.out_w, columns));
+  const auto high = static_cast<int>(ceil_div(p.out_h, rows));
   Strip best{};
   double best_cost = std::numeric_limits<double>::infinity();
   const auto consider = [&](int planes, int groups_h) {
     const Strip strip{planes, groups_h, groups_w};
     if (!fits(p, columns, rows, strip)) return;
-    const double blocks = static_cast<double>(up(p.channels, planes)) * up(high, groups_h);
+    const double blocks =
+        static_cast<double>(ceil_div(p.channels, planes)) * ceil_div(high, groups_h);
     // Threads that are launched over threads with work.
-    const double idle =
-        blocks * up(strip.threads(), 32) * 32 / (static_cast<double>(p.channels) * high * groups_w);
+    const double idle = blocks * ceil_div(strip.threads(), 32) * 32 /
+                        (static_cast<double>(p.channels) * high * groups_w);
     const double out_rows = std::min<double>(groups_h * rows, p.out_h);
     const auto in_rows = static_cast<double>(input_rows(p, planes, static_cast<int64_t>(out_rows)));
     const double halo = in_rows / std::min<double>(out_rows * p.stride_h, p.in_h);
@@ -69,7 +71,7 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
   bool covered = false;
   plane_strips::visit<float>(p, plane_strips::choose_depth(p), [&]<typename Traits>() {
     constexpr int kColumns = Traits::kColumns;
-    const plane_strips::Strip least{1, 1, static_cast<int>((p.out_w + kColumns - 1) / kColumns)};
+    const plane_strips::Strip least{1, 1, static_cast<int>(ceil_div(p.out_w, kColumns))};
     covered = p.out_w >= kColumns && p.padding_w <= Traits::kMaxPaddingW && p.padding_h <= p.in_h &&
               plane_strips::fits(p, kColumns, Traits::kRows, least);
   });
@@ -77,17 +79,8 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
 }
 
 cudaError_t launch_plane_strips(const DepthwiseConv2dParams& params, cudaStream_t stream) {
-  switch (params.dtype) {
-    case DataType::kFloat32:
-      return plane_strips::launch_typed<float>(params, stream);
-    case DataType::kFloat16:
-      return plane_strips::launch_typed<__half>(params, stream);
-    case DataType::kBFloat16:
-      return plane_strips::launch_typed<__nv_bfloat16>(params, stream);
-    case DataType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return visit_fast_type(
+      params.dtype, [&]<typename T>() { return plane_strips::launch_typed<T>(params, stream); });
 }
 
 }  // namespace dwswap

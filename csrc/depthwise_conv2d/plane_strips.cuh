@@ -14,6 +14,7 @@
 
 #include "common/async_copy.cuh"
 #include "common/depth.h"
+#include "common/integer.h"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/params.h"
 
@@ -280,7 +281,6 @@ template <typename Traits>
 cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   using T = typename Traits::T;
   const Strip strip = choose_strip(p, Traits::kColumns, Traits::kRows);
-  const auto up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit; };
   Arguments a{};
   a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
   a.output = p.output;
@@ -290,8 +290,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.planes = strip.planes;
   a.rows = static_cast<int>(std::min<int64_t>(strip.groups_h * Traits::kRows, p.out_h));
-  const auto strips = static_cast<uint32_t>(up(p.out_h, a.rows));
-  const auto chunks = static_cast<uint32_t>(up(p.channels, strip.planes));
+  const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, a.rows));
+  const auto chunks = static_cast<uint32_t>(ceil_div(p.channels, strip.planes));
   a.by_strips = Divisor(strips), a.by_chunks = Divisor(chunks);
   a.by_groups_w = Divisor(static_cast<uint32_t>(strip.groups_w));
   a.by_groups_h = Divisor(static_cast<uint32_t>(strip.groups_h));
@@ -308,7 +308,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
     if (status != cudaSuccess) return status;
   }
   const auto blocks = static_cast<unsigned>(p.batch * chunks * strips);
-  const auto threads = static_cast<unsigned>(up(strip.threads(), 32) * 32);
+  const auto threads = static_cast<unsigned>(ceil_div(strip.threads(), 32) * 32);
   function<<<blocks, threads, shared, stream>>>(a);
   return cudaGetLastError();
 }

@@ -1,5 +1,7 @@
 #include <limits>
 
+#include "common/integer.h"
+#include "depthwise_conv2d/dispatch.h"
 #include "depthwise_conv2d/rolling_rows.cuh"
 
 namespace dwswap {
@@ -17,23 +19,14 @@ bool covers_rolling_rows(const DepthwiseConv2dParams& p) {
   const int64_t in_plane =
       (p.in_h + 2 * p.padding_h + rows * p.stride_h + p.kernel_h) * (p.in_w + 2 * p.padding_w);
   const int64_t out_plane = (p.out_h + rows) * p.out_w;
-  const int64_t strips = (p.out_h + rows - 1) / rows;
+  const int64_t strips = ceil_div(p.out_h, rows);
   return in_plane <= kLimit && out_plane <= kLimit &&
          p.batch * p.out_channels() * strips * p.out_w <= kLimit;
 }
 
 cudaError_t launch_rolling_rows(const DepthwiseConv2dParams& params, cudaStream_t stream) {
-  switch (params.dtype) {
-    case DataType::kFloat32:
-      return rolling_rows::launch_typed<float>(params, stream);
-    case DataType::kFloat16:
-      return rolling_rows::launch_typed<__half>(params, stream);
-    case DataType::kBFloat16:
-      return rolling_rows::launch_typed<__nv_bfloat16>(params, stream);
-    case DataType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return visit_fast_type(
+      params.dtype, [&]<typename T>() { return rolling_rows::launch_typed<T>(params, stream); });
 }
 
 }  // namespace dwswap

@@ -7,6 +7,7 @@
 // windows is served by L1.
 #pragma once
 
+#include "common/integer.h"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/params.h"
 
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Arguments a) {
 
 template <typename Traits>
 cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
-  const auto strips = static_cast<uint32_t>((p.out_h + Traits::kRows - 1) / Traits::kRows);
+  const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, Traits::kRows));
   Arguments a{};
   a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
   a.output = p.output;
