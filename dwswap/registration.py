@@ -23,8 +23,10 @@ from torch.autograd import forward_ad
 from dwswap import build
 from dwswap.activations import ACTIVATIONS
 from dwswap.checks import check_arguments, check_dense, output_size, pair
+from dwswap.layouts import laid_out, memory_format, output_memory_format
+from dwswap.transforms import autocast_kernel, forward_vmap
 
-__all__ = ["apply", "depthwise_conv2d", "depthwise_conv2d_backward", "output_memory_format"]
+__all__ = ["apply", "depthwise_conv2d", "depthwise_conv2d_backward"]
 
 Ints = Sequence[int]
 
@@ -48,42 +50,6 @@ _library.define(
 
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
-
-
-def output_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """channels_last where input or weight has its strides, contiguous otherwise.
-
-    The rule of ``aten::conv2d`` (``cudnn_conv_suggest_memory_format`` in
-    ``aten/src/ATen/native/ConvUtils.h``): on CUDA, float64 is contiguous always.
-    """
-    if input.dtype == torch.float64 and input.device.type == "cuda":
-        return torch.contiguous_format
-    # An image without a batch is judged as a batch of one.
-    input = input.unsqueeze(0) if input.dim() == 3 else input
-    if _suggests_channels_last(input) or _suggests_channels_last(weight):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _laid_out(output: Tensor, layout: torch.memory_format) -> Tensor:
-    """``output`` in ``layout``; without a batch, as the only image of one."""
-    if output.dim() == 3:
-        return output.unsqueeze(0).contiguous(memory_format=layout).squeeze(0)
-    return output.contiguous(memory_format=layout)
-
-
-def _suggests_channels_last(tensor: Tensor) -> bool:
-    """``suggest_memory_format() == ChannelsLast`` of ``c10/core/MemoryFormat.h``."""
-    minimum = 0
-    if tensor.stride(1) == 0:
-        return False
-    for dim in (1, 3, 2, 0):
-        if tensor.shape[dim] == 0 or tensor.stride(dim) < minimum:
-            return False
-        if dim == 0 and minimum == tensor.stride(1):
-            return False
-        minimum = tensor.stride(dim) * tensor.shape[dim]
-    return True
 
 
 # --- forward on every device ------------------------------------------------------------------
@@ -123,7 +89,7 @@ def _geometry(stride: Ints, padding: Ints, dilation: Ints) -> tuple[Ints, Ints, 
 
 
 def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    return _laid_out(_decomposed(input, weight, *args), output_memory_format(input, weight))
+    return laid_out(_decomposed(input, weight, *args), output_memory_format(input, weight))
 
 
 def _forward(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -190,9 +156,9 @@ def _backward(
     )
     if grad_input is not None:
         layout = output_memory_format(input, weight)
-        grad_input = _laid_out(grad_input.squeeze(0) if unbatched else grad_input, layout)
+        grad_input = laid_out(grad_input.squeeze(0) if unbatched else grad_input, layout)
     if grad_weight is not None:
-        grad_weight = grad_weight.contiguous(memory_format=_memory_format(weight))
+        grad_weight = grad_weight.contiguous(memory_format=memory_format(weight))
     return grad_input, grad_weight, grad_bias
 
 
@@ -218,16 +184,12 @@ def _backward_fake(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (
-        _laid_out(torch.empty_like(input), output_memory_format(input, weight))
+        laid_out(torch.empty_like(input), output_memory_format(input, weight))
         if output_mask[0]
         else None,
-        torch.empty_like(weight, memory_format=_memory_format(weight)) if output_mask[1] else None,
+        torch.empty_like(weight, memory_format=memory_format(weight)) if output_mask[1] else None,
         weight.new_empty(weight.shape[0]) if output_mask[2] else None,
     )
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if _suggests_channels_last(tensor) else torch.contiguous_format
 
 
 # --- autograd ---------------------------------------------------------------------------------
@@ -438,99 +400,6 @@ def _backward_autograd(
         return depthwise_conv2d_backward(grad_output, input, weight, *args)
 
 
-# --- autocast ---------------------------------------------------------------------------------
-
-
-def _register_autocast(device_type: str, key: str) -> None:
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = (
-            tensor is not None
-            and tensor.device.type == device_type
-            and tensor.is_floating_point()
-            and tensor.dtype != torch.float64
-        )
-        return tensor.to(dtype) if eligible and tensor is not None else tensor
-
-    def forward_autocast(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: Ints,
-        padding: Ints,
-        dilation: Ints,
-        input_bias: Tensor | None = None,
-        input_activation: str = "none",
-        activation: str = "none",
-    ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return depthwise_conv2d(
-                cast(input, dtype),
-                cast(weight, dtype),
-                cast(bias, dtype),
-                stride,
-                padding,
-                dilation,
-                cast(input_bias, dtype),
-                input_activation,
-                activation,
-            )
-
-    _library.impl("depthwise_conv2d", forward_autocast, key)
-
-
-# --- vmap -------------------------------------------------------------------------------------
-
-
-def _forward_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    input_bias: Tensor | None = None,
-    input_activation: str = "none",
-    activation: str = "none",
-) -> tuple[Tensor, int]:
-    """Fold the mapped dimension into N, or into C where a parameter is mapped as well."""
-    size = info.batch_size
-    in_dims = (*in_dims, *(None for _ in range(9 - len(in_dims))))
-    unbatched = input.dim() - (in_dims[0] is not None) == 3
-    geometry = (stride, padding, dilation)
-
-    if in_dims[0] is not None and all(in_dims[i] is None for i in (1, 2, 6)):
-        batched = input.movedim(in_dims[0], 0)
-        batched = batched if unbatched else batched.flatten(0, 1)
-        output = depthwise_conv2d(
-            batched, weight, bias, *geometry, input_bias, input_activation, activation
-        )
-        return (output if unbatched else output.unflatten(0, (size, -1))), 0
-
-    def mapped(tensor: Tensor, dim: int | None) -> Tensor:
-        return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-    def folded(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        return None if tensor is None else mapped(tensor, dim).flatten(0, 1)
-
-    # (..., B * C, H, W): input channel b * C + c feeds output channels b * C * m + c * m + j.
-    channels = mapped(input, in_dims[0]).movedim(0, -4).flatten(-4, -3)
-    output = depthwise_conv2d(
-        channels,
-        folded(weight, in_dims[1]),
-        folded(bias, in_dims[2]),
-        *geometry,
-        folded(input_bias, in_dims[6]),
-        input_activation,
-        activation,
-    )
-    return output.unflatten(-3, (size, -1)), output.dim() - 3
-
-
 # --- registration -----------------------------------------------------------------------------
 
 _library.impl("depthwise_conv2d", _forward, "CompositeExplicitAutograd")
@@ -541,6 +410,9 @@ torch.library.register_fake("dwswap::_depthwise_conv2d_aten", _forward_fake, lib
 torch.library.register_fake("dwswap::_depthwise_conv2d_backward", _backward_fake, lib=_library)
 _library.impl("depthwise_conv2d", _forward_autograd, "Autograd")
 _library.impl("_depthwise_conv2d_backward", _backward_autograd, "Autograd")
-_register_autocast("cuda", "AutocastCUDA")
-_register_autocast("cpu", "AutocastCPU")
-torch.library.register_vmap("dwswap::depthwise_conv2d", _forward_vmap, lib=_library)
+for _device_type, _key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+    _kernel = autocast_kernel(depthwise_conv2d, _device_type, _key)
+    _library.impl("depthwise_conv2d", _kernel, _key)
+torch.library.register_vmap(
+    "dwswap::depthwise_conv2d", functools.partial(forward_vmap, depthwise_conv2d), lib=_library
+)

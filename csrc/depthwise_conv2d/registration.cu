@@ -214,7 +214,7 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
     return call_aten(input, weight, bias, stride, padding, dilation, input_bias, input_activation,
                      activation);
   }
-  // The rule of aten::conv2d: dwswap/registration.py, output_memory_format.
+  // The rule of aten::conv2d: dwswap/layouts.py.
   const bool channels_last = *dtype != DataType::kFloat64 &&
                              (suggests_channels_last(in) || suggests_channels_last(Image(weight)));
   const Tensor batch =
