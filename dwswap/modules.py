@@ -73,9 +73,14 @@ class DepthwiseConv2d(nn.Conv2d):
         """The same convolution as a ``DepthwiseConv2d``: shares the Parameters, keeps the mode.
 
         Raises:
+            TypeError: ``conv`` is no ``nn.Conv2d``.
             ValueError: ``conv`` is not depthwise, or does more than ``nn.Conv2d``: a subclass, a
                 parametrized weight, a ``forward`` of its own.
         """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(
+                f"DepthwiseConv2d.from_conv2d: conv must be an nn.Conv2d, got {type(conv).__name__}"
+            )
         own_forward = " with a forward of its own" if "forward" in conv.__dict__ else ""
         if type(conv) not in (nn.Conv2d, cls) or own_forward:
             raise ValueError(

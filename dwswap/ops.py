@@ -69,6 +69,9 @@ def depthwise_conv2d(
             input_activation=input_activation,
             activation=activation,
         )
+    for name, tensor in (("input", input), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
     if groups is not None and (input.dim() < 3 or input.shape[-3] != groups):
         raise ValueError(
             f"{NAME}: input must have groups = {groups} channels, got shape {list(input.shape)}"

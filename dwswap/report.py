@@ -251,8 +251,11 @@ def report(model: nn.Module) -> Report:
     """The report of a model that :func:`dwswap.optimize` returned.
 
     Raises:
+        TypeError: ``model`` is no ``nn.Module``.
         ValueError: the model has none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"dwswap.report: model must be an nn.Module, got {type(model).__name__}")
     found = _find(model)
     if found is None:
         raise ValueError(

@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dwswap
-from dwswap.bench.precision import float32_convolutions
 from dwswap.bench.records import record, write_json
 from dwswap.bench.timing import buffers_needed, time_copy, time_launches
+from dwswap.precision import float32_convolutions
 from dwswap.report import LayerErrors
 from dwswap.verify import compare
 
@@ -354,7 +354,8 @@ def main() -> int:
     parser.add_argument(
         "--problems", nargs="+", type=int, metavar="N", default=[p.number for p in PROBLEMS]
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--device", choices=devices, default=devices[-1])
     parser.add_argument(
         "--size", choices=("full", "reduced"), help="default: full on CUDA, reduced elsewhere"
     )

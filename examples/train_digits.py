@@ -82,7 +82,8 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="arrays images and target")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    parser.add_argument("--device", choices=devices, default=devices[-1])
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the results")
     args = parser.parse_args()
     if args.epochs < 1:

@@ -257,3 +257,8 @@ def test_training_steps_agree():
             module(x).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_from_conv2d_refuses_what_is_no_convolution():
+    with pytest.raises(TypeError, match=r"conv must be an nn\.Conv2d, got int"):
+        DepthwiseConv2d.from_conv2d(3)

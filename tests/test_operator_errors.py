@@ -215,3 +215,11 @@ def test_padding_beyond_32_bits_with_few_outputs(device):
     )
     # Rows and columns 0, 2^31 + 4, 2^32 + 8 of the padded image; the second is row 4 of the input.
     assert ours.tolist() == [[[[0, 0, 0], [0, 1, 0], [0, 0, 0]]]]
+
+
+@pytest.mark.parametrize(("position", "name"), [(0, "input"), (1, "weight")])
+def test_what_is_no_tensor_is_named(position, name):
+    arguments = [torch.ones(1, 2, 5, 5), torch.ones(2, 1, 3, 3)]
+    arguments[position] = None
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
+        depthwise_conv2d(*arguments, padding="same")

@@ -119,3 +119,8 @@ def test_errors_that_are_worse() -> None:
     assert good.worse(None) == good
     for failed in (bad, broken):
         assert good.worse(failed) == failed.worse(good) == failed
+
+
+def test_report_of_what_is_no_module() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
+        dwswap.report(3)  # type: ignore[arg-type]
