@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dwswap.bench.precision import float32_convolutions
 from dwswap.bench.timing import Timing, time_side_by_side
+from dwswap.precision import float32_convolutions
 from dwswap.report import LayerErrors, Report, report
 from dwswap.rewrite import optimize
 from dwswap.verify import compare as judge

@@ -123,6 +123,8 @@ def _judge_state(conv: nn.Conv2d) -> tuple[str, dict[str, object]]:
         if getattr(conv, attribute, None):
             return code, {}
     patched = [name for name in _METHODS if name in conv.__dict__]
+    if conv._compiled_call_impl is not None:
+        patched.append("compile()")
     if patched:
         return "patched_forward", {"names": ", ".join(patched)}
     weight = conv._parameters.get("weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from dwswap.copying import complete_copy
 
 __all__ = ["InferenceGraph"]
 
+_BAKED = "_dwswap_baked"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -22,17 +23,24 @@ class InferenceGraph(fx.GraphModule):
     Against a plain GraphModule it keeps the model's parameter and buffer order, unused modules and
     second names of shared modules, non-persistent buffers and plain attributes (numbers, strings
     and containers of them), also through deepcopy and pickle. ``train()`` raises: the graph has
-    the eval behaviour of dropout and its like baked in.
+    the eval behaviour of dropout and its like baked in. So does setting a plain attribute that
+    the forward read.
     """
 
     @classmethod
     def from_trace(
-        cls, root: nn.Module, graph: fx.Graph, constants: Mapping[str, Any] | None = None
+        cls,
+        root: nn.Module,
+        graph: fx.Graph,
+        constants: Mapping[str, Any] | None = None,
+        read: Collection[str] = (),
     ) -> InferenceGraph:
         """The graph over the modules and tensors of ``root``, which are shared, not copied.
 
         Args:
             constants: attributes that the trace added to its root.
+            read: names in the code of the forward. Plain attributes among them cannot be set any
+                more, as the graph has their values baked in.
         """
         added = dict(constants or {})
         root.__dict__.update(added)
@@ -42,10 +50,27 @@ class InferenceGraph(fx.GraphModule):
             for name in added:
                 del root.__dict__[name]
         _mirror(root, result, {})
+        baked = set()
         for name, value in root.__dict__.items():
             if _is_plain(value) and not hasattr(result, name):
                 result.__dict__[name] = value
+                if name in read:
+                    baked.add(name)
+        result.__dict__[_BAKED] = frozenset(baked)
         return result
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ever, but for plain attributes that the forward of the original read.
+
+        Raises:
+            AttributeError: it read ``name``, so that setting it would do nothing.
+        """
+        if name in self.__dict__.get(_BAKED, ()):
+            raise AttributeError(
+                f"{name} cannot be set: this graph was made with its value "
+                f"{self.__dict__[name]!r}; set it on the original and call dwswap.optimize again"
+            )
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> InferenceGraph:
         """``train(False)`` and ``eval()`` are fine.

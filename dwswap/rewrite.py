@@ -22,6 +22,7 @@ from dwswap.report import Report, attach
 from dwswap.tracing import (
     NotTraceable,
     build_graph_module,
+    check_not_compiled,
     is_training,
     one_line,
     traceable_submodules,
@@ -79,7 +80,8 @@ def optimize(
     report.kernels = _kernels(model, load=bool(report.swapped))
     if verify and arguments is not None and report.mode != "unchanged":
         result, report = verify_result(model, result, report, arguments)
-    if not report.swapped:
+    failed = report.verification is not None and not report.verification.passed
+    if failed or not report.swapped:
         rewritten = result is not workspace or report.traced  # and then put back by verify
         result = model if inplace else copy_model(model) if rewritten else workspace
         report.mode, report.traced = "unchanged", ()
@@ -176,6 +178,7 @@ def _nearest(model: nn.Module, path: str) -> nn.Module:
 def _traced(workspace: nn.Module, model: nn.Module, fuse: bool) -> InferenceGraph:
     if not fuse:
         raise NotTraceable("fuse=False")
+    check_not_compiled(model)  # the copy is not, as deepcopy leaves that out
     if is_training(model):
         raise NotTraceable("the model is in train mode")
     return build_graph_module(workspace)

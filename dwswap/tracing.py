@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
+import dis
 import math
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from types import FunctionType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from dwswap.convolution_call import has_depthwise_call
 from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
+from dwswap.guarded_proxy import GuardingTracer, NotTraceable
 from dwswap.inference_graph import InferenceGraph
 from dwswap.ops import depthwise_conv2d
 
@@ -36,16 +40,15 @@ _GLOBAL_HOOKS = (
 # that it answers once and for all.
 _NOT_RECORDED = {"autocast", "no_grad", "enable_grad", "set_grad_enabled", "inference_mode"}
 _NOT_RECORDED |= {"is_grad_enabled", "is_autocast_enabled", "is_tensor"}
+# Code that no model brings along; what it does to proxies, the proxies themselves refuse.
+_NOT_THE_MODELS = {"torch", *sys.stdlib_module_names}
 _CONTAINERS = (dict, list, immutable_dict, immutable_list)
+_SAVING = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
 _VARIADIC = 0x04 | 0x08  # inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
-class NotTraceable(Exception):
-    """The module has no graph that does exactly what the module does; the text says why."""
-
-
-class Tracer(fx.Tracer):
-    """``torch.fx.Tracer`` whose leaves are torch.nn modules, convolutions and norms of any class.
+class Tracer(GuardingTracer):
+    """A tracer whose leaves are torch.nn modules, convolutions and norms of any class.
 
     Buffers are read by the graph, not baked into it.
     """
@@ -99,14 +102,18 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     inlined = {m for m in subject.modules() if m is not subject and _calls_depthwise(m)}
     before = {path: _attributes(m) for path, m in subject.named_modules()}
     random_states = _random_states()
+    tracer = Tracer(inlined)
     try:
-        graph = Tracer(inlined).trace(subject)
+        graph = tracer.trace(subject)
     except NotTraceable:
         raise
     except Exception as error:  # a forward that gets proxies for tensors may raise anything
-        raise NotTraceable(f"{type(error).__name__}: {one_line(error)}") from error
+        reason = tracer.refused or f"{type(error).__name__}: {one_line(error)}"
+        raise NotTraceable(reason) from error
     finally:
         drew = _restore_random_states(random_states)
+    if tracer.refused is not None:
+        raise NotTraceable(tracer.refused)
     if drew:
         raise NotTraceable("its forward draws random numbers, which a graph would freeze")
     for node in graph.nodes:
@@ -128,8 +135,15 @@ def build_graph_module(model: nn.Module) -> InferenceGraph:
     Raises:
         NotTraceable: also where the result would have another ``state_dict``.
     """
+    check_not_compiled(model)
     graph, constants = trace(model)
-    result = InferenceGraph.from_trace(model, graph, constants)
+    read = {
+        n for f in _called_functions(type(model), type(model).forward) for n in _names(f.__code__)
+    }
+    result = InferenceGraph.from_trace(model, graph, constants, read)
+    for path, module in model.named_modules():
+        if result.get_submodule(path) is not module:
+            _check_saving(module, path)
     difference = sorted(model.state_dict().keys() ^ result.state_dict().keys())
     if difference:
         raise NotTraceable(f"a graph would have other state_dict keys: {difference[0]}")
@@ -166,7 +180,7 @@ def check_inlined(module: nn.Module, path: str) -> None:
     Raises:
         NotTraceable: hooks, a decorated forward, context managers or type tests in forward.
     """
-    name = f"{path or 'the model'} ({type(module).__name__})"
+    name = _named(module, path)
     for attribute, code in HOOKS.items():
         if getattr(module, attribute, None) and code != "state_dict_hook":
             raise NotTraceable(f"{name} has a {code.replace('_', ' ')}")
@@ -174,13 +188,31 @@ def check_inlined(module: nn.Module, path: str) -> None:
     if hasattr(forward, "__wrapped__"):
         raise NotTraceable(f"the forward of {name} is decorated")
     for function in _called_functions(type(module), forward):
-        names = set(function.__code__.co_names)
+        where = f"{function.__name__} of {name}"
+        wrapper = str(function.__globals__.get("__name__"))
+        if _root(wrapper) == "torch":
+            raise NotTraceable(f"{where} has a decorator of {wrapper}, which a graph omits")
+        names = _names(function.__code__)
         if names & _NOT_RECORDED:
             used = ", ".join(sorted(names & _NOT_RECORDED))
-            raise NotTraceable(f"{function.__name__} of {name} uses {used}, which a graph omits")
-        if {"isinstance", "Tensor"} <= names:
+            raise NotTraceable(f"{where} uses {used}, which a graph omits")
+        for asked in _global_names(function.__code__):
+            value = function.__globals__.get(asked, getattr(builtins, asked, None))
+            if value is type or value is callable:
+                raise NotTraceable(f"{where} calls {asked}, which a proxy in a trace deceives")
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Refuse a graph of a model on which, or inside which, ``compile()`` was called.
+
+    Raises:
+        NotTraceable: it was.
+    """
+    for path, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
             raise NotTraceable(
-                f"{function.__name__} of {name} tests for Tensor, which a tracer's proxy is not"
+                f"{_named(module, path)} was compiled in place, which a graph or a copy loses; "
+                "call compile() on the result"
             )
 
 
@@ -189,10 +221,33 @@ def one_line(error: BaseException) -> str:
     return lines[0].strip()
 
 
+def _named(module: nn.Module, path: str) -> str:
+    return f"{path or 'the model'} ({type(module).__name__})"
+
+
+def _check_saving(module: nn.Module, path: str) -> None:
+    """Refuse to inline ``module`` where it saves or loads its state in a way of its own."""
+    cls = type(module)
+    for name in _SAVING:
+        own = name in module.__dict__ or getattr(cls, name) is not getattr(nn.Module, name)
+        # The one of torchvision is MNASNet's. It converts files of its first version, which a
+        # graph refuses by their shapes.
+        if own and _root(cls.__module__) != "torchvision":
+            raise NotTraceable(f"{_named(module, path)} overrides {name}")
+    for attribute, code in HOOKS.items():
+        if code == "state_dict_hook" and getattr(module, attribute, None):
+            raise NotTraceable(f"{_named(module, path)} has a hook on saving or loading its state")
+
+
 def _check_root(model: nn.Module) -> None:
     check_inlined(model, "")
     if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
         raise NotTraceable("global module hooks are registered")
+    # torch.fx traces forward; for the modules inside it runs the call as it is.
+    for name in ("__call__", "_call_impl"):
+        own = getattr(type(model), name) is not getattr(nn.Module, name)
+        if own and not isinstance(model, fx.GraphModule):
+            raise NotTraceable(f"{type(model).__name__} overrides {name}")
     if "forward" in model.__dict__:
         raise NotTraceable("forward was replaced on the instance")
     forward = type(model).forward
@@ -223,20 +278,67 @@ def _restore_random_states(states: tuple[Any, Tensor, list[Tensor]]) -> bool:
 
 
 def _called_functions(cls: type, forward: object) -> list[FunctionType]:
-    """``forward`` and the methods and functions that it names, and what these name."""
+    """``forward`` and the methods and functions that it names, and what these name or wrap."""
     found: list[FunctionType] = []
     pending = [forward]
     while pending:
         function = pending.pop()
+        if isinstance(function, (staticmethod, classmethod)):
+            function = function.__func__
+        elif isinstance(function, property):
+            function = function.fget
         if not isinstance(function, FunctionType) or function in found:
             continue
-        if (function.__module__ or "").split(".")[0] == "torch":
+        if _root(function.__module__ or "") in _NOT_THE_MODELS or _is_fx_leaf(function):
             continue
         found.append(function)
-        for name in function.__code__.co_names:
-            pending += [vars(base).get(name) for base in cls.__mro__]
-            pending.append(function.__globals__.get(name))
+        pending.append(getattr(function, "__wrapped__", None))
+        pending += map(_content, function.__closure__ or ())
+        names = _names(function.__code__)
+        spaces = [*map(vars, cls.__mro__), function.__globals__]
+        for value in [function.__globals__.get(name) for name in names]:
+            if isinstance(value, ModuleType) and _root(value.__name__) not in _NOT_THE_MODELS:
+                spaces.append(vars(value))
+        pending += [space.get(name) for space in spaces for name in names]
     return found
+
+
+def _is_fx_leaf(function: FunctionType) -> bool:
+    """Whether ``torch.fx.wrap`` made a call of the graph of it; so it looks during a trace."""
+    return function.__globals__.get("__name__") == fx.Tracer.__module__
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """``code`` and what is defined inside: lambdas, comprehensions, local functions."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _names(code: CodeType) -> set[str]:
+    return {name for inner in _codes(code) for name in inner.co_names}
+
+
+def _global_names(code: CodeType) -> set[str]:
+    """Names that are looked up by themselves, not as attributes: ``type``, not ``x.type``."""
+    return {
+        str(instruction.argval)
+        for inner in _codes(code)
+        for instruction in dis.get_instructions(inner)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
 
 
 def _calls_depthwise(module: nn.Module) -> bool:

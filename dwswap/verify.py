@@ -1,14 +1,19 @@
 """Check a rewritten model against a float64 run of the original, and put back what fails.
 
 Rule: the error against float64 is at most twice the error of PyTorch's own result in the same
-dtype, plus one ulp of the result's scale; shapes, dtypes and strides are equal.
+dtype, plus one ulp of the result's scale; shapes, dtypes and strides are equal. Float32 is computed
+in float32, without TF32.
+
+An error is the largest of all elements, and chance decides which of two is larger where these are
+few: a model with one logit may be exact by luck. So PyTorch's error in a small output of the model
+is the largest of several runs, on inputs that differ by one ulp.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +27,14 @@ from dwswap.modules import DepthwiseConv2d
 from dwswap.ops import depthwise_conv2d
 from dwswap.passes.substitution import unswap_modules
 from dwswap.passes.unswap_calls import swapped_calls, unswap_call
+from dwswap.precision import float32_convolutions
 from dwswap.report import Layer, LayerErrors, Report, Verification
 
 __all__ = ["compare", "verify_result"]
+
+# Outputs of fewer elements are judged by the error of as many more runs.
+_FEW = 256
+_RUNS = 16
 
 
 def verify_result(
@@ -44,20 +54,29 @@ def verify_result(
     notes = []
     if any(module.training for module in model.modules()):
         notes.append("the model is in train mode; copies of it were compared in eval mode")
+    with float32_convolutions():
+        return _verify(model, result, report, arguments, notes)
+
+
+def _verify(
+    model: nn.Module, result: nn.Module, report: Report, arguments: Arguments, notes: list[str]
+) -> tuple[nn.Module, Report]:
     original = _run_original(runnable_copy(model), arguments, "its own dtype")
     exact_model = runnable_copy(copy_model(model).double())
     exact = _run_original(exact_model, arguments.map(_double), "float64")
+    pooled = _pooled_errors(model, exact_model, arguments, original)
     del exact_model
 
     errors: dict[str, LayerErrors] = {}
     ours = _run_checked(result, report, arguments, errors)
-    outputs, more = _compare_outputs(ours, original, exact)
+    outputs, more = _compare_outputs(ours, original, exact, pooled)
     del ours
     failed = {path for path, found in errors.items() if not found.passed}
     if failed:
         result = put_back(result, report.traced, failed)
         notes.append(f"put back {len(failed)} of {len(errors)} layers")
-        outputs, more = _compare_outputs(run(runnable_copy(result), arguments), original, exact)
+        ours = run(runnable_copy(result), arguments)
+        outputs, more = _compare_outputs(ours, original, exact, pooled)
     passed = all(found.passed for found in outputs.values())
     if not passed:
         failed = {layer.path for layer in report.layers if layer.reason == "depthwise"}
@@ -86,14 +105,18 @@ def put_back(model: nn.Module, traced: tuple[str, ...], paths: set[str]) -> nn.M
     return unswap_modules(model, paths)
 
 
-def compare(ours: Tensor, theirs: Tensor, exact: Tensor) -> LayerErrors:
-    """Judge ``ours`` by the rule, given PyTorch's own result and the float64 one."""
+def compare(ours: Tensor, theirs: Tensor, exact: Tensor, usual: float = 0.0) -> LayerErrors:
+    """Judge ``ours`` by the rule, given PyTorch's own result and the float64 one.
+
+    Args:
+        usual: PyTorch's error in other runs; the largest of all counts.
+    """
     problem = _difference_in_kind(ours, theirs)
     if problem is not None:
         return LayerErrors(math.inf, 0.0, 0.0, problem)
     if not (theirs.is_floating_point() or theirs.is_complex()):
-        wrong, usual = (float((t != exact).sum()) for t in (ours, theirs))
-        return LayerErrors(wrong, usual, 2 * usual)
+        wrong, differing = (float((t != exact).sum()) for t in (ours, theirs))
+        return LayerErrors(wrong, differing, 2 * differing)
     wide = torch.complex128 if theirs.is_complex() else torch.float64
     ours, theirs, exact, dtype = ours.to(wide), theirs.to(wide), exact.to(wide), theirs.dtype
     if not torch.equal(exact.isnan() & theirs.isnan(), exact.isnan() & ours.isnan()):
@@ -103,7 +126,7 @@ def compare(ours: Tensor, theirs: Tensor, exact: Tensor) -> LayerErrors:
     finite = exact.isfinite() & theirs.isfinite() & ours.isfinite()
     ours, theirs, exact = ours[finite], theirs[finite], exact[finite]
     own = _largest(ours - exact)
-    usual = _largest(theirs - exact)
+    usual = max(usual, _largest(theirs - exact))
     return LayerErrors(own, usual, 2 * usual + _ulp(_largest(exact), dtype), problem)
 
 
@@ -173,8 +196,45 @@ def _compare_layer(
     return compare(output, theirs, exact)
 
 
+def _pooled_errors(
+    model: nn.Module, exact_model: nn.Module, arguments: Arguments, original: Any
+) -> dict[str, float]:
+    """PyTorch's largest error in every small output, over runs on slightly different inputs."""
+    small = {path for path, t in _leaves(original).items() if _is_few(t)}
+    pooled = dict.fromkeys(small, 0.0)
+    subject = runnable_copy(model)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_RUNS if small else 0):
+        inputs = arguments.map(lambda tensor: _nudged(tensor, generator))
+        theirs = _leaves(_run_original(subject, inputs, "its own dtype, one ulp off"))
+        exact = _leaves(_run_original(exact_model, inputs.map(_double), "float64, one ulp off"))
+        for path in small & theirs.keys() & exact.keys():
+            result, reference = theirs[path], exact[path]
+            if not _is_few(result) or result.shape != reference.shape:
+                continue
+            found = compare(result, result, reference)
+            # What is larger is no rounding but another decision, as the order of two boxes.
+            rounding = math.sqrt(torch.finfo(result.dtype).eps) * _largest(reference)
+            if found.passed and found.pytorch <= rounding:
+                pooled[path] = max(pooled[path], found.pytorch)
+    return pooled
+
+
+def _is_few(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and 0 < value.numel() < _FEW
+
+
+def _nudged(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """``tensor`` with every float one ulp lower, the same, or one ulp higher, in the same range."""
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.layout != torch.strided:
+        return tensor
+    steps = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor)
+    nudged = tensor * (1 + steps * torch.finfo(tensor.dtype).eps)
+    return nudged.clamp(tensor.min(), tensor.max())
+
+
 def _compare_outputs(
-    ours: Any, theirs: Any, exact: Any
+    ours: Any, theirs: Any, exact: Any, pooled: Mapping[str, float]
 ) -> tuple[dict[str, LayerErrors], tuple[str, ...]]:
     """Errors per tensor of the outputs, and notes on what could not be judged."""
     found: dict[str, LayerErrors] = {}
@@ -192,7 +252,7 @@ def _compare_outputs(
         elif not isinstance(own, Tensor):
             found[path] = LayerErrors(math.inf, 0.0, 0.0, "missing")
         else:
-            found[path] = compare(own, value, reference)
+            found[path] = compare(own, value, reference, pooled.get(path, 0.0))
     if not found:
         notes.append("no output could be compared, only the layers were")
     return found, tuple(notes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import random
+import types
 from collections import OrderedDict, defaultdict
 from typing import Any
 
@@ -131,15 +133,196 @@ class Variadic(Block):
         return super().forward(xs[0])
 
 
+class OwnCall(Block):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+class ListTest(Block):
+    def forward(self, x: Any) -> Tensor:
+        return super().forward(x[0] if isinstance(x, (list, tuple)) else x)
+
+
+Alias = Tensor
+kind = type
+
+
+class AliasTest(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if isinstance(x, Alias) else x)
+
+
+class LambdaTest(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        double = lambda t: t * 2 if isinstance(t, Tensor) else t  # noqa: E731
+        return super().forward(double(x))
+
+
+class ParameterTest(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x * 2 if isinstance(self.expand.weight, nn.Parameter) else x
+
+
+class JitTypeTest(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if torch.jit.isinstance(x, Tensor) else x)
+
+
+elsewhere = types.ModuleType("elsewhere")
+exec(
+    "import torch\n"
+    "def double(x):\n    return x * 2 if isinstance(x, torch.Tensor) else x\n"
+    "def context():\n    return torch.autocast('cpu', dtype=torch.bfloat16)",
+    elsewhere.__dict__,
+)
+
+
+class ElsewhereTest(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(elsewhere.double(x))
+
+
+class ElsewhereContext(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with elsewhere.context():
+            return super().forward(x)
+
+
+class ExactType(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if kind(x) is Tensor else x)
+
+
+class CallableTest(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if [t for t in (x,) if callable(t)] else x)
+
+
+class HasAttribute(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if hasattr(x, "mask") else x)
+
+
+class GetAttribute(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        mask = getattr(x, "mask", None)
+        return super().forward(x if mask is None else x * mask)
+
+
+class SetsData(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x.data = x.data.clamp(0, 0.1)
+        return super().forward(x)
+
+
+class Swallowing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            if x.sum() < 1e30:
+                x = x * 3
+        except Exception:
+            pass
+        return super().forward(x)
+
+
+class SwallowingLength(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(Exception):
+            x = x * len(x)
+        return super().forward(x)
+
+
+class SwallowingTypeTest(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(Exception):
+            x = x * 3 if isinstance(x, Tensor) else x
+        return super().forward(x)
+
+
+class DecoratedHelper(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def features(self, x: Tensor) -> Tensor:
+        return Block.forward(self, x)
+
+
+class DecoratedProperty(Block):
+    @property
+    @torch.no_grad()
+    def scale(self) -> Tensor:
+        return self.norm.weight.mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+@contextlib.contextmanager
+def low_precision() -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+class WrappedContext(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with low_precision():
+            return super().forward(x)
+
+
+class LocalContext(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        def run() -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return Block.forward(self, x)
+
+        return run()
+
+
+class WithUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(depthwise())
+        self.unused = nn.ModuleList([nn.ReLU()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.unused[0](self.inner(x))
+
+
+class OwnLoading(Block):
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for key in list(state_dict):
+            state_dict[key.replace("old", "expand")] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
+        (OwnCall, "overrides __call__"),
+        *(
+            (c, "tests the type of a value")
+            for c in (ListTest, AliasTest, LambdaTest, ParameterTest, JitTypeTest, ElsewhereTest)
+        ),
+        (ExactType, "calls kind"),
+        (CallableTest, "calls callable"),
+        (HasAttribute, "has the attribute mask"),
+        (GetAttribute, "has the attribute mask"),
+        (SetsData, "sets the attribute data"),
+        (Swallowing, "control flow"),
+        (SwallowingLength, "needs the length of x"),
+        (SwallowingTypeTest, "tests the type of a value"),
+        (DecoratedHelper, "features of the model (DecoratedHelper) has a decorator of torch.amp"),
+        (DecoratedProperty, "scale of the model (DecoratedProperty) has a decorator of torch"),
+        *((c, "autocast") for c in (WrappedContext, LocalContext, ElsewhereContext)),
+        (OwnLoading, "overrides _load_from_state_dict"),
         (Optional_, "may be None"),
         (Context, "no_grad"),
         (Decorated, "decorated"),
         (HelperContext, "helper of the model (HelperContext) uses autocast"),
         (OwnDict, "defaultdict"),
-        (TypeTest, "tests for Tensor"),
+        (TypeTest, "tests the type of a value"),
         (Counting, "changes the attribute calls"),
         (CountingBuffer, "buffer"),
         (Remembering, "changes the attribute seen"),
@@ -161,10 +344,63 @@ def test_what_a_graph_would_do_differently_is_not_traced(cls: type[Block], reaso
     assert snapshot(model) == before
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
-    torch.manual_seed(3)
-    expected = model(image())
-    torch.manual_seed(3)
-    torch.testing.assert_close(fast(image()), expected, rtol=0, atol=1)
+    outputs = []
+    for m in (model, fast):
+        torch.manual_seed(3)
+        random.seed(3)
+        outputs.append(m(image()))
+    ours, expected = outputs
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_hooks_on_the_state_rule_out_a_graph() -> None:
+    for register in (
+        "register_state_dict_pre_hook",
+        "register_load_state_dict_post_hook",
+        "register_load_state_dict_pre_hook",
+        "register_state_dict_post_hook",
+    ):
+        for hooked in (lambda m: m, lambda m: m.inner, lambda m: m.unused):
+            model = WithUnused().eval()
+            calls: list[str] = []
+            getattr(hooked(model), register)(lambda *_, calls=calls: calls.append("called"))
+            fast = dwswap.optimize(model)
+            assert "has a hook on saving or loading" in str(dwswap.report(fast).not_traced)
+            fast.load_state_dict(fast.state_dict())
+            assert calls
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_compiled_modules_rule_out_a_graph(inplace: bool) -> None:
+    for compiled in (lambda m: m, lambda m: m.block, lambda m: m.block.norm):
+        model = nn.Sequential(OrderedDict(block=Block())).eval()
+        compiled(model).compile(backend="eager")
+        fast = dwswap.optimize(model, inplace=inplace)
+        report = dwswap.report(fast)
+        assert report.mode == "substitution"
+        assert "compiled in place" in str(report.not_traced)
+        assert (compiled(fast)._compiled_call_impl is not None) == inplace
+        assert type(fast.block.depthwise) is DepthwiseConv2d
+
+
+def test_attributes_that_forward_read_cannot_be_set() -> None:
+    class Scaled(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 2.0
+            self.title = "unused"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    fast = dwswap.optimize(Scaled().eval())
+    for graph in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert graph.scale == 2
+        with pytest.raises(AttributeError, match=r"scale cannot be set: .* value 2\.0"):
+            graph.scale = 3.0
+        assert graph.scale == 2
+        graph.title = "set"
+        assert graph.title == "set"
 
 
 def test_global_hooks_and_patched_forward_rule_out_a_graph() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from tiny_models import Block, ControlFlow, Functional, depthwise, image
 from torch import Tensor, fx, nn
 
 import dwswap
-from dwswap import DepthwiseConv2d, registration
-from dwswap.report import Verification
+from dwswap import DepthwiseConv2d, registration, verify
+from dwswap.report import LayerErrors, Verification
 from dwswap.verify import compare
 
 
@@ -128,6 +129,144 @@ def test_everything_is_put_back_when_the_whole_fails(monkeypatch: pytest.MonkeyP
     assert torch.equal(fast(image()), model(image()))
     assert dwswap.optimize(model, image(), verify=True, inplace=True) is model
     assert type(model.depthwise) is nn.Conv2d
+
+
+def test_original_comes_back_whatever_else_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that the operator ran before is no reason to keep a result that is wrong."""
+    from dwswap import rewrite
+
+    def break_output(graph_module: fx.GraphModule, context: Any) -> None:
+        (output,) = (n for n in graph_module.graph.nodes if n.op == "output")
+        with graph_module.graph.inserting_before(output):
+            output.args = (graph_module.graph.call_function(torch.mul, (output.args[0], 1.001)),)
+
+    monkeypatch.setattr(rewrite, "INFERENCE_PASSES", (break_output,))
+    model = nn.Sequential(depthwise(), DepthwiseConv2d(8, 8, 3)).eval()
+    x = image(8)
+    fast, verification = verified(model, x)
+    assert not verification.passed
+    assert dwswap.report(fast).mode == "unchanged"
+    assert [layer.reason for layer in dwswap.report(fast).layers] == [
+        "verify_failed",
+        "already_swapped",
+    ]
+    assert fast is not model
+    assert [type(m) for m in fast] == [nn.Conv2d, DepthwiseConv2d]
+    assert torch.equal(fast(x), model(x))
+    assert verified(model, x, inplace=True)[0] is model
+    assert type(model[0]) is nn.Conv2d
+
+
+class OneLogit(nn.Sequential):
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        super().__init__(nn.Conv2d(3, 16, 3, stride=2), nn.Hardswish())
+        for _ in range(4):
+            block = Block(16)
+            block.expand = nn.Conv2d(16, 16, 1)
+            self.append(block)
+        self.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 1)])
+        self.eval()
+
+
+def tap_by_tap(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *_: Any
+) -> Tensor:
+    """As accurate as PyTorch, summed in another order."""
+    padded = F.pad(input, (padding[1], padding[1], padding[0], padding[0]))
+    rows, columns = (
+        (size - k) // s + 1
+        for size, k, s in zip(padded.shape[-2:], weight.shape[-2:], stride, strict=True)
+    )
+    output = torch.zeros(())
+    for i in range(weight.shape[-2]):
+        for j in range(weight.shape[-1]):
+            rows_of_tap = slice(i, i + stride[0] * (rows - 1) + 1, stride[0])
+            columns_of_tap = slice(j, j + stride[1] * (columns - 1) + 1, stride[1])
+            tap = weight[:, 0, i, j].view(-1, 1, 1)
+            output = output + padded[..., rows_of_tap, columns_of_tap] * tap
+    return output if bias is None else output + bias.view(-1, 1, 1)
+
+
+def test_one_logit_is_not_judged_by_luck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "depthwise_conv2d", tap_by_tap)
+    for seed in range(20):
+        fast, verification = verified(OneLogit(seed), image(size=32, batch=1))
+        assert verification.passed, str(dwswap.report(fast))
+        assert len(dwswap.report(fast).swapped) == 4
+
+
+def test_one_logit_shows_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where each layer, on its own, was found right."""
+    right = registration.depthwise_conv2d
+    for seed in range(5):
+        with monkeypatch.context() as patch:
+            patch.setattr(registration, "depthwise_conv2d", lambda *a: right(*a) * (1 + 1e-3))
+            fast, verification = verified(OneLogit(seed), image(size=32, batch=1))
+            assert {layer.reason for layer in dwswap.report(fast).layers if layer.groups == 16} == {
+                "verify_failed"
+            }
+            patch.setattr(verify, "_compare_layer", lambda *_: LayerErrors(0, 0, 0))
+            _, verification = verified(OneLogit(seed), image(size=32, batch=1))
+            assert not verification.passed
+
+
+def test_another_decision_is_no_rounding_error() -> None:
+    """Runs on nudged inputs that pick another element must not widen the limit."""
+
+    class Flipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = depthwise()
+
+        def forward(self, x: Tensor) -> Tensor:
+            moved = x.dtype == torch.float32 and x.flatten()[0] != 1
+            return self.conv(x).sum() + (100 if moved else 0)
+
+    x = image(8)
+    x[0, 0, 0, 0] = 1
+    _, verification = verified(Flipping().eval(), x, fuse=False)
+    assert verification.outputs["output"].limit < 1e-2
+
+
+def test_nudged_inputs_stay_in_range() -> None:
+    class Checked(nn.Sequential):
+        def forward(self, x: Tensor, empty: Tensor, index: Tensor) -> Tensor:
+            if x.min() < 0 or x.max() > 1:
+                raise ValueError("not an image")
+            return super().forward(x).mean() + empty.sum() + index
+
+    x = image(8).clamp(0, 1)
+    arguments = (x, torch.zeros(0), torch.tensor(1))
+    _, verification = verified(Checked(depthwise()).eval(), arguments, fuse=False)
+    assert verification.passed
+
+
+def test_tf32_is_off_while_it_compares() -> None:
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    seen = []
+
+    class Watching(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((cudnn.conv.fp32_precision, matmul.fp32_precision))
+            if x.dtype == torch.float64 and model.fails:
+                raise RuntimeError("no float64")
+            return super().forward(x)
+
+    model: Any = Watching().eval()
+    before = cudnn.conv.fp32_precision, matmul.fp32_precision
+    cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32"
+    try:
+        for model.fails in (False, True):
+            seen.clear()
+            with pytest.raises(ValueError, match="float64") if model.fails else nullcontext():
+                dwswap.optimize(model, image(), verify=True, fuse=False)
+            # The first run only shows the shapes.
+            assert set(seen[1:]) == {("ieee", "ieee")}
+            assert (cudnn.conv.fp32_precision, matmul.fp32_precision) == ("tf32", "tf32")
+    finally:
+        cudnn.conv.fp32_precision, matmul.fp32_precision = before
 
 
 def test_outputs_of_any_structure() -> None:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from dwswap.activations import ACTIVATIONS
 from dwswap.bench.layer_results import Key, LayerResult, Skipped
-from dwswap.bench.precision import float32_convolutions
 from dwswap.bench.shapes import LayerShape
 from dwswap.bench.timing import buffers_needed, time_copy, time_launches
 from dwswap.ops import depthwise_conv2d
+from dwswap.precision import float32_convolutions
 from dwswap.report import LayerErrors
 from dwswap.verify import compare
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import dwswap
 from dwswap import build, demo
-from dwswap.bench.precision import float32_convolutions
 from dwswap.bench.records import record
 from dwswap.cli.common import CliError, console, missing_extra, output_folder, save_json
 from dwswap.cli.models import find
+from dwswap.precision import float32_convolutions
 from dwswap.report import Report
 
 __all__ = ["add_parser"]

@@ -1,0 +1,142 @@
+"""Proxies that refuse what torch.fx decides while it traces or leaves out of the graph.
+
+A plain ``torch.fx.Proxy`` answers ``isinstance(x, list)`` and ``hasattr(x, "mask")`` for itself,
+forgets ``x.data = ...``, and raises for control flow an error that a forward may swallow.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+from types import CodeType, FrameType
+from typing import Any, NoReturn
+
+from torch import fx
+from torch.fx.proxy import Attribute
+
+__all__ = ["GuardedProxy", "GuardingTracer", "NotTraceable"]
+
+_TRUSTED = {"torch", "dwswap", "copy", "inspect"}
+# Functions here test types for their caller: torch.is_tensor, torch.jit.isinstance.
+_TESTS_TYPES = ("torch.jit", "torch._jit_internal")
+_TYPE_TESTS = {"__instancecheck__", "__subclasscheck__"}
+_READS = {"LOAD_ATTR", "LOAD_METHOD"}
+
+
+class NotTraceable(Exception):
+    """The module has no graph that does exactly what the module does; the text says why."""
+
+
+class GuardingTracer(fx.Tracer):
+    """``torch.fx.Tracer`` with guarded proxies, which remembers what they refused.
+
+    Refusals count even where a forward catches the exception.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._refused: str | None = None
+        self._type_tests: dict[tuple[CodeType, int], str] = {}
+
+    @property
+    def refused(self) -> str | None:
+        """The first refusal, if any."""
+        return next(iter(self._type_tests.values()), self._refused)
+
+    def refuse(self, reason: str) -> NoReturn:
+        self._refused = self._refused or reason
+        raise NotTraceable(reason)
+
+    def note_type_test(self, frame: FrameType) -> None:
+        """Refuse in the end, unless the test turns out to be part of a torch function's call."""
+        reason = f"{_where(frame)} tests the type of a value, which is a proxy in a trace"
+        self._type_tests.setdefault((frame.f_code, frame.f_lasti), reason)
+
+    def note_torch_function(self, frame: FrameType) -> None:
+        # The argument parser of a torch function written in C++ asks for types, too, before it
+        # hands the call to __torch_function__. Such a test is at the same instruction.
+        self._type_tests.pop((frame.f_code, frame.f_lasti), None)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return GuardedProxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse(f"control flow depends on the value of {obj.node.name}")
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        self.refuse(f"control flow depends on the length of {obj.node.name}, which is iterated")
+
+
+class _Guarded(fx.Proxy):
+    tracer: GuardingTracer
+
+    # No zero-argument super() in this class: the property takes the name of its hidden cell.
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        frame = _caller(2)
+        if not _is_trusted(frame):
+            self.tracer.note_type_test(frame)
+        return type(self)
+
+    @classmethod
+    def __torch_function__(
+        cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None
+    ) -> fx.Proxy:
+        result = fx.Proxy.__torch_function__.__func__(cls, orig_method, types, args, kwargs)  # type: ignore[attr-defined]
+        result.tracer.note_torch_function(sys._getframe(1))
+        return result
+
+    def __getattr__(self, k: str) -> Attribute:
+        frame = _caller(2)
+        opcode = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+        if opcode not in _READS and not _is_trusted(frame):
+            self.tracer.refuse(f"{_where(frame)} asks whether a value has the attribute {k}")
+        return GuardedAttribute(self, k)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        frame = _caller(2)
+        if not _is_trusted(frame):
+            self.tracer.refuse(f"{_where(frame)} sets the attribute {name} of a value")
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.tracer.refuse(f"{_where(_caller(2))} deletes the attribute {name} of a value")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.tracer.refuse("its forward makes a deep copy of a value")
+
+    def __len__(self) -> int:
+        self.tracer.refuse(f"its forward needs the length of {self.node.name}")
+
+    def __int__(self) -> int:
+        self.tracer.refuse(f"its forward needs the value of {self.node.name} as a number")
+
+    def __float__(self) -> float:
+        self.tracer.refuse(f"its forward needs the value of {self.node.name} as a number")
+
+
+class GuardedProxy(_Guarded):
+    """A value of a trace by :class:`GuardingTracer`."""
+
+
+class GuardedAttribute(_Guarded, Attribute):
+    """An attribute of such a value, or its method about to be called."""
+
+
+def _caller(depth: int) -> FrameType:
+    """The frame that asks, without those of metaclasses that answer isinstance."""
+    frame = sys._getframe(depth)
+    while frame.f_code.co_name in _TYPE_TESTS and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _is_trusted(frame: FrameType) -> bool:
+    module = str(frame.f_globals.get("__name__", ""))
+    if module == "torch" or module.startswith(_TESTS_TYPES):
+        return False
+    return module.partition(".")[0] in _TRUSTED
+
+
+def _where(frame: FrameType) -> str:
+    return f"{frame.f_code.co_name} in {frame.f_globals.get('__name__', '?')}"
