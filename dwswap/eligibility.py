@@ -123,10 +123,10 @@ def _judge_state(conv: nn.Conv2d) -> tuple[str, dict[str, object]]:
         if getattr(conv, attribute, None):
             return code, {}
     patched = [name for name in _METHODS if name in conv.__dict__]
-    if conv._compiled_call_impl is not None:
-        patched.append("compile()")
     if patched:
         return "patched_forward", {"names": ", ".join(patched)}
+    if conv._compiled_call_impl is not None:
+        return "compiled_in_place", {}
     weight = conv._parameters.get("weight")
     bias = conv._parameters.get("bias")
     if weight is None or (bias is None and "bias" not in conv._parameters):

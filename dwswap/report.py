@@ -42,6 +42,7 @@ REASONS: dict[str, str] = {
     "backward_hook": "has a backward hook",
     "state_dict_hook": "has a hook on saving or loading its state_dict",
     "patched_forward": "its {names} was replaced on the instance",
+    "compiled_in_place": "it was compiled by its compile(), which a swap would undo",
     "weight_not_parameter": "its weight or bias is not an nn.Parameter",
     "tensor_subclass": "its weight or bias is a tensor subclass ({type})",
     "weight_layout": "its weight has the layout {layout}",

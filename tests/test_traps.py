@@ -36,6 +36,12 @@ def _hooked(register: str) -> nn.Conv2d:
     return conv
 
 
+def _compiled_in_place() -> nn.Conv2d:
+    conv = depthwise()
+    conv.compile(backend="eager")
+    return conv
+
+
 def _patched_forward() -> nn.Conv2d:
     conv = depthwise()
     conv.forward = lambda x: F.relu(nn.Conv2d.forward(conv, x))  # type: ignore[method-assign]
@@ -118,6 +124,7 @@ KEPT: dict[str, list[Any]] = {
         lambda: _hooked("register_load_state_dict_post_hook"),
     ],
     "patched_forward": [_patched_forward],
+    "compiled_in_place": [_compiled_in_place],
     "weight_not_parameter": [_plain_weight],
     "tensor_subclass": [_subclass_weight],
     "weight_layout": [_sparse_weight],
