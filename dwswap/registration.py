@@ -200,6 +200,10 @@ def _differentiated_elsewhere() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
 def _below_autograd(*args: Any) -> Tensor:
     try:
         with torch._C._AutoDispatchBelowAutograd():
@@ -229,32 +233,13 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: Ints,
-        padding: Ints,
-        dilation: Ints,
-        input_bias: Tensor | None,
-        input_activation: str,
-        activation: str,
-    ) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """``args``: all nine of the operator, in its order."""
+        input, weight, bias, stride, padding, dilation, input_bias, *activations = args
         ctx.geometry = _geometry(stride, padding, dilation)
-        ctx.input_activation, ctx.activation = input_activation, activation
+        ctx.input_activation, ctx.activation = activations
         ctx.save_for_backward(input, weight, bias, input_bias)
-        return _below_autograd(
-            input,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            input_bias,
-            input_activation,
-            activation,
-        )
+        return _below_autograd(*args)
 
     @staticmethod
     @_without_autocast
@@ -318,7 +303,7 @@ def _forward_autograd(
     # aten differentiates a complex convolution as real ones, which convolution_backward does not.
     if _differentiated_elsewhere() or input.is_complex():
         return _decomposed(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, input_bias):
+    if _needs_gradient(input, weight, bias, input_bias):
         return _DepthwiseConv2d.apply(*args)
     return _below_autograd(*args)
 
@@ -333,7 +318,7 @@ def apply(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Ten
     """
     if (
         torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias, args[3]))
+        or _needs_gradient(input, weight, bias, args[3])
         or _differentiated_elsewhere()
     ):
         return depthwise_conv2d(input, weight, bias, *args)
@@ -394,7 +379,7 @@ def _backward_autograd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if _differentiated_elsewhere():
         return _backward(grad_output, input, weight, *args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(grad_output, input, weight):
+    if _needs_gradient(grad_output, input, weight):
         return _DepthwiseConv2dBackward.apply(grad_output, input, weight, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return depthwise_conv2d_backward(grad_output, input, weight, *args)
