@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,9 @@ NAME = "dwswap.depthwise_conv2d"
 NAMES = ("input", "weight", "bias", "input_bias")
 type_check = torch._check_type
 value_check = torch._check_value
+
+MOST_ELEMENTS = 1 << 60
+"""The bytes of so many elements still fit 63 bits; aten may wrap around beyond that."""
 
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
@@ -141,6 +145,12 @@ def check_arguments(
     for i, axis in enumerate(("height", "width")):
         padded = input.shape[i - 2] + 2 * padding[i]
         _check_extent(axis, dilation[i] * (weight.shape[i - 2] - 1) + 1, dilation[i], padded)
+    size = output_size(input, weight, stride, padding, dilation)
+    # Sizes that are still symbols are checked when they are numbers.
+    value_check(
+        any(type(extent) is not int for extent in size) or math.prod(size) < MOST_ELEMENTS,
+        lambda: f"{NAME}: the output must have fewer than 2^60 elements, got shape {size}",
+    )
 
 
 def _check_extent(axis: str, extent: int, dilation: int, padded: int) -> None:

@@ -40,7 +40,7 @@ for dtype in float32 float16 bfloat16 float64; do
 done
 tests fuzz-other tests/gpu/test_fuzz.py -k "not forward and not gradients" &
 tests kernels-other tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64" &
-tests reliability tests/gpu/test_reliability.py tests/gpu/test_timing.py &
+tests reliability tests/gpu/test_reliability.py &
 tests models tests/gpu/test_gpu_models.py &
 tests operator tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py &
 tests registration tests/test_operator_registration.py tests/test_operator_errors.py &
@@ -51,6 +51,7 @@ done
 tests others "${others[@]}" &
 tests torchvision tests/test_torchvision.py &
 wait
+tests timing tests/gpu/test_timing.py # alone: it compares times
 
 grep -hE '^(FAILED|ERROR)' "$logs"/*.log | cut -c1-200
 grep -hE '^SKIPPED' "$logs"/*.log | sort -u | cut -c1-200

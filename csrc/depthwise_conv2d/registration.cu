@@ -21,6 +21,8 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr double kMostElements = 0x1p60;  // their bytes still fit 63 bits
+
 constexpr std::array<const char*, 9> kActivationNames = {
     "none", "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "hardsigmoid", "sigmoid"};
 
@@ -119,6 +121,14 @@ std::optional<Tensor> checked_vector(const char* name, const std::optional<Tenso
   return torch::stable::contiguous(*tensor);
 }
 
+// dilation * (kernel - 1) + 1, which may not fit 64 bits for an expanded weight.
+std::string extent_string(int64_t kernel, int64_t dilation) {
+  int64_t extent = 0;
+  const bool fits = !__builtin_mul_overflow(dilation, kernel - 1, &extent) &&
+                    !__builtin_add_overflow(extent, 1, &extent);
+  return fits ? std::to_string(extent) : "over 2^63";
+}
+
 int64_t output_extent(const char* dimension, int64_t size, int64_t kernel, int64_t stride,
                       int64_t padding, int64_t dilation) {
   constexpr int64_t kLimit = int64_t{1} << 40;
@@ -126,10 +136,10 @@ int64_t output_extent(const char* dimension, int64_t size, int64_t kernel, int64
                "stride, padding and dilation must be below 2^40, got ", stride, ", ", padding, ", ",
                dilation, " along the ", dimension);
   const int64_t padded = size + 2 * padding;
-  // Divided, as dilation * (kernel - 1) may not fit 64 bits for an expanded weight.
+  // Divided, as the product may not fit 64 bits.
   DWSWAP_CHECK(kernel - 1 <= (padded - 1) / dilation, "the kernel must fit into the padded input; ",
-               "along the ", dimension, " it has ", kernel, " elements, ", dilation,
-               " apart, the padded input has ", padded);
+               "along the ", dimension, " it covers ", extent_string(kernel, dilation),
+               " elements (dilation ", dilation, "), the padded input has ", padded);
   const int64_t extent = dilation * (kernel - 1) + 1;
   return (padded - extent) / stride + 1;
 }
@@ -196,6 +206,11 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
   p.dilation_h = d.h, p.dilation_w = d.w;
   p.out_h = output_extent("height", p.in_h, p.kernel_h, s.h, pad.h, d.h);
   p.out_w = output_extent("width", p.in_w, p.kernel_w, s.w, pad.w, d.w);
+  DWSWAP_CHECK(static_cast<double>(p.batch) * static_cast<double>(p.out_channels()) *
+                       static_cast<double>(p.out_h) * static_cast<double>(p.out_w) <
+                   kMostElements,
+               "the output must have fewer than 2^60 elements, got shape ",
+               shape_string(std::array{p.batch, p.out_channels(), p.out_h, p.out_w}));
   p.input_activation = parse_activation("input_activation", input_activation);
   p.activation = parse_activation("activation", activation);
   const auto bias_vector = checked_vector("bias", bias, p.out_channels(), input);
