@@ -138,8 +138,9 @@ def time_copy(num_bytes: int, device: torch.device | str, *, budget: float = 0.5
     """Time the copy floor: ``num_bytes`` moved, half read and half written.
 
     A kernel that reads an input of A bytes and writes an output of B bytes moves A + B bytes: its
-    floor is ``time_copy(A + B)``. The faster of ``copy_`` and an elementwise kernel: in a CUDA graph
-    the driver copies some large tensors at two thirds of the memory's rate (H200, 1 and 2 GiB).
+    floor is ``time_copy(A + B)``. The faster of ``copy_`` and an elementwise kernel: in a CUDA
+    graph the driver copies some large tensors at two thirds of the memory's rate (1 and 2 GiB on
+    an H200).
     """
     elements = max(1, num_bytes // 8)
     count = buffers_needed(8 * elements)
