@@ -26,7 +26,7 @@ from dwswap.checks import check_arguments, check_dense, output_size, pair
 from dwswap.layouts import laid_out, memory_format, output_memory_format
 from dwswap.transforms import autocast_kernel, forward_vmap
 
-__all__ = ["apply", "depthwise_conv2d", "depthwise_conv2d_backward"]
+__all__ = ["apply", "depthwise_conv2d", "depthwise_conv2d_backward", "kernel_family"]
 
 Ints = Sequence[int]
 
@@ -34,14 +34,15 @@ _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
 # input_bias is not keyword-only: torch.library.register_vmap refuses keyword-only tensors.
 _FORWARD_ARGUMENTS = (
     f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, Tensor? input_bias=None, "
-    'str input_activation="none", str activation="none") -> Tensor'
+    'str input_activation="none", str activation="none")'
 )
 
 _library = torch.library.Library("dwswap", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
-_library.define("depthwise_conv2d" + _FORWARD_ARGUMENTS, tags=_tags)
+_library.define(f"depthwise_conv2d{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
 # What the CUDA kernels do not cover (integer and complex dtypes) they send here.
-_library.define("_depthwise_conv2d_aten" + _FORWARD_ARGUMENTS, tags=_tags)
+_library.define(f"_depthwise_conv2d_aten{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
+_library.define(f"_depthwise_conv2d_family{_FORWARD_ARGUMENTS} -> str", tags=_tags)
 _library.define(
     f"_depthwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
@@ -323,6 +324,17 @@ def apply(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Ten
     ):
         return depthwise_conv2d(input, weight, bias, *args)
     return _below_autograd(input, weight, bias, *args)
+
+
+def kernel_family(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> str:
+    """Name the family of CUDA kernels that would run; ``"aten"`` where none would.
+
+    Args:
+        args: stride, padding, dilation and, optionally, input_bias, input_activation, activation.
+    """
+    if not (input.is_cuda and build.load()):
+        return "aten"
+    return torch.ops.dwswap._depthwise_conv2d_family.default(input, weight, bias, *args)
 
 
 class _DepthwiseConv2dBackward(torch.autograd.Function):

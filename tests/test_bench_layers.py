@@ -49,6 +49,7 @@ def row(**changes) -> LayerResult:
         "padding": [1, 1],
         "dilation": [1, 1],
         "bias": False,
+        "family": "aten",
         "moved_bytes": 1_000_000,
         "ours_us": 10.0,
         "pytorch_us": 20.0,

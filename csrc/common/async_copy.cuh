@@ -34,6 +34,19 @@ __device__ __forceinline__ void copy_async(void* target, const void* source, int
   }
 }
 
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Until all groups but the last `open` (0 or 1) that were committed have arrived.
+__device__ __forceinline__ void wait_for_groups(int open) {
+  if (open == 0) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  }
+}
+
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }

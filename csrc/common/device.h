@@ -3,9 +3,17 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <string_view>
 #include <vector>
 
 namespace dwswap {
+
+// DWSWAP_PORTABLE=1 in the environment keeps to what needs no more than sm_80.
+inline bool portable_only() {
+  const char* value = std::getenv("DWSWAP_PORTABLE");
+  return value != nullptr && std::string_view(value) == "1";
+}
 
 struct Device {
   int major = 0;

@@ -82,6 +82,25 @@ __device__ __forceinline__ void copy_bytes(void* target, const void* source, uin
       : "memory");
 }
 
+// The way back, by one thread: `bytes` consecutive bytes of shared memory, aligned as above. They
+// must have been written before, by threads that called fence_for_bulk_copies() before a barrier.
+__device__ __forceinline__ void write_bytes(void* target, const void* source, uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(target),
+      "r"(shared_address(source)), "r"(bytes)
+      : "memory");
+}
+
+__device__ __forceinline__ void fence_for_bulk_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Until shared memory that this thread's write_bytes() read may be written again.
+__device__ __forceinline__ void wait_for_bulk_reads() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 #endif
 
 }  // namespace dwswap

@@ -1,11 +1,11 @@
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <string_view>
 
 #include "common/device.h"
 #include "common/integer.h"
+#include "common/memo.h"
 #include "depthwise_conv2d/channel_tiles.cuh"
 #include "depthwise_conv2d/dispatch.h"
 
@@ -14,19 +14,11 @@ namespace {
 
 int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
-// DWSWAP_PORTABLE=1 in the environment keeps to what needs no more than sm_80.
-bool portable_only() {
-  const char* value = std::getenv("DWSWAP_PORTABLE");
-  return value != nullptr && std::string_view(value) == "1";
-}
-
 channel_tiles::Reader choose_reader(const DepthwiseConv2dParams& p, const Device& device) {
   const auto pixel = static_cast<uint64_t>(p.channels) * element_bytes(p.dtype);
   const auto alignment = reinterpret_cast<uintptr_t>(p.input) | pixel;
   const int bytes = alignment % 16 == 0 ? 16 : alignment % 8 == 0 ? 8 : 4;
-  // The copy engine wants 16-byte addresses and pitches, of the weights too.
-  const bool bulk = bytes == 16 && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 &&
-                    device.major == 9 && !portable_only() && tensor_map_encoder() != nullptr;
+  const bool bulk = reads_boxes(device) && readable_in_boxes(p, element_bytes(p.dtype));
   return {bulk, bytes};
 }
 
@@ -42,11 +34,11 @@ Depth choose_depth(const DepthwiseConv2dParams& p, int multiprocessors) {
              : Depth::kDeep;
 }
 
-Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int columns, int rows,
-                 int element_bytes, int multiprocessors) {
+static Tile search_tile(const DepthwiseConv2dParams& p, const Reader& reader, int columns, int rows,
+                        int element_bytes, int multiprocessors) {
   constexpr int kThreads = 128;         // per block, where the image is large enough
   constexpr int kTileBytes = 40960;     // several blocks per SM
-  constexpr int kMostGroups = 8;        // along an axis: the search is on the path of every call
+  constexpr int kMostGroups = 8;        // along an axis
   constexpr int kSector = 32;           // bytes that L2 moves at least
   constexpr double kIssueSlots = 14.0;  // per byte of input at the bandwidth of a copy
   const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
@@ -75,7 +67,7 @@ Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int colum
            ++groups_h) {
         const int tile_w = (groups_w * columns - 1) * stride + kernel;
         const int tile_h = (groups_h * rows - 1) * stride + kernel;
-        if (tile_w > 256 || tile_h > 256 ||
+        if (tile_w > kMostBoxElements || tile_h > kMostBoxElements ||
             bytes * (tile_w * tile_h + kernel * kernel) > kTileBytes)
           continue;
         const int threads = pairs * groups_w * groups_h;
@@ -100,6 +92,16 @@ Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int colum
     }
   }
   return best;
+}
+
+Tile choose_tile(const DepthwiseConv2dParams& p, const Reader& reader, int columns, int rows,
+                 int element_bytes, int multiprocessors) {
+  const std::array<int64_t, 13> key{p.batch,        p.channels, p.in_h,        p.in_w,
+                                    p.out_h,        p.out_w,    p.kernel_h,    p.stride_h,
+                                    columns,        rows,       element_bytes, reader.vector_bytes,
+                                    multiprocessors};
+  return memoized(
+      key, [&] { return search_tile(p, reader, columns, rows, element_bytes, multiprocessors); });
 }
 
 }  // namespace channel_tiles

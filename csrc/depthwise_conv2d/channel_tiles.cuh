@@ -20,6 +20,7 @@
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/params.h"
+#include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
 namespace channel_tiles {
@@ -280,14 +281,6 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   }
 }
 
-template <typename T>
-constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-template <>
-inline constexpr CUtensorMapDataType kTensorMapType<__half> = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-template <>
-inline constexpr CUtensorMapDataType kTensorMapType<__nv_bfloat16> =
-    CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-
 Depth choose_depth(const DepthwiseConv2dParams& params, int multiprocessors);
 Tile choose_tile(const DepthwiseConv2dParams& params, const Reader& reader, int columns, int rows,
                  int element_bytes, int multiprocessors);
@@ -304,20 +297,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int mul
   const int tile_channels = 2 * tile.pairs;
 
   CUtensorMap map{};
-  if (reader.bulk) {
-    const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.channels),
-                                 static_cast<cuuint64_t>(p.in_w), static_cast<cuuint64_t>(p.in_h),
-                                 static_cast<cuuint64_t>(p.batch)};
-    const cuuint64_t pitches[3] = {sizes[0] * sizeof(T), sizes[0] * sizes[1] * sizeof(T),
-                                   sizes[0] * sizes[1] * sizes[2] * sizeof(T)};
-    const cuuint32_t box[4] = {static_cast<cuuint32_t>(tile_channels),
-                               static_cast<cuuint32_t>(tile_w), static_cast<cuuint32_t>(tile_h), 1};
-    const cuuint32_t steps[4] = {1, 1, 1, 1};
-    const CUresult encoded =
-        tensor_map_encoder()(&map, kTensorMapType<T>, 4, const_cast<void*>(p.input), sizes, pitches,
-                             box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (encoded != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  if (reader.bulk && !encode_image<T>(&map, p, tile_channels, tile_w, tile_h)) {
+    return cudaErrorInvalidValue;
   }
 
   const auto slices = static_cast<uint32_t>(ceil_div(p.channels, tile_channels));

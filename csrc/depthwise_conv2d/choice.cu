@@ -1,13 +1,69 @@
-// The launch choice: from a problem to the family of kernels that runs it.
+// The launch choice: from a problem to the family of kernels that runs it. The sizes were measured
+// on an H200 and scale with the multiprocessors.
+#include <cstdlib>
+#include <string_view>
+
+#include "common/device.h"
 #include "depthwise_conv2d/params.h"
 
 namespace dwswap {
+namespace {
+
+struct Family {
+  const char* name;
+  bool (*covers)(const DepthwiseConv2dParams&);
+  bool (*suits)(const DepthwiseConv2dParams&);
+  cudaError_t (*launch)(const DepthwiseConv2dParams&, cudaStream_t);
+};
+
+int64_t outputs_per_multiprocessor(const DepthwiseConv2dParams& p) {
+  return p.batch * p.out_channels() * p.out_h * p.out_w / current_device().multiprocessors;
+}
+
+bool always(const DepthwiseConv2dParams&) { return true; }
+
+// A stream down the image pays where there is much to stream; small problems want many threads. A
+// large float32 image has few instructions per byte, and tiles keep more bytes in flight.
+bool suits_channel_columns(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kEnough = 14000;
+  constexpr int64_t kLargeImage = 28 * 28;
+  const bool large = p.stride_h == 1 && p.out_h * p.out_w > kLargeImage;
+  return outputs_per_multiprocessor(p) >= kEnough && !(p.dtype == DataType::kFloat32 && large);
+}
+
+// Copies into and out of shared memory take longer than the work of a small problem.
+bool suits_plane_strips(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kEnough = 600, kEnoughHalf = 2600, kEnoughFloat = 3800;
+  constexpr int64_t kManyTaps = 25;
+  const int64_t outputs = outputs_per_multiprocessor(p);
+  if (p.kernel_h * p.kernel_w > kManyTaps) return outputs >= kEnough;
+  return outputs >= (p.dtype == DataType::kFloat32 ? kEnoughFloat : kEnoughHalf);
+}
+
+// In order of preference. The second line of plane_strips is for what no other fast family covers.
+constexpr Family kFamilies[] = {
+    {"channel_columns", covers_channel_columns, suits_channel_columns, launch_channel_columns},
+    {"channel_tiles", covers_channel_tiles, always, launch_channel_tiles},
+    {"plane_strips", covers_plane_strips, suits_plane_strips, launch_plane_strips},
+    {"rolling_rows", covers_rolling_rows, always, launch_rolling_rows},
+    {"plane_strips", covers_plane_strips, always, launch_plane_strips},
+    {"general", always, always, launch_general},
+};
+
+}  // namespace
 
 Choice choose_forward(const DepthwiseConv2dParams& params) {
-  if (covers_channel_tiles(params)) return {"channel_tiles", launch_channel_tiles};
-  if (covers_plane_strips(params)) return {"plane_strips", launch_plane_strips};
-  if (covers_rolling_rows(params)) return {"rolling_rows", launch_rolling_rows};
-  return {"general", launch_general};
+  // For tests and measurements: the family that this names, where it covers the problem.
+  if (const char* wanted = std::getenv("DWSWAP_FAMILY")) {
+    for (const Family& family : kFamilies) {
+      if (std::string_view(family.name) == wanted && family.covers(params)) {
+        return {family.name, family.launch};
+      }
+    }
+  }
+  const Family* family = kFamilies;
+  while (!family->covers(params) || !family->suits(params)) ++family;
+  return {family->name, family->launch};
 }
 
 }  // namespace dwswap

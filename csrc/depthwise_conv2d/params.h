@@ -46,6 +46,9 @@ struct DepthwiseConv2dParams {
 
 // Each family says whether it covers a problem, and launches on `stream` of the current device.
 // launch_* return the CUDA status of the launch.
+bool covers_channel_columns(const DepthwiseConv2dParams& params);
+cudaError_t launch_channel_columns(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
 bool covers_channel_tiles(const DepthwiseConv2dParams& params);
 cudaError_t launch_channel_tiles(const DepthwiseConv2dParams& params, cudaStream_t stream);
 

@@ -1,57 +1,73 @@
 // NCHW, stride 1 and 2, kernel sizes known at compile time. sm_80 and later.
 //
 // Rows of a plane, and planes of an image, follow each other without gaps: a strip of whole rows of
-// one plane, or several whole planes, is one piece of memory. A block reads such a piece by 16-byte
-// accesses (single rows of 7 or 14 elements would not be aligned), converts and transforms every
-// element once, and keeps it in shared memory as float32: there, lanes that are 7 elements apart
-// are in different banks. Its outputs, one piece as well, leave the same way.
+// one plane, or several whole planes, is one piece of memory. A block works through a list of such
+// pieces. Those to come are on their way into a ring of stages in shared memory, by bulk copies on
+// sm_90 and by asynchronous copies of 16 bytes elsewhere: rows of 7 or 14 elements are not aligned,
+// but a piece is, once it is rounded outwards. Its outputs, one piece as well, leave the same way.
 //
-// One thread computes kColumns x kRows outputs: an input element is loaded once per thread and used
-// by every output whose window holds it.
+// A thread owns some neighbouring columns and walks down their rows: an input row is read once per
+// thread and used by every output whose window holds it. What lies beside the image is masked.
 #pragma once
 
 #include <algorithm>
 
 #include "common/async_copy.cuh"
-#include "common/depth.h"
+#include "common/device.h"
 #include "common/integer.h"
 #include "common/numeric.cuh"
+#include "common/tma.cuh"
 #include "depthwise_conv2d/params.h"
 
 namespace dwswap {
 namespace plane_strips {
 
-constexpr int kMaxThreads = 256;
-constexpr int kMaxShared = 72 * 1024;  // three blocks per SM of an H200, one where an SM has 100 KB
+constexpr int kMaxStages = 2;
+constexpr int kStageBytes = 32 * 1024;
+// Behind and in front of every piece, for what a thread reads beside its rows and masks.
+constexpr int kMargin = 16;
 
-template <typename T_, int KH_, int KW_, int STRIDE_, Depth DEPTH_>
+// An odd number of columns keeps lanes in different shared-memory banks; 7 divides the image widths
+// of most networks.
+constexpr int kWideColumns = 7;
+
+// Rows of output that an input row contributes to.
+constexpr int open_rows(int kernel_h, int stride) { return (kernel_h + stride - 1) / stride; }
+
+// Of a block: sums and taps share the registers.
+constexpr int max_threads(int kernel_h, int kernel_w, int stride, bool wide) {
+  const bool heavy = wide && kWideColumns * open_rows(kernel_h, stride) + kernel_h * kernel_w > 64;
+  return heavy ? 128 : 256;
+}
+
+template <typename T_, int KH_, int KW_, int STRIDE_, bool WIDE_>
 struct Traits {
   using T = T_;
   static constexpr int kKernelH = KH_;
   static constexpr int kKernelW = KW_;
   static constexpr int kStride = STRIDE_;
-  // An odd number of columns keeps lanes in different shared-memory banks; 7 divides the image
-  // widths of most networks.
-  static constexpr int kColumns = 7;
-  // With stride 2 an output has four inputs in shared memory: fewer rows, or few threads fit an SM.
-  static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1
-                               : STRIDE_ == 2         ? 2
-                               : KH_ * KW_ > 25       ? 4
-                                                      : 7;
-  static constexpr int kMinBlocks = KH_ * KW_ <= 9 && STRIDE_ == 1 ? 3 : 2;
+  // Of output, per thread. One column makes many threads of a small problem or of short rows.
+  static constexpr int kColumns = WIDE_ ? kWideColumns : 1;
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + KW_;
-  static constexpr int kInputRows = (kRows - 1) * STRIDE_ + KH_;
   // Only so many columns at either end of a thread's row can lie outside the image.
   static constexpr int kMaxPaddingW = KW_ / 2;
+  static constexpr int kOpenRows = open_rows(KH_, STRIDE_);
+  static constexpr int kMaxThreads = max_threads(KH_, KW_, STRIDE_, WIDE_);
+  static constexpr int kMinBlocks = KH_ * KW_ <= 9 || kMaxThreads < 256 ? 3 : 2;
 };
 
-// How a problem is cut into blocks: whole planes, or a strip of rows of one plane.
-struct Strip {
-  int planes;
-  int groups_h;  // threads of a plane along its rows
-  int groups_w;  // and along its columns
+// How a problem is cut: into units of whole planes, or of a strip of rows of one plane; and a unit
+// into threads.
+struct Cut {
+  bool wide;            // columns per thread: kWideColumns, or one
+  int planes, rows;     // of output, per unit
+  int lanes;            // threads along a row
+  int groups;           // threads along the rows
+  int stages, buffers;  // in shared memory, for pieces of input and of output
+  int64_t in_bytes;     // of the larger pieces, without margins
+  int64_t out_bytes;
 
-  int threads() const { return planes * groups_h * groups_w; }
+  int threads() const { return planes * groups * lanes; }
 };
 
 struct Arguments {
@@ -60,255 +76,412 @@ struct Arguments {
   const void* bias;
   const void* input_bias;
   void* output;
+  int64_t in_elements;  // of the whole input
   int channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int planes, rows;  // of output, per block
-  Divisor by_strips, by_chunks, by_groups_w, by_groups_h;
+  int planes, rows, group_rows;  // of output, per unit and per thread
+  int share, longer_shares;      // units of a block, and blocks that have one more
+  int stages, buffers;
+  int in_bytes, out_bytes;  // of a stage and of a buffer, margins included
+  Divisor by_strips, by_images, by_lanes, by_groups;
+  bool bulk;    // copies by the copy engine
+  bool ragged;  // threads share columns
   bool transforms_input;
   Activation input_activation, activation;
 };
 
-// tile[m, m + count) = source[0, count), m = misalignment(source). Elements before the piece, back
-// to the 16-byte boundary, are read too: the tensor is aligned to 16 bytes.
+// A unit: where it lies, and the rows of input that it sees.
+struct Unit {
+  int chunk;  // of channels
+  int first_channel, planes;
+  int64_t plane;        // the first one, counted over all images
+  int first_row, rows;  // of output
+  int in_first, in_rows;
+
+  __device__ __forceinline__ Unit(const Arguments& a, int index, int kernel_h, int stride) {
+    uint32_t strip, n;
+    chunk = a.by_images.divide(a.by_strips.divide(index, &strip), &n);
+    first_channel = chunk * a.planes;
+    planes = min(a.planes, a.channels - first_channel);
+    plane = static_cast<int64_t>(n) * a.channels + first_channel;
+    first_row = strip * a.rows;
+    rows = min(a.rows, a.out_h - first_row);
+    // Several planes make one piece only if it holds every row of theirs, used or not.
+    const bool whole = a.planes > 1;
+    const int top = first_row * stride - a.padding_h;
+    in_first = whole ? 0 : min(max(top, 0), a.in_h);
+    const int in_end = whole ? a.in_h : min(top + (rows - 1) * stride + kernel_h, a.in_h);
+    in_rows = max(in_end - in_first, 0);  // a strip that sees nothing but padding reads nothing
+  }
+
+  template <typename T>
+  __device__ __forceinline__ const T* source(const Arguments& a) const {
+    return static_cast<const T*>(a.input) + (plane * a.in_h + in_first) * a.in_w;
+  }
+};
+
+// Starts the copy of `count` elements to stage[m, m + count), m = misalignment(source). Elements
+// before the piece, back to the 16-byte boundary, are read too, and behind it up to the next one
+// or to the end of the tensor: the tensor begins at a boundary.
 template <typename T>
-__device__ __forceinline__ void read_piece(float* tile, const T* source, int count) {
+__device__ __forceinline__ void fetch(T* stage, const T* source, int count, uint64_t* barrier,
+                                      const Arguments& a) {
   constexpr int N = kVectorBytes / sizeof(T);
-  constexpr int BATCH = 4;  // loads in flight per thread
-  const int end = misalignment(source) + count;
   const T* const first = source - misalignment(source);
-  const int step = blockDim.x * N;
-  for (int start = threadIdx.x * N; start < end; start += BATCH * step) {
-    Words<T, N> raw[BATCH];
-#pragma unroll
-    for (int b = 0; b < BATCH; ++b) {
-      const int at = start + b * step;
-      if (at < end) raw[b] = load_clipped<N>(first + at, source + count);
+  const T* const end = static_cast<const T*>(a.input) + a.in_elements;
+  const int elements = count == 0 ? 0 : misalignment(source) + count;
+#if DWSWAP_BULK_COPIES
+  if (a.bulk) {
+    if (threadIdx.x != 0) return;
+    int whole = ceil_div(elements, N) * N;
+    if (whole > end - first) {  // the last piece of the tensor
+      whole = elements / N * N;
+      for (int i = whole; i < elements; ++i) stage[i] = first[i];
     }
-#pragma unroll
-    for (int b = 0; b < BATCH; ++b) {
-      const int at = start + b * step;
-      if (at < end) {
-        float values[N];
-        widen_all(raw[b], values);
-        store_wide(tile + at, values);
-      }
+    barrier_expect(barrier, whole * sizeof(T));
+    if (whole != 0) copy_bytes(stage, first, whole * sizeof(T), barrier);
+    return;
+  }
+#endif
+  for (int at = threadIdx.x * N; at < elements; at += blockDim.x * N) {
+    if (first + at + N <= end) {
+      copy_async<kVectorBytes>(stage + at, first + at, kVectorBytes);
+    } else {
+      for (int i = at; i < elements; ++i) stage[i] = first[i];
     }
   }
+  commit_copies();
 }
 
-// The same with input_activation(source + input_bias); elements [i * plane, (i + 1) * plane) belong
-// to channel first_channel + i.
+// target[0, count) = source[m, m + count), m = misalignment(target).
 template <typename T>
-__device__ __forceinline__ void transform_piece(float* tile, const T* source, int count, int plane,
-                                                int first_channel, const Arguments& a) {
-  constexpr int N = kVectorBytes / sizeof(T);
-  const auto* input_bias = static_cast<const T*>(a.input_bias);
-  const int skipped = misalignment(source);
-  for (int at = threadIdx.x * N; at < skipped + count; at += blockDim.x * N) {
-    const Words<T, N> raw = load_clipped<N>(source - skipped + at, source + count);
-    float x[N];
-    widen_all(raw, x);
-    if (input_bias != nullptr) {
-      int channel = first_channel + max(at - skipped, 0) / plane;
-      // Elements in front of the piece count down too, to where its first plane begins.
-      int left = plane - max(at - skipped, 0) % plane - min(at - skipped, 0);
-      float bias = widen(input_bias[channel]);
-#pragma unroll
-      for (int i = 0; i < N; ++i, --left) {
-        if (left == 0 && at - skipped + i < count) {
-          bias = widen(input_bias[++channel]);
-          left = plane;
-        }
-        x[i] += bias;
-      }
-    }
-    activate(x, a.input_activation);
-    store_wide(tile + at, x);
-  }
-}
-
-// target[0, count) = activation(source[m, m + count)), m = misalignment(target), rounded to T.
-template <typename T>
-__device__ __forceinline__ void write_piece(T* target, const float* source, int count,
-                                            Activation activation) {
+__device__ __forceinline__ void write_piece(T* target, const T* source, int count) {
   constexpr int N = kVectorBytes / sizeof(T);
   const int skipped = misalignment(target);
   T* const first = target - skipped;
   const int end = skipped + count;
   for (int at = threadIdx.x * N; at < end; at += blockDim.x * N) {
-    float values[N];
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      float quad[4];
-      load(source + at + i, quad);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) values[i + j] = quad[j];
-    }
-    activate(values, activation);
     if (at >= skipped && at + N <= end) {
-      store(first + at, values);
+      store_words<N>(first + at, load_words<N>(source + at));
     } else {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (at + i >= skipped && at + i < end) first[at + i] = narrow<T>(values[i]);
+        if (at + i >= skipped && at + i < end) first[at + i] = source[at + i];
       }
     }
   }
 }
 
+// input_activation(input + input_bias) of a piece, in place; the result is rounded to T as it would
+// be in a tensor. The threads of a plane share its elements, each starting where its row starts.
 template <typename Traits>
-__global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const Arguments a) {
+__device__ __forceinline__ void transform_plane(typename Traits::T* plane, int rows, int lane,
+                                                int lanes, int group, int groups, float input_bias,
+                                                const Arguments& a) {
+  using T = typename Traits::T;
+  for (int r = group; r < rows; r += groups) {
+    for (int column = lane; column < a.in_w; column += lanes) {
+      T* const at = plane + r * a.in_w + column;
+      float x[1] = {widen(*at) + input_bias};
+      activate(x, a.input_activation);
+      *at = narrow<T>(x[0]);
+    }
+  }
+}
+
+// What one thread computes of a unit: rows of some neighbouring columns.
+template <typename T>
+struct Walk {
+  int rows;      // of output
+  int in_rows;   // of the piece
+  int ih, iw;    // the first row and column that it reads; the row counts from that of the piece
+  const T* row;  // where they lie
+  T* out;        // where its first row goes
+  int skipped;   // columns that a neighbour stores
+};
+
+template <typename Traits, bool ACTIVATES>
+__device__ __forceinline__ void walk(Walk<typename Traits::T> w,
+                                     const float (&taps)[Traits::kKernelH * Traits::kKernelW],
+                                     float bias, const Arguments& a) {
   using T = typename Traits::T;
   constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, S = Traits::kStride;
-  constexpr int ROWS = Traits::kRows, COLUMNS = Traits::kColumns;
-  constexpr int IN_COLUMNS = Traits::kInputColumns, EDGE = Traits::kMaxPaddingW;
+  constexpr int COLUMNS = Traits::kColumns, IN_COLUMNS = Traits::kInputColumns;
+  constexpr int EDGE = Traits::kMaxPaddingW, OPEN = Traits::kOpenRows;
+  // Unrolled, the rows of sums move by renaming. Too long a body would not stay in the instruction
+  // cache.
+  constexpr int UNROLL = KH * KW <= 25 && !ACTIVATES ? OPEN : 1;
 
-  // First the input piece, then, when all have read it, the output piece. One vector in front: a
-  // thread reads up to EDGE elements before its first row, and drops them.
-  extern __shared__ __align__(16) float shared[];
-  float* const tile = shared + kVectorBytes / sizeof(float);
-
-  uint32_t strip, chunk, group_w, group_h;
-  const uint32_t n = a.by_chunks.divide(a.by_strips.divide(blockIdx.x, &strip), &chunk);
-  const int first_channel = chunk * a.planes;
-  const int planes = min(a.planes, a.channels - first_channel);
-  const int first_row = strip * a.rows;
-  const int rows = min(a.rows, a.out_h - first_row);
-  // Several planes make one piece only if it holds every row of theirs, used or not.
-  const bool whole = a.planes > 1;
-  // A strip that sees nothing but padding reads nothing.
-  const int in_first = whole ? 0 : min(max(first_row * S - a.padding_h, 0), a.in_h);
-  const int in_end = whole ? a.in_h : min((first_row + rows - 1) * S - a.padding_h + KH, a.in_h);
-  const int in_rows = max(in_end - in_first, 0);
-  const int64_t plane = static_cast<int64_t>(n) * a.channels + first_channel;
-
-  const T* source = static_cast<const T*>(a.input) + (plane * a.in_h + in_first) * a.in_w;
-  const int in_plane = in_rows * a.in_w;
-  if (in_plane == 0) {
-    // Nothing to read.
-  } else if (a.transforms_input) {
-    transform_piece(tile, source, planes * in_plane, in_plane, first_channel, a);
-  } else {
-    read_piece(tile, source, planes * in_plane);
+  // sums[q] is the row of output whose window began q steps ago; a step takes S rows of input.
+  float sums[OPEN][COLUMNS];
+#pragma unroll
+  for (int q = 0; q < OPEN; ++q) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) sums[q][i] = bias;
   }
-
-  const int p = a.by_groups_h.divide(a.by_groups_w.divide(threadIdx.x, &group_w), &group_h);
-  const bool busy = p < planes && static_cast<int>(group_h) * ROWS < rows;
-  T* target = static_cast<T*>(a.output) + (plane * a.out_h + first_row) * a.out_w;
-  // Threads without work follow the others, so that all of a warp meets at the barriers.
-  const int c = first_channel + min(p, planes - 1);
-  const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * (KH * KW);
-  float taps[KH * KW];
+  const auto take_row = [&](int j, int oldest) {
+    float x[IN_COLUMNS];
 #pragma unroll
-  for (int i = 0; i < KH * KW; ++i) taps[i] = widen(weight[i]);
-  const float bias = a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[c]);
-  float sums[ROWS][COLUMNS];
+    for (int c = 0; c < IN_COLUMNS; ++c) x[c] = widen(w.row[c]);
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
+    for (int c = 0; c < EDGE; ++c) {
+      constexpr int LAST = IN_COLUMNS - 1;
+      if (w.iw + c < 0) x[c] = 0.0f;
+      if (w.iw + LAST - c >= a.in_w) x[LAST - c] = 0.0f;
+    }
 #pragma unroll
-    for (int j = 0; j < COLUMNS; ++j) sums[r][j] = bias;
-  }
-  // The last group is moved left to end with the row, so that no thread reaches further than the
-  // padding over an edge of the image. What its neighbour computes too, the neighbour stores.
-  const int own = static_cast<int>(group_w) * COLUMNS;
-  const int ow = min(own, a.out_w - COLUMNS);
-
-  __syncthreads();
-  if (busy) {
-    const int iw = ow * S - a.padding_w;
-    const int ih = (first_row + static_cast<int>(group_h) * ROWS) * S - a.padding_h;
-    const float* row = tile + misalignment(source) + p * in_plane + (ih - in_first) * a.in_w + iw;
+    for (int q = 0; q < OPEN; ++q) {
+      const int kh = S * q + j;
+      if (q > oldest || kh >= KH) continue;
 #pragma unroll
-    for (int i = 0; i < Traits::kInputRows; ++i, row += a.in_w) {
-      if (ih + i < in_first || ih + i >= in_end) continue;
-      float x[IN_COLUMNS];
+      for (int kw = 0; kw < KW; ++kw) {
 #pragma unroll
-      for (int j = 0; j < IN_COLUMNS; ++j) x[j] = row[j];
-#pragma unroll
-      for (int j = 0; j < EDGE; ++j) {
-        if (iw + j < 0) x[j] = 0.0f;
-        constexpr int LAST = IN_COLUMNS - 1;
-        if (iw + LAST - j >= a.in_w) x[LAST - j] = 0.0f;
-      }
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        const int kh = i - r * S;
-        if (kh < 0 || kh >= KH) continue;
-#pragma unroll
-        for (int kw = 0; kw < KW; ++kw) {
-#pragma unroll
-          for (int j = 0; j < COLUMNS; ++j) sums[r][j] += x[j * S + kw] * taps[kh * KW + kw];
-        }
+        for (int i = 0; i < COLUMNS; ++i) sums[q][i] += x[i * S + kw] * taps[kh * KW + kw];
       }
     }
-  }
-  __syncthreads();
-  if (busy) {
-    float* row =
-        tile + misalignment(target) + (p * rows + static_cast<int>(group_h) * ROWS) * a.out_w + ow;
+  };
+  const auto next_row = [&] { ++w.ih, w.row += a.in_w; };
+  const auto inside = [&] {
+    return static_cast<unsigned>(w.ih) < static_cast<unsigned>(w.in_rows);
+  };
+  const auto next_sums = [&] {
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r, row += a.out_w) {
-      if (static_cast<int>(group_h) * ROWS + r >= rows) break;
+    for (int q = OPEN - 1; q > 0; --q) {
 #pragma unroll
-      for (int j = 0; j < COLUMNS; ++j) {
-        if (ow + j >= own) row[j] = sums[r][j];
+      for (int i = 0; i < COLUMNS; ++i) sums[q][i] = sums[q - 1][i];
+    }
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) sums[0][i] = bias;
+  };
+  const auto finish = [&] {
+    auto& finished = sums[OPEN - 1];
+    if constexpr (ACTIVATES) activate(finished, a.activation);
+    if (!a.ragged) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) w.out[i] = narrow<T>(finished[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) {
+        if (i >= w.skipped) w.out[i] = narrow<T>(finished[i]);
       }
     }
+    w.out += a.out_w;
+    next_sums();
+  };
+
+#pragma unroll
+  for (int step = 0; step < OPEN - 1; ++step) {
+#pragma unroll
+    for (int j = 0; j < S; ++j, next_row()) {
+      if (inside()) take_row(j, step);
+    }
+    next_sums();
   }
-  __syncthreads();
-  write_piece(target, tile, planes * rows * a.out_w, a.activation);
+  // From here on no row is above the piece. Steps whose rows all lie in it do not ask. Two loops by
+  // hand: nvcc 13.0 unrolls one whose bound differs between the lanes of a warp a row too far.
+  int done = 0;
+  const int full = min(w.rows, (w.in_rows - w.ih) / S);
+  for (; done + UNROLL <= full; done += UNROLL) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+#pragma unroll
+      for (int j = 0; j < S; ++j, next_row()) take_row(j, OPEN - 1);
+      finish();
+    }
+  }
+  for (; done < w.rows; ++done) {
+#pragma unroll
+    for (int j = 0; j < S; ++j, next_row()) {
+      if (inside()) take_row(j, OPEN - 1);
+    }
+    finish();
+  }
 }
-
-// Of a block whose larger piece has so many elements: 4 floats in front, up to 7 before a piece
-// that begins within a vector, up to 7 behind one that ends within a vector.
-inline int64_t shared_bytes(int64_t elements) {
-  return (elements + 24) * static_cast<int64_t>(sizeof(float));
-}
-
-// Rows of input per plane that a block with so many planes and rows of output reads.
-inline int64_t input_rows(const DepthwiseConv2dParams& p, int64_t planes, int64_t out_rows) {
-  return planes > 1 ? p.in_h : std::min((out_rows - 1) * p.stride_h + p.kernel_h, p.in_h);
-}
-
-// Whether a block may have so many planes and threads along the rows of each.
-bool fits(const DepthwiseConv2dParams& params, int columns, int rows, const Strip& strip);
-
-// The cut for a problem in which one group of rows fits.
-Strip choose_strip(const DepthwiseConv2dParams& params, int columns, int rows);
-// kFlat where threads of the deep kernel would be too few to fill a GPU.
-Depth choose_depth(const DepthwiseConv2dParams& params);
 
 template <typename Traits>
-cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
+__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
+    kernel(const Arguments a) {
   using T = typename Traits::T;
-  const Strip strip = choose_strip(p, Traits::kColumns, Traits::kRows);
+  constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, S = Traits::kStride;
+  constexpr int COLUMNS = Traits::kColumns;
+
+  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* const buffers = shared + a.stages * a.in_bytes;
+  const auto stage_at = [&](int i) {
+    return reinterpret_cast<T*>(shared + i * a.in_bytes + kMargin);
+  };
+  const auto buffer_at = [&](int i) { return reinterpret_cast<T*>(buffers + i * a.out_bytes); };
+  __shared__ uint64_t arrived[kMaxStages];
+
+  // This block's share of the list: at most one unit more or less than another's.
+  const auto block = static_cast<int>(blockIdx.x);
+  const int first_unit = block * a.share + min(block, a.longer_shares);
+  const int end_unit = first_unit + a.share + (block < a.longer_shares ? 1 : 0);
+  const auto fetch_unit = [&](int index, int stage) {
+    const Unit unit(a, index, KH, S);
+    fetch(stage_at(stage), unit.source<T>(a), unit.planes * unit.in_rows * a.in_w, &arrived[stage],
+          a);
+  };
+#if DWSWAP_BULK_COPIES
+  if (a.bulk) {
+    if (threadIdx.x == 0) {
+#pragma unroll 1
+      for (int i = 0; i < a.stages; ++i) barrier_init(&arrived[i]);
+    }
+    __syncthreads();
+  }
+#else
+  if (a.bulk) __trap();  // the host chose it for an image of sm_90
+#endif
+  for (int i = 0; i < a.stages; ++i) {
+    if (first_unit + i < end_unit) fetch_unit(first_unit + i, i);
+  }
+  __syncthreads();
+
+  uint32_t lane, group;
+  const int p = a.by_groups.divide(a.by_lanes.divide(threadIdx.x, &lane), &group);
+  const int own_row = static_cast<int>(group) * a.group_rows;
+  // This thread's columns. The last group is moved left to end with the row, so that no thread
+  // reaches further than the padding over an edge of the image; what its neighbour computes too,
+  // the neighbour stores.
+  int own, ow, iw;
+  const auto move_to = [&](int column) {
+    own = column;
+    ow = min(own, a.out_w - COLUMNS);
+    iw = ow * S - a.padding_w;
+  };
+  const int first_column = static_cast<int>(lane) * COLUMNS;
+  const int column_step = static_cast<int>(a.by_lanes.value) * COLUMNS;
+  move_to(first_column);
+
+  float taps[KH * KW];
+  float bias = 0.0f, input_bias = 0.0f;
+  int chunk = -1, stage = 0;
+  uint32_t parity = 0;
+  for (int index = first_unit; index < end_unit; ++index) {
+    const Unit unit(a, index, KH, S);
+    if (unit.chunk != chunk) {
+      chunk = unit.chunk;
+      // Threads without work follow the others, so that all meet at the barriers.
+      const int c = unit.first_channel + min(p, unit.planes - 1);
+      const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * (KH * KW);
+#pragma unroll
+      for (int i = 0; i < KH * KW; ++i) taps[i] = widen(weight[i]);
+      if (a.bias != nullptr) bias = widen(static_cast<const T*>(a.bias)[c]);
+      if (a.input_bias != nullptr) input_bias = widen(static_cast<const T*>(a.input_bias)[c]);
+    }
+    const T* const source = unit.source<T>(a);
+    T* const target = static_cast<T*>(a.output) + (unit.plane * a.out_h + unit.first_row) * a.out_w;
+    T* const plane = stage_at(stage) + misalignment(source) + p * unit.in_rows * a.in_w;
+    const int buffer = a.buffers == 1 ? 0 : (index - first_unit) % 2;
+#if DWSWAP_BULK_COPIES
+    if (a.bulk) barrier_wait(&arrived[stage], parity);
+#endif
+    if (!a.bulk) {
+      wait_for_groups(min(a.stages, end_unit - index) - 1);
+      __syncthreads();
+    }
+    if (a.buffers == 1 && index > first_unit) {
+#if DWSWAP_BULK_COPIES
+      if (a.bulk && threadIdx.x == 0) wait_for_bulk_reads();
+#endif
+      __syncthreads();
+    }
+    if (a.transforms_input) {
+      if (p < unit.planes) {
+        transform_plane<Traits>(plane, unit.in_rows, lane, a.by_lanes.value, group,
+                                a.by_groups.value, input_bias, a);
+      }
+      __syncthreads();
+    }
+
+    const int rows = min(a.group_rows, unit.rows - own_row);
+    while (p < unit.planes && rows > 0 && own < a.out_w) {
+      Walk<T> w;
+      w.rows = rows, w.in_rows = unit.in_rows;
+      w.ih = (unit.first_row + own_row) * S - a.padding_h - unit.in_first, w.iw = iw;
+      w.row = plane + w.ih * a.in_w + iw;
+      w.out = buffer_at(buffer) + misalignment(target) + (p * unit.rows + own_row) * a.out_w + ow;
+      w.skipped = own - ow;
+      if (a.activation == Activation::kNone) {
+        walk<Traits, false>(w, taps, bias, a);
+      } else {
+        walk<Traits, true>(w, taps, bias, a);
+      }
+      if (column_step >= a.out_w) break;  // all columns at once, as a rule
+      move_to(own + column_step);
+    }
+    if (own != first_column) move_to(first_column);
+    const int count = unit.planes * unit.rows * a.out_w;
+#if DWSWAP_BULK_COPIES
+    if (a.bulk) {
+      fence_for_bulk_copies();
+      // The other buffer is free from here on.
+      if (a.buffers > 1 && threadIdx.x == 0) wait_for_bulk_reads();
+    }
+#endif
+    __syncthreads();
+    if (index + a.stages < end_unit) {
+      fetch_unit(index + a.stages, stage);
+    }
+#if DWSWAP_BULK_COPIES
+    if (a.bulk && misalignment(target) == 0 && count * sizeof(T) % kVectorBytes == 0) {
+      if (threadIdx.x == 0) write_bytes(target, buffer_at(buffer), count * sizeof(T));
+    } else
+#endif
+    {
+      write_piece(target, buffer_at(buffer), count);
+    }
+    if (++stage == a.stages) stage = 0, parity ^= 1;
+  }
+#if DWSWAP_BULK_COPIES
+  if (a.bulk && threadIdx.x == 0) wait_for_bulk_reads();
+#endif
+}
+
+Cut choose_cut(const DepthwiseConv2dParams& params, int element_bytes, const Device& device);
+
+template <typename Traits>
+cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device, bool bulk,
+                   cudaStream_t stream) {
+  using T = typename Traits::T;
   Arguments a{};
   a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
   a.output = p.output;
+  a.in_elements = p.batch * p.channels * p.in_h * p.in_w;
   a.channels = static_cast<int>(p.channels);
   a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
   a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.planes = strip.planes;
-  a.rows = static_cast<int>(std::min<int64_t>(strip.groups_h * Traits::kRows, p.out_h));
-  const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, a.rows));
-  const auto chunks = static_cast<uint32_t>(ceil_div(p.channels, strip.planes));
-  a.by_strips = Divisor(strips), a.by_chunks = Divisor(chunks);
-  a.by_groups_w = Divisor(static_cast<uint32_t>(strip.groups_w));
-  a.by_groups_h = Divisor(static_cast<uint32_t>(strip.groups_h));
+  a.planes = cut.planes, a.rows = cut.rows;
+  a.stages = cut.stages, a.buffers = cut.buffers;
+  a.group_rows = ceil_div(cut.rows, cut.groups);
+  const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
+  const auto chunks = ceil_div(p.channels, cut.planes);
+  const auto units = static_cast<int>(chunks * p.batch * strips);
+  a.in_bytes =
+      static_cast<int>(ceil_div(cut.in_bytes, kVectorBytes) + 1) * kVectorBytes + 2 * kMargin;
+  a.out_bytes = static_cast<int>(ceil_div(cut.out_bytes, kVectorBytes) + 2) * kVectorBytes;
+  a.by_strips = Divisor(strips), a.by_images = Divisor(static_cast<uint32_t>(p.batch));
+  a.by_lanes = Divisor(static_cast<uint32_t>(cut.lanes));
+  a.by_groups = Divisor(static_cast<uint32_t>(cut.groups));
+  a.bulk = bulk;
+  a.ragged = p.out_w % Traits::kColumns != 0;
   a.transforms_input = p.transforms_input();
   a.input_activation = p.input_activation, a.activation = p.activation;
 
-  const int64_t in_rows = input_rows(p, strip.planes, a.rows);
-  const auto shared =
-      static_cast<int>(shared_bytes(strip.planes * std::max(in_rows * p.in_w, a.rows * p.out_w)));
   const auto function = kernel<Traits>;
+  const auto threads = static_cast<int>(ceil_div(cut.threads(), 32) * 32);
+  const int shared = cut.stages * a.in_bytes + cut.buffers * a.out_bytes;
+  cudaError_t status = cudaSuccess;
   if (shared > 48 * 1024) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status != cudaSuccess) return status;
   }
-  const auto blocks = static_cast<unsigned>(p.batch * chunks * strips);
-  const auto threads = static_cast<unsigned>(ceil_div(strip.threads(), 32) * 32);
+  int resident = 0;
+  status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, threads, shared);
+  if (status != cudaSuccess) return status;
+  const int blocks = std::min(units, device.multiprocessors * std::max(resident, 1));
+  a.share = units / blocks, a.longer_shares = units % blocks;
   function<<<blocks, threads, shared, stream>>>(a);
   return cudaGetLastError();
 }
@@ -319,16 +492,12 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   X(3, 3, 2) X(5, 5, 1) X(5, 5, 2) X(7, 7, 1) X(7, 7, 2) X(3, 1, 1) X(1, 3, 1) X(3, 7, 1) X(7, 3, 1)
 
 // Calls visit.operator()<Traits>() for the compiled size of the problem. False: there is none.
-template <typename T, typename Visit>
-bool visit(const DepthwiseConv2dParams& p, Depth depth, Visit&& visit) {
-#define DWSWAP_CASE(KH, KW, S)                                         \
-  if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) {       \
-    if (depth == Depth::kDeep) {                                       \
-      visit.template operator()<Traits<T, KH, KW, S, Depth::kDeep>>(); \
-    } else {                                                           \
-      visit.template operator()<Traits<T, KH, KW, S, Depth::kFlat>>(); \
-    }                                                                  \
-    return true;                                                       \
+template <typename T, bool WIDE, typename Visit>
+bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
+#define DWSWAP_CASE(KH, KW, S)                                   \
+  if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) { \
+    visit.template operator()<Traits<T, KH, KW, S, WIDE>>();     \
+    return true;                                                 \
   }
   DWSWAP_PLANE_STRIPS_SIZES(DWSWAP_CASE)
 #undef DWSWAP_CASE
@@ -337,16 +506,26 @@ bool visit(const DepthwiseConv2dParams& p, Depth depth, Visit&& visit) {
 
 // One file per element type instantiates this.
 template <typename T>
-cudaError_t launch_typed(const DepthwiseConv2dParams& params, cudaStream_t stream) {
+cudaError_t launch_typed(const DepthwiseConv2dParams& params, const Device& device, bool bulk,
+                         cudaStream_t stream) {
+  const Cut cut = choose_cut(params, sizeof(T), device);
   cudaError_t status = cudaErrorInvalidValue;
-  visit<T>(params, choose_depth(params),
-           [&]<typename Traits>() { status = launch<Traits>(params, stream); });
+  const auto run = [&]<typename Traits>() {
+    status = launch<Traits>(params, cut, device, bulk, stream);
+  };
+  if (cut.wide) {
+    visit<T, true>(params, run);
+  } else {
+    visit<T, false>(params, run);
+  }
   return status;
 }
 
-extern template cudaError_t launch_typed<float>(const DepthwiseConv2dParams&, cudaStream_t);
-extern template cudaError_t launch_typed<__half>(const DepthwiseConv2dParams&, cudaStream_t);
-extern template cudaError_t launch_typed<__nv_bfloat16>(const DepthwiseConv2dParams&, cudaStream_t);
+#define DWSWAP_LAUNCH_TYPED(T) \
+  cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, const Device&, bool, cudaStream_t)
+extern template DWSWAP_LAUNCH_TYPED(float);
+extern template DWSWAP_LAUNCH_TYPED(__half);
+extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
 
 }  // namespace plane_strips
 }  // namespace dwswap

@@ -1,5 +1,5 @@
 #include "depthwise_conv2d/plane_strips.cuh"
 
 namespace dwswap::plane_strips {
-template cudaError_t launch_typed<__half>(const DepthwiseConv2dParams&, cudaStream_t);
+template DWSWAP_LAUNCH_TYPED(__half);
 }

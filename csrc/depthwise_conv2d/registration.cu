@@ -102,6 +102,17 @@ bool suggests_channels_last(const Image& image) {
   return true;
 }
 
+void check_cuda(const Tensor& input) {
+  DWSWAP_CHECK(input.is_cuda(),
+               "input must be on the device of the other tensors, got a tensor on ",
+               input.is_cpu() ? "the CPU" : "another kind of device");
+}
+
+// Asked first: a call of aten's contiguous costs microseconds.
+Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 void check_same(const char* name, const Tensor& tensor, const Tensor& input) {
   DWSWAP_CHECK(tensor.is_cuda() && tensor.get_device_index() == input.get_device_index(), name,
                " must be on the input's device, cuda:", input.get_device_index(), ", got ",
@@ -118,7 +129,7 @@ std::optional<Tensor> checked_vector(const char* name, const std::optional<Tenso
   DWSWAP_CHECK(tensor->dim() == 1 && tensor->size(0) == length, name, " must be 1-D of length ",
                length, ", got shape ", shape_string(*tensor));
   check_same(name, *tensor, input);
-  return torch::stable::contiguous(*tensor);
+  return dense(*tensor);
 }
 
 // dilation * (kernel - 1) + 1, which may not fit 64 bits for an expanded weight.
@@ -171,14 +182,20 @@ Tensor call_aten(const Tensor& input, const Tensor& weight, const std::optional<
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
-                        const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
-                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                        const std::optional<Tensor>& input_bias,
-                        const std::string& input_activation, const std::string& activation) {
-  DWSWAP_CHECK(input.is_cuda(),
-               "input must be on the device of the other tensors, got a tensor on ",
-               input.is_cpu() ? "the CPU" : "another kind of device");
+// Arguments that were checked, as kernels get them but for the output.
+struct Problem {
+  DepthwiseConv2dParams params;
+  Tensor weight;  // dense; params point into these
+  std::optional<Tensor> bias, input_bias;
+};
+
+// Nothing where aten has to compute: for other dtypes, and on GPUs that the library has no code
+// for. The device of the input is the current one.
+std::optional<Problem> describe(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, const std::optional<Tensor>& input_bias,
+    const std::string& input_activation, const std::string& activation) {
   DWSWAP_CHECK(input.dim() == 3 || input.dim() == 4,
                "input must be 4-D (N, C, H, W) or 3-D (C, H, W), got shape ", shape_string(input));
   const Image in(input);
@@ -217,36 +234,17 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
   const auto input_bias_vector = checked_vector("input_bias", input_bias, p.channels, input);
 
   const auto dtype = data_type(input.scalar_type());
-  if (!dtype.has_value()) {
-    return call_aten(input, weight, bias, stride, padding, dilation, input_bias, input_activation,
-                     activation);
-  }
-  p.dtype = *dtype;
-
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   // The library holds no code for an older GPU beside a supported one.
-  if (current_device().major < 8) {
-    return call_aten(input, weight, bias, stride, padding, dilation, input_bias, input_activation,
-                     activation);
-  }
+  if (!dtype.has_value() || current_device().major < 8) return std::nullopt;
+  p.dtype = *dtype;
   // The rule of aten::conv2d: dwswap/layouts.py.
   const bool channels_last = *dtype != DataType::kFloat64 &&
                              (suggests_channels_last(in) || suggests_channels_last(Image(weight)));
-  const Tensor batch =
-      allocate({p.batch, p.out_channels(), p.out_h, p.out_w}, input,
-               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  const Tensor output = input.dim() == 4 ? batch : torch::stable::squeeze(batch, 0);
-  if (p.batch == 0) return output;
-
-  const Tensor dense_weight = torch::stable::contiguous(weight);
-  p.input = input.const_data_ptr();
-  p.weight = dense_weight.const_data_ptr();
-  p.bias = bias_vector ? bias_vector->const_data_ptr() : nullptr;
-  p.input_bias = input_bias_vector ? input_bias_vector->const_data_ptr() : nullptr;
-  p.output = output.mutable_data_ptr();
-  const Image out(batch);
-  p.in_stride = in.stride, p.out_stride = out.stride;
+  p.in_stride = in.stride;
   p.out_layout = channels_last ? Layout::kChannelsLast : Layout::kContiguous;
+  const int64_t k = p.out_channels(), plane = p.out_h * p.out_w;
+  p.out_stride =
+      channels_last ? Strides{plane * k, 1, p.out_w * k, k} : Strides{k * plane, plane, p.out_w, 1};
   // An image with one channel or one pixel has both layouts: take the output's.
   const bool matches = channels_last ? in.channels_last() : in.contiguous();
   p.in_layout = matches              ? p.out_layout
@@ -254,10 +252,39 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
                 : in.channels_last() ? Layout::kChannelsLast
                                      : Layout::kStrided;
 
+  Problem problem{p, dense(weight), bias_vector, input_bias_vector};
+  problem.params.input = input.const_data_ptr();
+  problem.params.weight = problem.weight.const_data_ptr();
+  problem.params.bias = bias_vector ? bias_vector->const_data_ptr() : nullptr;
+  problem.params.input_bias = input_bias_vector ? input_bias_vector->const_data_ptr() : nullptr;
+  return problem;
+}
+
+Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                        const std::optional<Tensor>& input_bias,
+                        const std::string& input_activation, const std::string& activation) {
+  check_cuda(input);
+  const int32_t device = input.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  auto problem = describe(input, weight, bias, stride, padding, dilation, input_bias,
+                          input_activation, activation);
+  if (!problem) {
+    return call_aten(input, weight, bias, stride, padding, dilation, input_bias, input_activation,
+                     activation);
+  }
+  DepthwiseConv2dParams& p = problem->params;
+  const Tensor batch = allocate({p.batch, p.out_channels(), p.out_h, p.out_w}, input,
+                                p.out_layout == Layout::kChannelsLast ? MemoryFormat::ChannelsLast
+                                                                      : MemoryFormat::Contiguous);
+  const Tensor output = input.dim() == 4 ? batch : torch::stable::squeeze(batch, 0);
+  if (p.batch == 0) return output;
+  p.output = output.mutable_data_ptr();
+
   void* stream = nullptr;
-  DWSWAP_CHECK(
-      aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
-      "no CUDA stream for device ", input.get_device_index());
+  DWSWAP_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+               "no CUDA stream for device ", device);
   const Choice choice = choose_forward(p);
   const cudaError_t status = choice.launch(p, static_cast<cudaStream_t>(stream));
   DWSWAP_CHECK(status == cudaSuccess, "the launch of the ", choice.family,
@@ -265,10 +292,24 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
   return output;
 }
 
+// The name of the family of kernels that would run, or "aten".
+std::string depthwise_conv2d_family(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, const std::optional<Tensor>& input_bias,
+    const std::string& input_activation, const std::string& activation) {
+  check_cuda(input);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const auto problem = describe(input, weight, bias, stride, padding, dilation, input_bias,
+                                input_activation, activation);
+  return problem ? choose_forward(problem->params).family : "aten";
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dwswap, CUDA, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
+  m.impl("_depthwise_conv2d_family", TORCH_BOX(&depthwise_conv2d_family));
 }
 
 }  // namespace dwswap

@@ -1,23 +1,39 @@
 #include <limits>
 
+#include "common/device.h"
 #include "common/integer.h"
 #include "depthwise_conv2d/dispatch.h"
 #include "depthwise_conv2d/rolling_rows.cuh"
 
 namespace dwswap {
 
+namespace rolling_rows {
+
+Depth choose_depth(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kFew = 600;  // outputs of a multiprocessor
+  if (p.dilation_h != 1 || p.dilation_w != 1) return Depth::kFlat;
+  return p.batch * p.out_channels() * p.out_h * p.out_w < kFew * current_device().multiprocessors
+             ? Depth::kFlat
+             : Depth::kDeep;
+}
+
+}  // namespace rolling_rows
+
 bool covers_rolling_rows(const DepthwiseConv2dParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   if (p.dtype == DataType::kFloat64) return false;
   if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
-  if (p.stride_h != p.stride_w || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.stride_h != p.stride_w) return false;
   int rows = 0;
   rolling_rows::visit<float>(p, [&]<typename Traits>() { rows = Traits::kRows; });
   if (rows == 0) return false;
   // Offsets within a plane, with padding and the rows that a thread runs over, and thread indices
   // are 32-bit.
+  constexpr int64_t kMostDilation = 1 << 16;
+  if (p.dilation_h > kMostDilation || p.dilation_w > kMostDilation) return false;
   const int64_t in_plane =
-      (p.in_h + 2 * p.padding_h + rows * p.stride_h + p.kernel_h) * (p.in_w + 2 * p.padding_w);
+      (p.in_h + 2 * p.padding_h + rows * p.stride_h + p.kernel_h * p.dilation_h) *
+      (p.in_w + 2 * p.padding_w);
   const int64_t out_plane = (p.out_h + rows) * p.out_w;
   const int64_t strips = ceil_div(p.out_h, rows);
   return in_plane <= kLimit && out_plane <= kLimit &&

@@ -1,12 +1,14 @@
-// NCHW, stride 1 and 2, kernel sizes known at compile time, for what plane_strips leaves: a channel
-// multiplier, rows of fewer than 7 outputs, tensors that are not aligned to 16 bytes.
+// NCHW, stride 1 and 2, kernel sizes known at compile time, for small problems and for what
+// plane_strips leaves: a channel multiplier, much padding, tensors that are not aligned to 16
+// bytes.
 //
-// One thread computes kRows rows of one output column. It walks down the input, row by row: the KW
-// elements of a row are loaded and converted once and used by every output row whose window holds
-// them. Neighbouring threads read neighbouring columns, so loads coalesce and the overlap of
-// windows is served by L1.
+// One thread computes kRows rows of one output column. It loads all its inputs before it uses the
+// first, and so waits for memory once; each is converted once and used by every output row whose
+// window holds it. Neighbouring threads read neighbouring columns, so loads coalesce and the
+// overlap of windows is served by L1.
 #pragma once
 
+#include "common/depth.h"
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/params.h"
@@ -14,14 +16,16 @@
 namespace dwswap {
 namespace rolling_rows {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
-template <typename T_, int K_, int STRIDE_>
+template <typename T_, int K_, int STRIDE_, Depth DEPTH_>
 struct Traits {
   using T = T_;
   static constexpr int kKernel = K_;
+  static constexpr bool kFlat = DEPTH_ == Depth::kFlat;
   static constexpr int kStride = STRIDE_;
-  static constexpr int kRows = K_ == 7 ? 4 : 8 / STRIDE_;
+  // Of output, per thread: as many as registers allow all their inputs at once.
+  static constexpr int kRows = kFlat ? 1 : K_ == 3 ? 8 / STRIDE_ : K_ == 5 ? 4 : 4 / STRIDE_;
   static constexpr int kInputRows = (kRows - 1) * STRIDE_ + K_;
 };
 
@@ -32,6 +36,7 @@ struct Arguments {
   const void* input_bias;
   void* output;
   int multiplier, in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int dilation_h, dilation_w;  // 1 but in flat kernels
   uint32_t threads;
   Divisor by_out_w, by_strips, by_channels;
   bool transforms_input;
@@ -39,7 +44,8 @@ struct Arguments {
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, 2) kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, Traits::kKernel == 7 ? 2 : 4)
+    kernel(const Arguments a) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, ROWS = Traits::kRows;
   const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
@@ -69,22 +75,34 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Arguments a) {
   // Offsets within a plane and its padding fit 32 bits (covers_rolling_rows).
   const T* input = static_cast<const T*>(a.input) + in_plane * a.in_h * a.in_w;
   int offset = ih * a.in_w + iw;
+  const int dilation_h = Traits::kFlat ? a.dilation_h : 1;
+  const int dilation_w = Traits::kFlat ? a.dilation_w : 1;
+  // All loads before the first use: a thread waits for memory once.
+  float x[Traits::kInputRows][K];
 #pragma unroll
-  for (int i = 0; i < Traits::kInputRows; ++i, offset += a.in_w) {
-    if (static_cast<unsigned>(ih + i) >= static_cast<unsigned>(a.in_h)) continue;
-    float x[K];
+  for (int i = 0; i < Traits::kInputRows; ++i, offset += dilation_h * a.in_w) {
+    const bool row_inside =
+        static_cast<unsigned>(ih + i * dilation_h) < static_cast<unsigned>(a.in_h);
 #pragma unroll
     for (int kw = 0; kw < K; ++kw) {
-      const bool inside = static_cast<unsigned>(iw + kw) < static_cast<unsigned>(a.in_w);
-      x[kw] = inside ? widen(input[offset + kw]) : 0.0f;
+      const bool inside =
+          row_inside && static_cast<unsigned>(iw + kw * dilation_w) < static_cast<unsigned>(a.in_w);
+      x[i][kw] = inside ? widen(input[offset + kw * dilation_w]) : 0.0f;
     }
-    if (a.transforms_input) {
+  }
 #pragma unroll
-      for (int kw = 0; kw < K; ++kw) x[kw] += input_bias;
-      activate(x, a.input_activation);
+  for (int i = 0; i < Traits::kInputRows; ++i) {
+    if (a.transforms_input) {
+      const bool row_inside =
+          static_cast<unsigned>(ih + i * dilation_h) < static_cast<unsigned>(a.in_h);
+#pragma unroll
+      for (int kw = 0; kw < K; ++kw) x[i][kw] += input_bias;
+      activate(x[i], a.input_activation);
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) {
-        if (static_cast<unsigned>(iw + kw) >= static_cast<unsigned>(a.in_w)) x[kw] = 0.0f;
+        const bool inside = row_inside && static_cast<unsigned>(iw + kw * dilation_w) <
+                                              static_cast<unsigned>(a.in_w);
+        if (!inside) x[i][kw] = 0.0f;
       }
     }
 #pragma unroll
@@ -92,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2) kernel(const Arguments a) {
       const int kh = i - r * S;
       if (kh < 0 || kh >= K) continue;
 #pragma unroll
-      for (int kw = 0; kw < K; ++kw) sums[r] += x[kw] * taps[kh][kw];
+      for (int kw = 0; kw < K; ++kw) sums[r] += x[i][kw] * taps[kh][kw];
     }
   }
 
@@ -115,6 +133,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
   a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
   a.threads = static_cast<uint32_t>(p.batch * p.out_channels() * strips * p.out_w);
   a.by_out_w = Divisor(static_cast<uint32_t>(p.out_w)), a.by_strips = Divisor(strips);
   a.by_channels = Divisor(static_cast<uint32_t>(p.out_channels()));
@@ -124,13 +143,20 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+Depth choose_depth(const DepthwiseConv2dParams& params);
+
 // Calls visit.operator()<Traits>() for the compiled size of the problem. False: there is none.
 template <typename T, typename Visit>
 bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
-#define DWSWAP_CASE(K, S)                                      \
-  if (p.kernel_h == K && p.kernel_w == K && p.stride_h == S) { \
-    visit.template operator()<Traits<T, K, S>>();              \
-    return true;                                               \
+  const Depth depth = choose_depth(p);
+#define DWSWAP_CASE(K, S)                                         \
+  if (p.kernel_h == K && p.kernel_w == K && p.stride_h == S) {    \
+    if (depth == Depth::kDeep) {                                  \
+      visit.template operator()<Traits<T, K, S, Depth::kDeep>>(); \
+    } else {                                                      \
+      visit.template operator()<Traits<T, K, S, Depth::kFlat>>(); \
+    }                                                             \
+    return true;                                                  \
   }
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)

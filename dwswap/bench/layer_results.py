@@ -17,6 +17,7 @@ class LayerResult:
 
     Attributes:
         shape: of the input, ``(N, C, H, W)`` in any layout.
+        family: the CUDA kernels that ran; ``"aten"`` where none of ours did.
         moved_bytes: input and output.
         plain_us: ours without the activations, where the run has them.
         remeasured: ours and PyTorch's were so close that both were measured three times.
@@ -32,6 +33,7 @@ class LayerResult:
     padding: list[int]
     dilation: list[int]
     bias: bool
+    family: str
     moved_bytes: int
     ours_us: float
     pytorch_us: float

@@ -26,6 +26,7 @@ from dwswap.bench.shapes import LayerShape
 from dwswap.bench.timing import buffers_needed, time_copy, time_launches
 from dwswap.ops import depthwise_conv2d
 from dwswap.precision import float32_convolutions
+from dwswap.registration import kernel_family
 from dwswap.report import LayerErrors
 from dwswap.verify import compare
 
@@ -53,6 +54,7 @@ class Calls:
     plain: Callable[[Tensor], Tensor]
     pytorch: Callable[[Tensor], Tensor]
     exact: Callable[[Tensor], Tensor]
+    family: Callable[[Tensor], str]
 
 
 class LayerBench:
@@ -140,6 +142,7 @@ class LayerBench:
             padding=list(shape.padding),
             dilation=list(shape.dilation),
             bias=shape.bias,
+            family=calls.family(inputs[0]),
             moved_bytes=moved,
             ours_us=ours,
             pytorch_us=pytorch,
@@ -205,7 +208,10 @@ class LayerBench:
             wide = None if bias is None else bias.double()
             return activate(F.conv2d(x, weight.double(), wide, *geometry, shape.channels))
 
-        return Calls(ours, plain, pytorch, exact)
+        def family(x: Tensor) -> str:
+            return kernel_family(x, weight, bias, *geometry, None, self.activation, self.activation)
+
+        return Calls(ours, plain, pytorch, exact, family)
 
     def _check(self, calls: Calls, x: Tensor) -> LayerErrors:
         """Some samples, the last among them, against float64; all of them against PyTorch's."""

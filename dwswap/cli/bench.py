@@ -23,7 +23,7 @@ from dwswap import build
 from dwswap.activations import ACTIVATIONS
 from dwswap.bench.layer_plot import plot
 from dwswap.bench.layer_record import LayerRecord, switches
-from dwswap.bench.layer_results import Skipped
+from dwswap.bench.layer_results import LayerResult, Skipped
 from dwswap.bench.layer_summary import copy_rows, speedup_rows
 from dwswap.bench.layers import DTYPES, LAYOUTS, LayerBench
 from dwswap.bench.shapes import FIELDS, LayerShape, select, torchvision_shapes
@@ -76,6 +76,11 @@ def add_parser(commands: Any) -> None:
         metavar="SECONDS",
         default=0.015,
         help="of samples per measurement (default: %(default)s); a whole run has 5000 of them",
+    )
+    parser.add_argument(
+        "--each",
+        action="store_true",
+        help="print a line per measurement: the kernels that ran, their time, how fast that is",
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep what the file of a run that was ended holds"
@@ -135,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         copies=record.copies,
     )
     try:
-        _measure(out, bench, record, shapes, dtypes, layouts)
+        _measure(out, bench, record, shapes, dtypes, layouts, each=args.each)
         saved = [record.path]
         if record.results:
             title = f"Depthwise convolutions of torchvision, N = {batch}, on {name}"
@@ -161,6 +166,8 @@ def _measure(
     shapes: list[LayerShape],
     dtypes: list[str],
     layouts: list[str],
+    *,
+    each: bool,
 ) -> None:
     """Fill ``record``, with a progress bar; what is done is saved however this ends."""
     columns = (
@@ -186,11 +193,23 @@ def _measure(
                 elif not entry.passed:
                     why = entry.problem or f"error {entry.error:.2g} > {entry.error_limit:.2g}"
                     progress.console.print(f"FAILED {what}: {why}", style="red", markup=False)
+                if each and not isinstance(entry, Skipped):
+                    progress.console.print(_line(entry), markup=False, soft_wrap=True)
     except BaseException:
         record.save()
         _say(out, f"{len(record.done)} of {total} are in {record.partial}: --resume goes on")
         raise
     record.finish()
+
+
+def _line(entry: LayerResult) -> str:
+    sizes = (entry.shape, entry.kernel, entry.stride, entry.dilation)
+    shape, kernel, stride, dilation = ("x".join(map(str, size)) for size in sizes)
+    return (
+        f"{entry.dtype} {entry.layout} {shape} kernel {kernel} stride {stride} "
+        f"dilation {dilation}: {entry.family} {entry.ours_us:.1f} us, {entry.speedup:.2f} times "
+        f"PyTorch, {entry.percent_of_copy:.0f} % of the copy"
+    )
 
 
 def _print(out: Console, record: LayerRecord) -> None:

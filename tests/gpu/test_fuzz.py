@@ -23,10 +23,19 @@ LARGEST = 16 if DEVICE == "cpu" else 40
 # Below the size from which some cases have millions of outputs: aten's gradients of these take
 # seconds, and their errors are its own.
 SMALL = min(LARGEST, 39)
+# Each case asks for one, which runs where it covers the case; the empty one leaves the choice.
+FAMILIES = ("", "channel_columns", "channel_tiles", "", "plane_strips", "rolling_rows")
 # Cases between two synchronisations.
 BATCH = 50
 
 pytestmark = [] if DEVICE == "cpu" else [pytest.mark.gpu]
+
+
+@pytest.fixture(autouse=True)
+def _family_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DWSWAP_FAMILY", "")  # fuzz() sets others; this puts back what was
+
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 dense_layouts = pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 odd_layouts = pytest.mark.parametrize("layout", ODD_LAYOUTS)
@@ -43,6 +52,7 @@ def cases(
 def fuzz(run, drawn: Iterator[Case]) -> None:
     judge = Judge()
     for i, case in enumerate(drawn):
+        os.environ["DWSWAP_FAMILY"] = FAMILIES[i % len(FAMILIES)]
         run(case, DEVICE, judge)
         if i % BATCH == BATCH - 1:
             judge.check()

@@ -1,7 +1,8 @@
 """Every family of CUDA kernels, at every size that is compiled, is right and is the one that runs.
 
-The families are chosen by shape in ``csrc/depthwise_conv2d/choice.cu``. A family is added here by
-its lines in ``ROWS``; sizes that its source compiles and no line covers fail a test.
+The families are chosen by shape in ``csrc/depthwise_conv2d/choice.cu``; ``DWSWAP_FAMILY`` asks for
+one, so that each runs small problems too. A family is added here by its lines in ``ROWS``; sizes
+that its source compiles and no line covers fail a test.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cases import ACTIVATION_NAMES, MANY_RESULTS, MIN_RESULTS, Case, make_tensor
 from numerics import Judge, forward_errors, nan_in_other_places, operator
 
 from dwswap.compilation import csrc_dir
+from dwswap.registration import kernel_family
 
 DEVICE = os.environ.get("DWSWAP_FUZZ_DEVICE", "cuda")
 FAST = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,8 +29,6 @@ SQUARES = ((3, 3), (5, 5), (7, 7))
 SIZES = ((7, 7), (13, 9), (14, 14), (33, 29), (1, 23), (5, 213), (56, 57))
 
 pytestmark = [] if DEVICE == "cpu" else [pytest.mark.gpu]
-# Rows of 7 outputs at least, no more padding than rows of input.
-PLANE_SIZES = ((7, 15), (14, 14), (33, 29), (3, 23), (5, 213), (56, 57))
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,34 @@ ROWS = {
     "channel tiles, padding only": Row(
         "channel_tiles", "channels_last", SQUARES, channels=(24,), extra_padding=(9, 5)
     ),
+    "channel columns": Row(
+        "channel_columns", "channels_last", ((3, 3),), channels=(8, 24, 64, 72, 136)
+    ),
+    "channel columns, padding only": Row(
+        "channel_columns", "channels_last", ((3, 3),), channels=(24,), extra_padding=(9, 5)
+    ),
     "plane strips": Row(
-        "plane_strips", "contiguous", SQUARES, channels=(1, 3, 16, 57), sizes=PLANE_SIZES
+        "plane_strips",
+        "contiguous",
+        SQUARES,
+        channels=(1, 3, 16, 57),
+        sizes=(*SIZES, (9, 5), (40, 3)),
     ),
     "plane strips, flat kernels": Row(
         "plane_strips",
         "contiguous",
         ((3, 1), (1, 3), (3, 7), (7, 3)),
         strides=(1,),
-        sizes=PLANE_SIZES,
     ),
-    # Strips of few rows, of which some see nothing but padding.
-    "plane strips, padding only": Row(
-        "plane_strips", "contiguous", SQUARES, extra_padding=(6, 0), sizes=((9, 901), (10, 1003))
+    # Strips of few rows.
+    "plane strips, wide": Row("plane_strips", "contiguous", SQUARES, sizes=((9, 901), (10, 1003))),
+    "plane strips, no padding": Row(
+        "plane_strips", "contiguous", SQUARES, extra_padding=(-1, -1), sizes=((9, 10), (30, 113))
     ),
     "rolling rows, multiplier": Row("rolling_rows", "contiguous", SQUARES, multiplier=2),
+    "rolling rows, dilation": Row("rolling_rows", "contiguous", SQUARES, dilation=2),
     "rolling rows, misaligned": Row("rolling_rows", "offset", SQUARES),
-    "rolling rows, narrow": Row("rolling_rows", "contiguous", SQUARES, sizes=((40, 3), (9, 5))),
+    "rolling rows": Row("rolling_rows", "contiguous", SQUARES, sizes=((40, 3), *SIZES)),
     "rolling rows, padding only": Row("rolling_rows", "contiguous", SQUARES, extra_padding=(9, 5)),
     "general, kernels": Row("general", "contiguous", ((1, 1), (2, 2), (1, 11), (4, 3), (11, 9))),
     "general, kernels of channels_last": Row(
@@ -81,7 +92,7 @@ ROWS = {
         "general", "contiguous", ((3, 1), (1, 3), (3, 7), (7, 3)), multiplier=3
     ),
     "general, multiplier of channels_last": Row("general", "channels_last", SQUARES, multiplier=2),
-    "general, dilation": Row("general", "contiguous", SQUARES, dilation=2),
+    "general, dilation": Row("general", "channels_last", SQUARES, dilation=2),
     "general, stride": Row("general", "contiguous", SQUARES, strides=(3,)),
     "general, strided": Row("general", "sliced", SQUARES),
     "general, strided channels_last": Row("general", "channel_sliced_channels_last", SQUARES),
@@ -99,7 +110,15 @@ each_row = pytest.mark.parametrize(
     ],
 )
 # DWSWAP_PORTABLE=1 keeps new GPUs to what all have.
-PORTABLE = {name: row for name, row in ROWS.items() if row.family == "channel_tiles"}
+PORTABLE = {
+    name: row for name, row in ROWS.items() if row.family in ("channel_tiles", "plane_strips")
+}
+
+
+@pytest.fixture(autouse=True)
+def _family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "row" in request.fixturenames:
+        monkeypatch.setenv("DWSWAP_FAMILY", request.getfixturevalue("row").family)
 
 
 def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
@@ -154,11 +173,11 @@ def test_values(row, dtype):
 
 
 @pytest.mark.parametrize("dtype", FAST, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("name", PORTABLE)
-def test_portable_kernels(name, dtype, monkeypatch):
+@pytest.mark.parametrize("row", PORTABLE.values(), ids=PORTABLE.keys())
+def test_portable_kernels(row, dtype, monkeypatch):
     monkeypatch.setenv("DWSWAP_PORTABLE", "1")
-    check_values(PORTABLE[name], dtype)
-    check_nan(PORTABLE[name], dtype)
+    check_values(row, dtype)
+    check_nan(row, dtype)
 
 
 @each_row
@@ -188,11 +207,12 @@ def test_nan_reaches_exactly_its_windows(row, dtype):
     check_nan(row, dtype)
 
 
-def kernel_names(cases: list[Case]) -> list[str]:
-    """Of our kernels, in the order of the launches."""
+def kernel_names(runs: list[tuple[str, Case]]) -> list[str]:
+    """Of our kernels, in the order of the launches; a run asks for a family, or for none."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.no_grad(), torch.profiler.profile(activities=activities) as profile:
-        for case in cases:
+        for family, case in runs:
+            os.environ["DWSWAP_FAMILY"] = family
             operator(case, make_tensors(case, "cuda"))
         torch.cuda.synchronize()
     on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -201,30 +221,58 @@ def kernel_names(cases: list[Case]) -> list[str]:
     return [event.name for event in sorted(ours, key=lambda event: event.time_range.start)]
 
 
+HALF = torch.float16
+# What runs where nothing is asked for.
+CHOSEN = {
+    "channel_columns": Case(HALF, "channels_last", 64, 144, 56, 56, (3, 3), padding=(1, 1)),
+    "channel_tiles": Case(HALF, "channels_last", 1, 144, 56, 56, (3, 3), padding=(1, 1)),
+    "plane_strips": Case(HALF, "contiguous", 64, 144, 56, 56, (3, 3), padding=(1, 1)),
+    "rolling_rows": Case(HALF, "contiguous", 1, 960, 7, 7, (3, 3), padding=(1, 1)),
+    "general": Case(HALF, "contiguous", 1, 960, 7, 7, (4, 4), padding=(1, 1)),
+}
+
+
 @pytest.mark.gpu
-def test_the_family_is_the_one_that_runs():
+def test_the_family_is_the_one_that_runs(monkeypatch):
     expected = [
-        (name, case)
-        for name, row in ROWS.items()
+        (row.family, case)
+        for row in ROWS.values()
         for dtype in row.dtypes
         for case in list(problems(row, dtype))[::5]
     ]
+    monkeypatch.setenv("DWSWAP_FAMILY", "")
     case = expected[0][1]
     operator(case, make_tensors(case, "cuda"))  # loads the library
-    names = kernel_names([case for _, case in expected])
+    names = kernel_names([*expected, *(("", case) for case in CHOSEN.values())])
+    expected += CHOSEN.items()
     assert len(names) == len(expected)
     others = [
-        f"{row}: {ran} for {case}"
-        for (row, case), ran in zip(expected, names, strict=True)
-        if ROWS[row].family not in ran
+        f"{family}: {ran} for {case}"
+        for (family, case), ran in zip(expected, names, strict=True)
+        if family not in ran
     ]
     assert not others, f"{len(others)} of {len(expected)}\n" + "\n".join(others[:10])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", CHOSEN)
+def test_the_family_is_told(family, monkeypatch):
+    def told(case: Case) -> str:
+        given = make_tensors(case, "cuda")
+        geometry = (case.stride, case.padding, case.dilation)
+        return kernel_family(given.input, given.weight, given.bias, *geometry)
+
+    monkeypatch.setenv("DWSWAP_FAMILY", "")
+    assert told(CHOSEN[family]) == family
+    monkeypatch.setenv("DWSWAP_FAMILY", "general")
+    assert told(CHOSEN[family]) == "general"
+    assert told(replace(CHOSEN[family], dtype=torch.complex64)) == "aten"
 
 
 def test_every_family_and_every_compiled_size_is_covered():
     """Sizes as the sources list them: ``X(kernel_h, kernel_w, stride)``, ``DWSWAP_CASE(K, S)``."""
     folder = csrc_dir() / "depthwise_conv2d"
-    families = re.findall(r'return \{"(\w+)"', (folder / "choice.cu").read_text())
+    families = re.findall(r'^    \{"(\w+)", ', (folder / "choice.cu").read_text(), re.MULTILINE)
     assert set(families) == {row.family for row in ROWS.values()}
     for family in families:
         header = folder / f"{family}.cuh"
@@ -238,6 +286,6 @@ def test_every_family_and_every_compiled_size_is_covered():
             for kernel in row.kernels
             for stride in row.strides
         }
-        assert sizes or family == "general"
+        assert sizes or family in ("general", "channel_columns")  # any size; 3 x 3 only
         # Square kernels are listed by their side.
         assert {size if len(size) == 3 else (size[0], *size) for size in sizes} <= covered

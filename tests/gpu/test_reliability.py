@@ -21,8 +21,9 @@ FAST = (torch.float32, torch.float16, torch.bfloat16)
 HALF = torch.float16
 # One problem per family of kernels.
 FAMILIES = {
-    "channel_tiles": Case(HALF, "channels_last", 4, 72, 29, 31, (3, 3), padding=(1, 1)),
-    "plane_strips": Case(HALF, "contiguous", 4, 72, 29, 31, (3, 3), padding=(1, 1)),
+    "channel_columns": Case(HALF, "channels_last", 64, 72, 29, 31, (3, 3), padding=(1, 1)),
+    "channel_tiles": Case(HALF, "channels_last", 4, 72, 29, 31, (5, 5), padding=(2, 2)),
+    "plane_strips": Case(HALF, "contiguous", 8, 72, 29, 31, (3, 3), padding=(1, 1)),
     "rolling_rows": Case(HALF, "contiguous", 4, 36, 29, 31, (5, 5), (2, 2), (2, 2), multiplier=2),
     "general": Case(HALF, "channels_last", 4, 57, 29, 31, (4, 3), padding=(1, 1)),
     "general, float64": Case(torch.float64, "contiguous", 4, 57, 29, 31, (3, 3), padding=(1, 1)),

@@ -1,0 +1,287 @@
+// channels_last, 3 x 3, stride 1 and 2, on sm_90.
+//
+// A block owns a column of an image: some channels, some columns of pixels, and rows from top to
+// bottom, or a part of them. Bulk tensor copies (TMA) bring chunks of a few rows into a ring of
+// stages in shared memory, so no row is read twice but where a column is cut; what lies outside the
+// image arrives as zeros.
+//
+// A thread owns two neighbouring channels of kColumns pixels of a row, and walks down with the
+// chunks: each element is loaded and converted once, and used by the kOpenRows rows of output whose
+// windows hold it.
+#pragma once
+
+#include <type_traits>
+
+#include "common/integer.h"
+#include "common/numeric.cuh"
+#include "common/tma.cuh"
+#include "depthwise_conv2d/params.h"
+#include "depthwise_conv2d/tensor_map.h"
+
+namespace dwswap {
+namespace channel_columns {
+
+constexpr int kKernel = 3;
+constexpr int kColumns = 7;       // divides the image widths of most networks
+constexpr int kMaxThreads = 128;  // few warps meet at the end of a chunk
+constexpr int kMaxStages = 4;
+
+template <typename T_, int STRIDE_>
+struct Traits {
+  using T = T_;
+  static constexpr int kStride = STRIDE_;
+  // Rows of output that an input row contributes to. A chunk has as many steps, of kStride rows
+  // each, so that sums keep their registers from chunk to chunk.
+  static constexpr int kOpenRows = (kKernel + STRIDE_ - 1) / STRIDE_;
+  static constexpr int kChunkRows = kOpenRows * STRIDE_;
+  static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + kKernel;
+};
+
+// How a problem is cut.
+struct Cut {
+  int pairs;   // of channels, per block
+  int groups;  // threads of a pair, along the columns
+  int rows;    // of output, per block
+  int stages;
+
+  int threads() const { return pairs * groups; }
+};
+
+struct Arguments {
+  const void* weight;
+  const void* bias;
+  const void* input_bias;
+  void* output;
+  int channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int pairs, groups, rows, stages;
+  int tile_w;            // columns of input per block
+  uint32_t chunk_bytes;  // multiple of 128, as the alignment of a copy
+  uint32_t box_bytes;
+  Divisor by_slices, by_tiles, by_segments, by_pairs;
+  bool transforms_input;
+  Activation input_activation, activation;
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(kMaxThreads, 4)
+    kernel(const __grid_constant__ CUtensorMap map, const Arguments a) {
+#if DWSWAP_BULK_COPIES
+  using T = typename Traits::T;
+  constexpr int K = kKernel, S = Traits::kStride, OPEN = Traits::kOpenRows;
+  constexpr int IN_COLUMNS = Traits::kInputColumns;
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ uint64_t arrived[kMaxStages];
+  T* const tile_taps = reinterpret_cast<T*>(shared + a.stages * a.chunk_bytes);
+
+  uint32_t slice, tile, segment, pair;
+  const uint32_t n = a.by_segments.divide(
+      a.by_tiles.divide(a.by_slices.divide(blockIdx.x, &slice), &tile), &segment);
+  const int tile_channels = 2 * a.pairs;
+  const int first_channel = slice * tile_channels;
+  const int tile_column = tile * a.groups * kColumns;
+  const int first_row = segment * a.rows;
+  const int rows = min(a.rows, a.out_h - first_row);
+  const int chunks = (rows + OPEN - 1 + OPEN - 1) / OPEN;
+  const int ih = first_row * S - a.padding_h;
+  const auto fetch = [&](int chunk, int stage, uint32_t more_bytes) {
+    barrier_expect(&arrived[stage], a.box_bytes + more_bytes);
+    copy_box(shared + stage * a.chunk_bytes, &map, &arrived[stage], first_channel,
+             tile_column * S - a.padding_w, ih + chunk * Traits::kChunkRows, n);
+  };
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 0; i < a.stages; ++i) barrier_init(&arrived[i]);
+    const auto tap_bytes = static_cast<uint32_t>(min(tile_channels, a.channels - first_channel) *
+                                                 K * K * static_cast<int>(sizeof(T)));
+    for (int i = 0; i < min(a.stages, chunks); ++i) {
+      fetch(i, i, i == 0 ? tap_bytes : 0);
+      if (i == 0) {
+        copy_bytes(tile_taps,
+                   static_cast<const T*>(a.weight) + static_cast<int64_t>(first_channel) * K * K,
+                   tap_bytes, &arrived[0]);
+      }
+    }
+  }
+  __syncthreads();
+
+  const auto group = static_cast<int>(a.by_pairs.divide(threadIdx.x, &pair));
+  const int c = first_channel + 2 * static_cast<int>(pair);
+  const int ow = tile_column + group * kColumns;
+  const int iw = ow * S - a.padding_w;
+  // Threads without work stay for the barriers.
+  const bool busy = group < a.groups && c < a.channels && ow < a.out_w;
+  const int columns = busy ? min(kColumns, a.out_w - ow) : 0;
+  float bias[2] = {}, input_bias[2] = {};
+  if (busy && a.bias != nullptr) load(static_cast<const T*>(a.bias) + c, bias);
+  if (busy && a.input_bias != nullptr) load(static_cast<const T*>(a.input_bias) + c, input_bias);
+  const int64_t out_row = static_cast<int64_t>(a.out_w) * a.channels;
+  T* target = static_cast<T*>(a.output) +
+              (static_cast<int64_t>(n) * a.out_h + first_row) * out_row +
+              static_cast<int64_t>(ow) * a.channels + c;
+
+  const auto advance = [&](auto plain) {
+    // sums[q] is the row of output whose window began q steps ago.
+    float sums[OPEN][2 * kColumns];
+    float taps[2][K * K];
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      barrier_wait(&arrived[stage], parity);
+      if (chunk == 0) {
+        // The weights of the pair are 2 * K * K consecutive elements.
+        const T* source = tile_taps + 2 * (busy ? pair : 0) * (K * K);
+#pragma unroll
+        for (int i = 0; i < K * K; ++i) {
+          float raw[2];
+          load(source + 2 * i, raw);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) taps[(2 * i + e) / (K * K)][(2 * i + e) % (K * K)] = raw[e];
+        }
+#pragma unroll
+        for (int q = 0; q < OPEN; ++q) {
+#pragma unroll
+          for (int i = 0; i < 2 * kColumns; ++i) sums[q][i] = bias[i % 2];
+        }
+      }
+      const T* row = reinterpret_cast<const T*>(shared + stage * a.chunk_bytes) +
+                     (busy ? group : 0) * kColumns * S * tile_channels + 2 * (busy ? pair : 0);
+      const int pitch = a.tile_w * tile_channels;
+      const int first_ih = ih + chunk * Traits::kChunkRows;
+#pragma unroll
+      for (int step = 0; step < OPEN; ++step) {
+#pragma unroll
+        for (int j = 0; j < S; ++j, row += pitch) {
+          float x[2 * IN_COLUMNS];
+          const T* element = row;
+#pragma unroll
+          for (int i = 0; i < IN_COLUMNS; ++i, element += tile_channels) {
+            float value[2];
+            load(element, value);
+            x[2 * i] = value[0], x[2 * i + 1] = value[1];
+          }
+          if (!plain && a.transforms_input) {
+            // Padding comes after the activation.
+            const bool row_inside =
+                static_cast<unsigned>(first_ih + step * S + j) < static_cast<unsigned>(a.in_h);
+#pragma unroll
+            for (int i = 0; i < 2 * IN_COLUMNS; ++i) x[i] += input_bias[i % 2];
+            activate(x, a.input_activation);
+#pragma unroll
+            for (int i = 0; i < IN_COLUMNS; ++i) {
+              const bool inside =
+                  row_inside && static_cast<unsigned>(iw + i) < static_cast<unsigned>(a.in_w);
+              if (!inside) x[2 * i] = 0.0f, x[2 * i + 1] = 0.0f;
+            }
+          }
+#pragma unroll
+          for (int q = 0; q < OPEN; ++q) {
+            const int kh = S * q + j;
+            if (kh >= K) continue;
+#pragma unroll
+            for (int kw = 0; kw < K; ++kw) {
+#pragma unroll
+              for (int i = 0; i < 2 * kColumns; ++i) {
+                sums[q][i] += x[2 * (i / 2 * S + kw) + i % 2] * taps[i % 2][kh * K + kw];
+              }
+            }
+          }
+        }
+        const int oh = chunk * OPEN + step - (OPEN - 1);
+        if (static_cast<unsigned>(oh) < static_cast<unsigned>(rows)) {
+          auto& finished = sums[OPEN - 1];
+          if (!plain) activate(finished, a.activation);
+          T* element = target;
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i, element += a.channels) {
+            if (i < columns) {
+              const float value[2] = {finished[2 * i], finished[2 * i + 1]};
+              store(element, value);
+            }
+          }
+          target += out_row;
+        }
+#pragma unroll
+        for (int q = OPEN - 1; q > 0; --q) {
+#pragma unroll
+          for (int i = 0; i < 2 * kColumns; ++i) sums[q][i] = sums[q - 1][i];
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kColumns; ++i) sums[0][i] = bias[i % 2];
+      }
+      if (chunk + a.stages < chunks) {
+        __syncthreads();
+        if (threadIdx.x == 0) fetch(chunk + a.stages, stage, 0);
+      }
+      if (++stage == a.stages) stage = 0, parity ^= 1;
+    }
+  };
+  // Two bodies, so that the code of activations does not lie between the rows of the plain one.
+  if (!a.transforms_input && a.activation == Activation::kNone) {
+    advance(std::true_type());
+  } else {
+    advance(std::false_type());
+  }
+#else
+  __trap();  // the host chose it for an image of sm_90
+#endif
+}
+
+Cut choose_cut(const DepthwiseConv2dParams& params, int element_bytes, int multiprocessors);
+
+template <typename Traits>
+cudaError_t launch(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
+  using T = typename Traits::T;
+  constexpr int S = Traits::kStride;
+  const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
+  const int tile_channels = 2 * cut.pairs;
+  Arguments a{};
+  a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias, a.output = p.output;
+  a.channels = static_cast<int>(p.channels);
+  a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
+  a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.pairs = cut.pairs, a.groups = cut.groups, a.rows = cut.rows, a.stages = cut.stages;
+  a.tile_w = (cut.groups * kColumns - 1) * S + kKernel;
+  a.box_bytes = static_cast<uint32_t>(tile_channels * a.tile_w * Traits::kChunkRows * sizeof(T));
+  a.chunk_bytes = static_cast<uint32_t>(ceil_div(a.box_bytes, 128) * 128);
+  const auto slices = static_cast<uint32_t>(ceil_div(p.channels, tile_channels));
+  const auto tiles = static_cast<uint32_t>(ceil_div(p.out_w, cut.groups * kColumns));
+  const auto segments = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
+  a.by_slices = Divisor(slices), a.by_tiles = Divisor(tiles), a.by_segments = Divisor(segments);
+  a.by_pairs = Divisor(static_cast<uint32_t>(cut.pairs));
+  a.transforms_input = p.transforms_input();
+  a.input_activation = p.input_activation, a.activation = p.activation;
+
+  CUtensorMap map{};
+  if (!encode_image<T>(&map, p, tile_channels, a.tile_w, Traits::kChunkRows)) {
+    return cudaErrorInvalidValue;
+  }
+  const auto shared =
+      static_cast<int>(cut.stages * a.chunk_bytes + tile_channels * kKernel * kKernel * sizeof(T));
+  const auto function = kernel<Traits>;
+  if (shared > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return status;
+  }
+  const auto blocks = static_cast<unsigned>(p.batch * slices * tiles * segments);
+  const auto threads = static_cast<unsigned>(ceil_div(cut.threads(), 32) * 32);
+  function<<<blocks, threads, shared, stream>>>(map, a);
+  return cudaGetLastError();
+}
+
+// One file per element type instantiates this.
+template <typename T>
+cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
+  return p.stride_h == 1 ? launch<Traits<T, 1>>(p, multiprocessors, stream)
+                         : launch<Traits<T, 2>>(p, multiprocessors, stream);
+}
+
+#define DWSWAP_LAUNCH_TYPED(T) \
+  cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, int, cudaStream_t)
+extern template DWSWAP_LAUNCH_TYPED(float);
+extern template DWSWAP_LAUNCH_TYPED(__half);
+extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
+
+}  // namespace channel_columns
+}  // namespace dwswap
