@@ -91,7 +91,7 @@ def find(
         holds: targets that it must have been built for.
     """
     best: tuple[int, int, Path] | None = None
-    for entry in (entry for folder in _readable_dirs() for entry in _entries(folder)):
+    for entry in (entry for folder in readable_dirs() for entry in _entries(folder)):
         targets = fingerprint.targets(entry.name)
         fits = all(any(target.runs_on(gpu) for target in targets) for gpu in serves)
         if not targets or not fits or not targets.issuperset(holds):
@@ -125,6 +125,15 @@ def built_at(folder: Path) -> int | None:
         return (folder / MANIFEST).stat().st_mtime_ns
     except FileNotFoundError:
         return None
+
+
+def readable_dirs() -> list[Path]:
+    """Where to look for what an earlier process has kept, best first."""
+    fallback = _fallback_dir()
+    folders = [cache_dir()] if cache_dir() != fallback else []
+    if os.path.lexists(fallback) and _is_private(fallback):
+        folders.append(fallback)
+    return folders
 
 
 def writable_dir() -> Path:
@@ -201,14 +210,6 @@ def _is_private(folder: Path) -> bool:
     """Nobody else can have put a library there: a real folder, ours, closed to others."""
     info = folder.lstat()
     return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o077
-
-
-def _readable_dirs() -> list[Path]:
-    fallback = _fallback_dir()
-    folders = [cache_dir()] if cache_dir() != fallback else []
-    if os.path.lexists(fallback) and _is_private(fallback):
-        folders.append(fallback)
-    return folders
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dwswap.copying import copy_model
 from dwswap.example_inputs import Arguments, run, runnable_copy
-from dwswap.modules import DepthwiseConv2d
-from dwswap.ops import depthwise_conv2d
-from dwswap.passes.substitution import unswap_modules
-from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.precision import float32_convolutions
 from dwswap.report import Layer, LayerErrors, Report, Verification
+from dwswap.swapped_layers import LayerCall, put_back, run_watched
 
 __all__ = ["compare", "verify_result"]
 
@@ -68,7 +65,11 @@ def _verify(
     del exact_model
 
     errors: dict[str, LayerErrors] = {}
-    ours = _run_checked(result, report, arguments, errors)
+
+    def check(call: LayerCall) -> None:
+        errors[call.path] = _compare_layer(call).worse(errors.get(call.path))
+
+    ours = run_watched(result, report, arguments, check)
     outputs, more = _compare_outputs(ours, original, exact, pooled)
     del ours
     failed = {path for path, found in errors.items() if not found.passed}
@@ -91,18 +92,6 @@ def _verify(
     verification = Verification(passed, outputs, (*notes, *more))
     layers = [checked(layer) for layer in report.layers]
     return result, dataclasses.replace(report, layers=layers, verification=verification)
-
-
-def put_back(model: nn.Module, traced: tuple[str, ...], paths: set[str]) -> nn.Module:
-    """Undo the swaps of the layers at ``paths``; returns the new root."""
-    for prefix in traced:
-        graph_module = model.get_submodule(prefix)
-        assert isinstance(graph_module, fx.GraphModule)
-        for node in list(swapped_calls(graph_module)):
-            if node.meta.get("dwswap_layer") in paths:
-                unswap_call(graph_module, node)
-        graph_module.recompile()
-    return unswap_modules(model, paths)
 
 
 def compare(ours: Tensor, theirs: Tensor, exact: Tensor, usual: float = 0.0) -> LayerErrors:
@@ -140,60 +129,11 @@ def _run_original(model: nn.Module, arguments: Arguments, how: str) -> Any:
         ) from error
 
 
-def _run_checked(
-    model: nn.Module, report: Report, arguments: Arguments, errors: dict[str, LayerErrors]
-) -> Any:
-    """Outputs of ``model``; fills ``errors`` of the layers on the way."""
-    subject = runnable_copy(model)
-
-    def note(path: str, found: LayerErrors) -> None:
-        errors[path] = found.worse(errors.get(path))
-
-    for layer in report.layers:
-        if layer.reason == "depthwise" and layer.kind == "module":
-            module = subject.get_submodule(layer.path)
-            module.register_forward_hook(_module_check(layer.path, note), with_kwargs=True)
-    for prefix in report.traced:
-        graph_module = subject.get_submodule(prefix)
-        assert isinstance(graph_module, fx.GraphModule)
-        if any("dwswap_layer" in node.meta for node in swapped_calls(graph_module)):
-            graph_module.register_forward_hook(_call_check(note), with_kwargs=True)
-    return run(subject, arguments)
-
-
-def _module_check(path: str, note: Callable[[str, LayerErrors], None]) -> Callable[..., None]:
-    def hook(module: DepthwiseConv2d, args: Any, kwargs: Any, output: Tensor) -> None:
-        x = args[0] if args else kwargs["input"]
-        geometry = (module.stride, module.padding, module.dilation, module.groups)
-        note(path, _compare_layer(output, x, module.weight, module.bias, geometry))
-
-    return hook
-
-
-def _call_check(note: Callable[[str, LayerErrors], None]) -> Callable[..., None]:
-    class Checker(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            output = super().run_node(n)
-            if n.target is depthwise_conv2d and "dwswap_layer" in n.meta:
-                (x, weight, bias), given = self.fetch_args_kwargs_from_env(n)
-                names = ("stride", "padding", "dilation", "groups")
-                geometry = tuple(given[name] for name in names)
-                note(n.meta["dwswap_layer"], _compare_layer(output, x, weight, bias, geometry))
-            return output
-
-    def hook(module: fx.GraphModule, args: Any, kwargs: Any, output: Any) -> None:
-        Checker(module).run(*Arguments(args, kwargs).positional(module.forward))
-
-    return hook
-
-
-def _compare_layer(
-    output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
-) -> LayerErrors:
-    theirs = F.conv2d(x, weight, bias, *geometry)
-    exact_bias = None if bias is None else bias.double()
-    exact = F.conv2d(x.double(), weight.double(), exact_bias, *geometry)
-    return compare(output, theirs, exact)
+def _compare_layer(call: LayerCall) -> LayerErrors:
+    theirs = F.conv2d(call.input, call.weight, call.bias, *call.geometry)
+    bias = None if call.bias is None else call.bias.double()
+    exact = F.conv2d(call.input.double(), call.weight.double(), bias, *call.geometry)
+    return compare(call.output, theirs, exact)
 
 
 def _pooled_errors(

@@ -32,12 +32,12 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, int element_byte
   const auto stride = static_cast<int>(p.stride_h);
   const int open = ceil_div(kKernel, stride);
   const int warps = ceil_div(cut.threads(), 32);
-  const int tile_w = (cut.groups * kColumns - 1) * stride + kKernel;
+  const int tile_w = (cut.groups * cut.columns - 1) * stride + kKernel;
   const int run = 2 * cut.pairs * element_bytes;
   const int convert = element_bytes == 2 ? 3 : 1;  // with the load
-  const double instructions =
-      open * (stride * ((kColumns - 1) * stride + kKernel) * convert +
-              2.0 * kColumns * kKernel * kKernel + kColumns * (element_bytes == 2 ? 3 : 4) + 30.0);
+  const double instructions = open * (stride * ((cut.columns - 1) * stride + kKernel) * convert +
+                                      2.0 * cut.columns * kKernel * kKernel +
+                                      cut.columns * (element_bytes == 2 ? 3 : 4) + 30.0);
   const double shared = static_cast<double>(cut.stages) * open * stride * tile_w * run +
                         run * kKernel * kKernel + kBlockBytes;
   const double resident =
@@ -45,7 +45,7 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, int element_byte
 
   const double segments = ceil_div(p.out_h, cut.rows);
   const double blocks = static_cast<double>(p.batch) * ceil_div(p.channels, 2 * cut.pairs) *
-                        ceil_div(p.out_w, kColumns * cut.groups) * segments;
+                        ceil_div(p.out_w, cut.columns * cut.groups) * segments;
   const double chunks = ceil_div(cut.rows + open - 1, open);
   const double share = blocks / (resident * multiprocessors);
   const double waves = share < 1.0 ? 1.0 : 0.5 * (share + std::ceil(share));
@@ -71,24 +71,30 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, int multiproce
   constexpr int kRunBytes = 64;  // a slice of channels is a multiple of it, or all
   constexpr int kMostSegments = 16;
   const auto stride = static_cast<int>(p.stride_h);
-  const auto wide = static_cast<int>(ceil_div(p.out_w, kColumns));
   const auto all_pairs = static_cast<int>(p.channels / 2);
   const int step = kRunBytes / 2 / element_bytes;
+  const int rows = ceil_div(kKernel, stride) * stride;  // of a chunk
   Cut best{};
   double best_estimate = std::numeric_limits<double>::infinity();
-  for (int pairs = std::min(step, all_pairs); pairs <= std::min(kMaxThreads, all_pairs);
-       pairs = pairs < all_pairs ? std::min(pairs + step, all_pairs) : all_pairs + 1) {
-    for (int groups = 1; groups <= wide && pairs * groups <= kMaxThreads; ++groups) {
-      const int tile_w = (groups * kColumns - 1) * stride + kKernel;
-      if (tile_w > kMostBoxElements) break;
-      for (int segments = 1; segments <= std::min<int64_t>(kMostSegments, p.out_h); ++segments) {
-        for (const int stages : {2, 3, 4}) {
-          const Cut cut{pairs, groups, static_cast<int>(ceil_div(p.out_h, segments)), stages};
-          const int rows = ceil_div(kKernel, stride) * stride;
-          if (stages * rows * tile_w * 2 * pairs * element_bytes > kSharedBytes) continue;
-          const double time = estimate(p, cut, element_bytes, multiprocessors);
-          if (time < best_estimate) best_estimate = time, best = cut;
-        }
+  const auto consider = [&](int columns, int pairs, int groups) {
+    const int tile_w = (groups * columns - 1) * stride + kKernel;
+    if (tile_w > kMostBoxElements) return;
+    for (int segments = 1; segments <= std::min<int64_t>(kMostSegments, p.out_h); ++segments) {
+      for (const int stages : {2, 3, 4}) {
+        if (stages * rows * tile_w * 2 * pairs * element_bytes > kSharedBytes) continue;
+        const Cut cut{columns, pairs, groups, static_cast<int>(ceil_div(p.out_h, segments)),
+                      stages};
+        const double time = estimate(p, cut, element_bytes, multiprocessors);
+        if (time < best_estimate) best_estimate = time, best = cut;
+      }
+    }
+  };
+  for (const int columns : {7, 4}) {
+    const auto wide = static_cast<int>(ceil_div(p.out_w, columns));
+    for (int pairs = std::min(step, all_pairs); pairs <= std::min(kMaxThreads, all_pairs);
+         pairs = pairs < all_pairs ? std::min(pairs + step, all_pairs) : all_pairs + 1) {
+      for (int groups = 1; groups <= wide && pairs * groups <= kMaxThreads; ++groups) {
+        consider(columns, pairs, groups);
       }
     }
   }
@@ -121,8 +127,8 @@ bool covers_channel_columns(const DepthwiseConv2dParams& p) {
                        reinterpret_cast<uintptr_t>(p.input_bias) |
                        reinterpret_cast<uintptr_t>(p.output);
   if (vectors % (2 * element_bytes) != 0) return false;
-  // At least 8 channels, one row and 7 columns per block.
-  if (p.batch * ceil_div(p.channels, 8) * ceil_div(p.out_w, 7) * p.out_h > kLimit) return false;
+  // At least 8 channels, one row and 4 columns per block.
+  if (p.batch * ceil_div(p.channels, 8) * ceil_div(p.out_w, 4) * p.out_h > kLimit) return false;
   return p.channels <= kLimit / 64 && p.in_h + 2 * p.padding_h <= kLimit / 2 &&
          p.in_w + 2 * p.padding_w <= kLimit / 2;
 }

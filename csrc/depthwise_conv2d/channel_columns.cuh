@@ -26,9 +26,12 @@ constexpr int kColumns = 7;       // divides the image widths of most networks
 constexpr int kMaxThreads = 128;  // few warps meet at the end of a chunk
 constexpr int kMaxStages = 4;
 
-template <typename T_, int STRIDE_>
+template <typename T_, int STRIDE_, int COLUMNS_>
 struct Traits {
   using T = T_;
+  // Of output, per thread: 7 divides the image widths of most networks, 4 those that are powers
+  // of 2.
+  static constexpr int kColumns = COLUMNS_;
   static constexpr int kStride = STRIDE_;
   // Rows of output that an input row contributes to. A chunk has as many steps, of kStride rows
   // each, so that sums keep their registers from chunk to chunk.
@@ -39,9 +42,10 @@ struct Traits {
 
 // How a problem is cut.
 struct Cut {
-  int pairs;   // of channels, per block
-  int groups;  // threads of a pair, along the columns
-  int rows;    // of output, per block
+  int columns;  // of output, per thread: 7 or 4
+  int pairs;    // of channels, per block
+  int groups;   // threads of a pair, along the columns
+  int rows;     // of output, per block
   int stages;
 
   int threads() const { return pairs * groups; }
@@ -68,7 +72,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 #if DWSWAP_BULK_COPIES
   using T = typename Traits::T;
   constexpr int K = kKernel, S = Traits::kStride, OPEN = Traits::kOpenRows;
-  constexpr int IN_COLUMNS = Traits::kInputColumns;
+  constexpr int COLUMNS = Traits::kColumns, IN_COLUMNS = Traits::kInputColumns;
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t arrived[kMaxStages];
   T* const tile_taps = reinterpret_cast<T*>(shared + a.stages * a.chunk_bytes);
@@ -78,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
       a.by_tiles.divide(a.by_slices.divide(blockIdx.x, &slice), &tile), &segment);
   const int tile_channels = 2 * a.pairs;
   const int first_channel = slice * tile_channels;
-  const int tile_column = tile * a.groups * kColumns;
+  const int tile_column = tile * a.groups * COLUMNS;
   const int first_row = segment * a.rows;
   const int rows = min(a.rows, a.out_h - first_row);
   const int chunks = (rows + OPEN - 1 + OPEN - 1) / OPEN;
@@ -106,11 +110,11 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 
   const auto group = static_cast<int>(a.by_pairs.divide(threadIdx.x, &pair));
   const int c = first_channel + 2 * static_cast<int>(pair);
-  const int ow = tile_column + group * kColumns;
+  const int ow = tile_column + group * COLUMNS;
   const int iw = ow * S - a.padding_w;
   // Threads without work stay for the barriers.
   const bool busy = group < a.groups && c < a.channels && ow < a.out_w;
-  const int columns = busy ? min(kColumns, a.out_w - ow) : 0;
+  const int columns = busy ? min(COLUMNS, a.out_w - ow) : 0;
   float bias[2] = {}, input_bias[2] = {};
   if (busy && a.bias != nullptr) load(static_cast<const T*>(a.bias) + c, bias);
   if (busy && a.input_bias != nullptr) load(static_cast<const T*>(a.input_bias) + c, input_bias);
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 
   const auto advance = [&](auto plain) {
     // sums[q] is the row of output whose window began q steps ago.
-    float sums[OPEN][2 * kColumns];
+    float sums[OPEN][2 * COLUMNS];
     float taps[2][K * K];
     int stage = 0;
     uint32_t parity = 0;
@@ -140,11 +144,11 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 #pragma unroll
         for (int q = 0; q < OPEN; ++q) {
 #pragma unroll
-          for (int i = 0; i < 2 * kColumns; ++i) sums[q][i] = bias[i % 2];
+          for (int i = 0; i < 2 * COLUMNS; ++i) sums[q][i] = bias[i % 2];
         }
       }
       const T* row = reinterpret_cast<const T*>(shared + stage * a.chunk_bytes) +
-                     (busy ? group : 0) * kColumns * S * tile_channels + 2 * (busy ? pair : 0);
+                     (busy ? group : 0) * COLUMNS * S * tile_channels + 2 * (busy ? pair : 0);
       const int pitch = a.tile_w * tile_channels;
       const int first_ih = ih + chunk * Traits::kChunkRows;
 #pragma unroll
@@ -180,7 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 #pragma unroll
             for (int kw = 0; kw < K; ++kw) {
 #pragma unroll
-              for (int i = 0; i < 2 * kColumns; ++i) {
+              for (int i = 0; i < 2 * COLUMNS; ++i) {
                 sums[q][i] += x[2 * (i / 2 * S + kw) + i % 2] * taps[i % 2][kh * K + kw];
               }
             }
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
           if (!plain) activate(finished, a.activation);
           T* element = target;
 #pragma unroll
-          for (int i = 0; i < kColumns; ++i, element += a.channels) {
+          for (int i = 0; i < COLUMNS; ++i, element += a.channels) {
             if (i < columns) {
               const float value[2] = {finished[2 * i], finished[2 * i + 1]};
               store(element, value);
@@ -203,10 +207,10 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 #pragma unroll
         for (int q = OPEN - 1; q > 0; --q) {
 #pragma unroll
-          for (int i = 0; i < 2 * kColumns; ++i) sums[q][i] = sums[q - 1][i];
+          for (int i = 0; i < 2 * COLUMNS; ++i) sums[q][i] = sums[q - 1][i];
         }
 #pragma unroll
-        for (int i = 0; i < 2 * kColumns; ++i) sums[0][i] = bias[i % 2];
+        for (int i = 0; i < 2 * COLUMNS; ++i) sums[0][i] = bias[i % 2];
       }
       if (chunk + a.stages < chunks) {
         __syncthreads();
@@ -229,10 +233,9 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 Cut choose_cut(const DepthwiseConv2dParams& params, int element_bytes, int multiprocessors);
 
 template <typename Traits>
-cudaError_t launch(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t stream) {
   using T = typename Traits::T;
   constexpr int S = Traits::kStride;
-  const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
   const int tile_channels = 2 * cut.pairs;
   Arguments a{};
   a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias, a.output = p.output;
@@ -241,11 +244,11 @@ cudaError_t launch(const DepthwiseConv2dParams& p, int multiprocessors, cudaStre
   a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.pairs = cut.pairs, a.groups = cut.groups, a.rows = cut.rows, a.stages = cut.stages;
-  a.tile_w = (cut.groups * kColumns - 1) * S + kKernel;
+  a.tile_w = (cut.groups * cut.columns - 1) * S + kKernel;
   a.box_bytes = static_cast<uint32_t>(tile_channels * a.tile_w * Traits::kChunkRows * sizeof(T));
   a.chunk_bytes = static_cast<uint32_t>(ceil_div(a.box_bytes, 128) * 128);
   const auto slices = static_cast<uint32_t>(ceil_div(p.channels, tile_channels));
-  const auto tiles = static_cast<uint32_t>(ceil_div(p.out_w, cut.groups * kColumns));
+  const auto tiles = static_cast<uint32_t>(ceil_div(p.out_w, cut.groups * cut.columns));
   const auto segments = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
   a.by_slices = Divisor(slices), a.by_tiles = Divisor(tiles), a.by_segments = Divisor(segments);
   a.by_pairs = Divisor(static_cast<uint32_t>(cut.pairs));
@@ -273,8 +276,17 @@ cudaError_t launch(const DepthwiseConv2dParams& p, int multiprocessors, cudaStre
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
-  return p.stride_h == 1 ? launch<Traits<T, 1>>(p, multiprocessors, stream)
-                         : launch<Traits<T, 2>>(p, multiprocessors, stream);
+  const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
+#define DWSWAP_COLUMNS_CASE(S, COLUMNS)                   \
+  if (p.stride_h == S && cut.columns == COLUMNS) {        \
+    return launch<Traits<T, S, COLUMNS>>(p, cut, stream); \
+  }
+  DWSWAP_COLUMNS_CASE(1, 7)
+  DWSWAP_COLUMNS_CASE(1, 4)
+  DWSWAP_COLUMNS_CASE(2, 7)
+  DWSWAP_COLUMNS_CASE(2, 4)
+#undef DWSWAP_COLUMNS_CASE
+  return cudaErrorInvalidValue;
 }
 
 #define DWSWAP_LAUNCH_TYPED(T) \

@@ -1,0 +1,95 @@
+"""The swapped layers of a rewritten model: watch them at work, put them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from dwswap.example_inputs import Arguments, run, runnable_copy
+from dwswap.modules import DepthwiseConv2d
+from dwswap.ops import depthwise_conv2d
+from dwswap.passes.substitution import unswap_modules
+from dwswap.passes.unswap_calls import swapped_calls, unswap_call
+from dwswap.report import Report
+
+__all__ = ["LayerCall", "put_back", "run_watched"]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a swapped layer inside the model.
+
+    Attributes:
+        path: of the layer, as in its report.
+        geometry: stride, padding, dilation and groups, as ``torch.conv2d`` takes them.
+        output: what the dwswap operator returned.
+    """
+
+    path: str
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    geometry: tuple[Any, ...]
+    output: Tensor
+
+
+def run_watched(
+    model: nn.Module, report: Report, arguments: Arguments, watch: Callable[[LayerCall], None]
+) -> Any:
+    """Outputs of ``model`` in eval mode; ``watch`` sees every call of a swapped layer on the way.
+
+    A layer that the model calls several times is seen as often, in graphs with functional calls
+    twice as often. Nothing of ``model`` changes.
+    """
+    subject = runnable_copy(model)
+    for layer in report.layers:
+        if layer.reason == "depthwise" and layer.kind == "module":
+            module = subject.get_submodule(layer.path)
+            module.register_forward_hook(_module_hook(layer.path, watch), with_kwargs=True)
+    for prefix in report.traced:
+        graph_module = subject.get_submodule(prefix)
+        assert isinstance(graph_module, fx.GraphModule)
+        if any("dwswap_layer" in node.meta for node in swapped_calls(graph_module)):
+            graph_module.register_forward_hook(_graph_hook(watch), with_kwargs=True)
+    return run(subject, arguments)
+
+
+def put_back(model: nn.Module, traced: tuple[str, ...], paths: set[str]) -> nn.Module:
+    """Undo the swaps of the layers at ``paths``; returns the new root."""
+    for prefix in traced:
+        graph_module = model.get_submodule(prefix)
+        assert isinstance(graph_module, fx.GraphModule)
+        for node in list(swapped_calls(graph_module)):
+            if node.meta.get("dwswap_layer") in paths:
+                unswap_call(graph_module, node)
+        graph_module.recompile()
+    return unswap_modules(model, paths)
+
+
+def _module_hook(path: str, watch: Callable[[LayerCall], None]) -> Callable[..., None]:
+    def hook(module: DepthwiseConv2d, args: Any, kwargs: Any, output: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        watch(LayerCall(path, x, module.weight, module.bias, geometry, output))
+
+    return hook
+
+
+def _graph_hook(watch: Callable[[LayerCall], None]) -> Callable[..., None]:
+    class Watcher(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            output = super().run_node(n)
+            if n.target is depthwise_conv2d and "dwswap_layer" in n.meta:
+                (x, weight, bias), given = self.fetch_args_kwargs_from_env(n)
+                names = ("stride", "padding", "dilation", "groups")
+                geometry = tuple(given[name] for name in names)
+                watch(LayerCall(n.meta["dwswap_layer"], x, weight, bias, geometry, output))
+            return output
+
+    def hook(module: fx.GraphModule, args: Any, kwargs: Any, output: Any) -> None:
+        Watcher(module).run(*Arguments(args, kwargs).positional(module.forward))
+
+    return hook
