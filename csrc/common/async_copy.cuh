@@ -51,36 +51,4 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// N consecutive elements of a piece that ends at `end`; what lies behind the end is zero.
-template <int N, typename T>
-__device__ __forceinline__ Words<T, N> load_clipped(const T* source, const T* end) {
-  if (source + N <= end) return load_words<N>(source);
-  Words<T, N> words{};
-  constexpr int BITS = 8 * sizeof(T), PER_WORD = 4 / sizeof(T);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    uint32_t bits = 0;
-    if (source + i < end) {
-      if constexpr (sizeof(T) == 4) {
-        bits = *reinterpret_cast<const uint32_t*>(source + i);
-      } else {
-        bits = *reinterpret_cast<const uint16_t*>(source + i);
-      }
-    }
-    words.data[i / PER_WORD] |= bits << (i % PER_WORD * BITS);
-  }
-  return words;
-}
-
-// N elements as float32, by 16-byte accesses.
-template <int N>
-__device__ __forceinline__ void store_wide(float* target, const float (&values)[N]) {
-  static_assert(N % 4 == 0, "a 16-byte access holds four float32");
-#pragma unroll
-  for (int i = 0; i < N; i += 4) {
-    const float quad[4] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
-    store(target + i, quad);
-  }
-}
-
 }  // namespace dwswap

@@ -18,6 +18,8 @@ inline bool portable_only() {
 struct Device {
   int major = 0;
   int multiprocessors = 1;
+  int shared_per_multiprocessor = 100 * 1024;  // bytes
+  int shared_per_block = 99 * 1024;            // of them, at most, where a kernel asks for so many
 };
 
 // The current device; all are asked once.
@@ -27,8 +29,12 @@ inline Device current_device() {
     if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
     std::vector<Device> all(count);
     for (int i = 0; i < count; ++i) {
-      cudaDeviceGetAttribute(&all[i].major, cudaDevAttrComputeCapabilityMajor, i);
-      cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
+      Device& device = all[i];
+      cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, i);
+      cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, i);
+      cudaDeviceGetAttribute(&device.shared_per_multiprocessor,
+                             cudaDevAttrMaxSharedMemoryPerMultiprocessor, i);
+      cudaDeviceGetAttribute(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
     }
     return all;
   }();

@@ -1,4 +1,5 @@
-// Bulk tensor copies (TMA) and the barrier they complete on: sm_90, where they are tested.
+// Bulk copies, of boxes of a tensor (TMA) and of consecutive bytes, and the barrier they complete
+// on: sm_90, where they are tested.
 #pragma once
 
 #include <cuda.h>

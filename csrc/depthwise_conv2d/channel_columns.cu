@@ -67,7 +67,6 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, int element_byte
 }
 
 Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, int multiprocessors) {
-  constexpr int kSharedBytes = 96 * 1024;
   constexpr int kRunBytes = 64;  // a slice of channels is a multiple of it, or all
   constexpr int kMostSegments = 16;
   const auto stride = static_cast<int>(p.stride_h);
@@ -81,7 +80,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, int multiproce
     if (tile_w > kMostBoxElements) return;
     for (int segments = 1; segments <= std::min<int64_t>(kMostSegments, p.out_h); ++segments) {
       for (const int stages : {2, 3, 4}) {
-        if (stages * rows * tile_w * 2 * pairs * element_bytes > kSharedBytes) continue;
+        if (stages * rows * tile_w * 2 * pairs * element_bytes > kStageBytes) continue;
         const Cut cut{columns, pairs, groups, static_cast<int>(ceil_div(p.out_h, segments)),
                       stages};
         const double time = estimate(p, cut, element_bytes, multiprocessors);

@@ -22,9 +22,11 @@ namespace dwswap {
 namespace channel_columns {
 
 constexpr int kKernel = 3;
-constexpr int kColumns = 7;       // divides the image widths of most networks
 constexpr int kMaxThreads = 128;  // few warps meet at the end of a chunk
 constexpr int kMaxStages = 4;
+constexpr int kStageBytes = 96 * 1024;  // of all stages, before each is rounded up
+constexpr int kMostShared = kStageBytes + kMaxStages * 128 +
+                            2 * kMaxThreads * kKernel * kKernel * static_cast<int>(sizeof(float));
 
 template <typename T_, int STRIDE_, int COLUMNS_>
 struct Traits {
@@ -263,8 +265,9 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
       static_cast<int>(cut.stages * a.chunk_bytes + tile_channels * kKernel * kKernel * sizeof(T));
   const auto function = kernel<Traits>;
   if (shared > 48 * 1024) {
+    // The most of any cut: threads that launch at the same time must not lower each other's limit.
     const cudaError_t status =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
     if (status != cudaSuccess) return status;
   }
   const auto blocks = static_cast<unsigned>(p.batch * slices * tiles * segments);
@@ -277,6 +280,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
   const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
+  if (cut.rows == 0) return cudaErrorInvalidValue;
 #define DWSWAP_COLUMNS_CASE(S, COLUMNS)                   \
   if (p.stride_h == S && cut.columns == COLUMNS) {        \
     return launch<Traits<T, S, COLUMNS>>(p, cut, stream); \

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "common/check.h"
 #include "common/device.h"
 #include "depthwise_conv2d/params.h"
 
@@ -54,12 +55,15 @@ constexpr Family kFamilies[] = {
 
 Choice choose_forward(const DepthwiseConv2dParams& params) {
   // For tests and measurements: the family that this names, where it covers the problem.
-  if (const char* wanted = std::getenv("DWSWAP_FAMILY")) {
+  const char* wanted = std::getenv("DWSWAP_FAMILY");
+  if (wanted != nullptr && *wanted != '\0') {
+    bool known = false;
     for (const Family& family : kFamilies) {
-      if (std::string_view(family.name) == wanted && family.covers(params)) {
-        return {family.name, family.launch};
-      }
+      if (std::string_view(family.name) != wanted) continue;
+      if (family.covers(params)) return {family.name, family.launch};
+      known = true;
     }
+    DWSWAP_CHECK(known, "DWSWAP_FAMILY must name a family of kernels, got '", wanted, "'");
   }
   const Family* family = kFamilies;
   while (!family->covers(params) || !family->suits(params)) ++family;

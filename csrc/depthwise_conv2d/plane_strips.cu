@@ -11,12 +11,14 @@
 namespace dwswap {
 namespace {
 
-// The copy engine writes whole pieces at 16-byte addresses; DWSWAP_PORTABLE=1 keeps to sm_80.
+// Bulk copies are tested on sm_90; DWSWAP_PORTABLE=1 keeps to what sm_80 has.
 bool use_bulk_copies(const Device& device) { return device.major == 9 && !portable_only(); }
 
 }  // namespace
 
 namespace plane_strips {
+
+namespace {
 
 // How many accesses to shared memory one access of a warp becomes: lanes that want different words
 // of one bank wait for each other.
@@ -54,7 +56,8 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, int conflicts, i
   constexpr double kWarpClocks = 270.0;                 // to wait for another warp of the block
   constexpr double kSharedClocks = 0.65;                // per access to shared memory
   constexpr double kBytesPerClock = 18.0;               // in a copy
-  constexpr double kSharedBytes = 228 * 1024, kBlockBytes = 1024, kRegisters = 64 * 1024;
+  constexpr double kBlockBytes = 1024;                  // of shared memory, that every block takes
+  constexpr double kRegisters = 64 * 1024;
   const int columns = cut.wide ? kWideColumns : 1;
   const auto kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
   const auto stride = static_cast<int>(p.stride_h);
@@ -78,10 +81,10 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, int conflicts, i
                                     : (taps <= 9    ? 64
                                        : taps <= 25 ? 80
                                                     : 112);
-  const double shared = cut.stages * (cut.in_bytes + 2.0 * kMargin) +
-                        cut.buffers * (cut.out_bytes + 2.0 * kVectorBytes) + kBlockBytes;
-  const double resident = std::floor(
-      std::min({32.0, kSharedBytes / shared, kRegisters / (registers * 32 * warps), 64.0 / warps}));
+  const double shared = static_cast<double>(cut.shared_bytes()) + kBlockBytes;
+  const double resident =
+      std::floor(std::min({32.0, device.shared_per_multiprocessor / shared,
+                           kRegisters / (registers * 32 * warps), 64.0 / warps}));
   const double units =
       static_cast<double>(ceil_div(p.channels, cut.planes)) * p.batch * ceil_div(p.out_h, cut.rows);
   const double blocks = std::min(units, std::max(resident, 1.0) * device.multiprocessors);
@@ -106,14 +109,15 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
   double best_estimate = std::numeric_limits<double>::infinity();
   const auto consider = [&](Cut cut) {
     const int64_t in_rows =
-        cut.planes > 1 ? p.in_h : std::min<int64_t>((cut.rows - 1) * stride + kernel_h, p.in_h);
+        cut.planes > 1 ? p.in_h : std::min(int64_t{cut.rows - 1} * stride + kernel_h, p.in_h);
     cut.in_bytes = cut.planes * in_rows * p.in_w * element_bytes;
-    cut.out_bytes = cut.planes * cut.rows * p.out_w * element_bytes;
+    cut.out_bytes = int64_t{cut.planes} * cut.rows * p.out_w * element_bytes;
     if (std::max(cut.in_bytes, cut.out_bytes) > kStageBytes) return;
     const int conflicts = bank_conflicts(p, cut, element_bytes);
     constexpr int kCopies[][2] = {{1, 1}, {2, 1}, {2, 2}};
     for (const auto& [stages, buffers] : kCopies) {
       cut.stages = stages, cut.buffers = buffers;
+      if (cut.shared_bytes() + kStaticBytes > device.shared_per_block) continue;
       const double time = estimate(p, cut, conflicts, element_bytes, device);
       if (time < best_estimate) best_estimate = time, best = cut;
     }
@@ -123,13 +127,16 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
     const int most_threads = max_threads(p.kernel_h, p.kernel_w, stride, wide);
     const auto all_lanes = static_cast<int>(ceil_div(p.out_w, wide ? kWideColumns : 1));
     const int lanes = ceil_div(all_lanes, ceil_div(all_lanes, most_threads));
-    for (int groups = 1; groups * lanes <= most_threads && groups <= out_h; ++groups) {
-      for (int strips = 1, last = 0; strips <= out_h; ++strips) {
-        const int rows = ceil_div(out_h, strips);
+    // Finer steps change little where there are many.
+    for (int groups = 1; groups * lanes <= most_threads && groups <= out_h;
+         groups += 1 + groups / 32) {
+      for (int64_t strips = 1, last = 0; strips <= out_h; strips += 1 + strips / 64) {
+        const auto rows = static_cast<int>(ceil_div(int64_t{out_h}, strips));
         if (rows < groups) break;
         if (rows != last) consider({wide, 1, rows, lanes, groups});
         last = rows;
       }
+      if (groups == 1) consider({wide, 1, 1, lanes, 1});  // what fits if nothing else does
       for (int planes = 2; planes <= p.channels && planes * groups * lanes <= most_threads;
            ++planes) {
         consider({wide, planes, out_h, lanes, groups});
@@ -138,6 +145,8 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
   }
   return best;
 }
+
+}  // namespace
 
 Cut choose_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& device) {
   const std::array key{p.batch,
@@ -152,14 +161,17 @@ Cut choose_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
                        p.padding_h,
                        p.padding_w,
                        int64_t{element_bytes},
-                       int64_t{device.multiprocessors}};
+                       int64_t{device.multiprocessors},
+                       int64_t{device.shared_per_block},
+                       int64_t{device.shared_per_multiprocessor}};
   return memoized(key, [&] { return search_cut(p, element_bytes, device); });
 }
 
 }  // namespace plane_strips
 
 bool covers_plane_strips(const DepthwiseConv2dParams& p) {
-  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
+  // A kernel and the stages may reach past the end.
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() - 16;
   if (p.dtype == DataType::kFloat64 || p.multiplier != 1) return false;
   if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
   if (p.stride_h != p.stride_w || p.dilation_h != 1 || p.dilation_w != 1) return false;

@@ -24,6 +24,8 @@ namespace plane_strips {
 
 constexpr int kMaxStages = 2;
 constexpr int kStageBytes = 32 * 1024;
+constexpr int kStaticBytes = 64;  // of shared memory: the barriers
+static_assert(kMaxStages == 2, "wait_for_groups and the cuts count on it");
 // Behind and in front of every piece, for what a thread reads beside its rows and masks.
 constexpr int kMargin = 16;
 
@@ -56,6 +58,9 @@ struct Traits {
   static constexpr int kMinBlocks = KH_ * KW_ <= 9 || kMaxThreads < 256 ? 3 : 2;
 };
 
+// One stage and one buffer fit every GPU, so a problem that is covered has a cut.
+static_assert(2 * (kStageBytes + 3 * kVectorBytes) + kStaticBytes <= Device{}.shared_per_block);
+
 // How a problem is cut: into units of whole planes, or of a strip of rows of one plane; and a unit
 // into threads.
 struct Cut {
@@ -68,6 +73,12 @@ struct Cut {
   int64_t out_bytes;
 
   int threads() const { return planes * groups * lanes; }
+  // In shared memory. A piece begins anywhere within a vector and is copied up to the end of one.
+  int64_t stage_bytes() const {
+    return (ceil_div(in_bytes, kVectorBytes) + 1) * kVectorBytes + 2 * kMargin;
+  }
+  int64_t buffer_bytes() const { return (ceil_div(out_bytes, kVectorBytes) + 2) * kVectorBytes; }
+  int64_t shared_bytes() const { return stages * stage_bytes() + buffers * buffer_bytes(); }
 };
 
 struct Arguments {
@@ -172,7 +183,7 @@ __device__ __forceinline__ void write_piece(T* target, const T* source, int coun
 }
 
 // input_activation(input + input_bias) of a piece, in place; the result is rounded to T as it would
-// be in a tensor. The threads of a plane share its elements, each starting where its row starts.
+// be in a tensor. Lanes share a row, groups share the rows.
 template <typename Traits>
 __device__ __forceinline__ void transform_plane(typename Traits::T* plane, int rows, int lane,
                                                 int lanes, int group, int groups, float input_bias,
@@ -458,9 +469,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
   const auto chunks = ceil_div(p.channels, cut.planes);
   const auto units = static_cast<int>(chunks * p.batch * strips);
-  a.in_bytes =
-      static_cast<int>(ceil_div(cut.in_bytes, kVectorBytes) + 1) * kVectorBytes + 2 * kMargin;
-  a.out_bytes = static_cast<int>(ceil_div(cut.out_bytes, kVectorBytes) + 2) * kVectorBytes;
+  a.in_bytes = static_cast<int>(cut.stage_bytes());
+  a.out_bytes = static_cast<int>(cut.buffer_bytes());
   a.by_strips = Divisor(strips), a.by_images = Divisor(static_cast<uint32_t>(p.batch));
   a.by_lanes = Divisor(static_cast<uint32_t>(cut.lanes));
   a.by_groups = Divisor(static_cast<uint32_t>(cut.groups));
@@ -471,10 +481,12 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
 
   const auto function = kernel<Traits>;
   const auto threads = static_cast<int>(ceil_div(cut.threads(), 32) * 32);
-  const int shared = cut.stages * a.in_bytes + cut.buffers * a.out_bytes;
+  const auto shared = static_cast<int>(cut.shared_bytes());
   cudaError_t status = cudaSuccess;
   if (shared > 48 * 1024) {
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    // The most of any cut: threads that launch at the same time must not lower each other's limit.
+    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  device.shared_per_block - kStaticBytes);
     if (status != cudaSuccess) return status;
   }
   int resident = 0;
@@ -510,6 +522,7 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& params, const Device& devi
                          cudaStream_t stream) {
   const Cut cut = choose_cut(params, sizeof(T), device);
   cudaError_t status = cudaErrorInvalidValue;
+  if (cut.rows == 0) return status;
   const auto run = [&]<typename Traits>() {
     status = launch<Traits>(params, cut, device, bulk, stream);
   };

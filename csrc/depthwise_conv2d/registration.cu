@@ -287,6 +287,8 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
                "no CUDA stream for device ", device);
   const Choice choice = choose_forward(p);
   const cudaError_t status = choice.launch(p, static_cast<cudaStream_t>(stream));
+  if (status != cudaSuccess)
+    cudaGetLastError();  // else the next launch of anybody reports it again
   DWSWAP_CHECK(status == cudaSuccess, "the launch of the ", choice.family,
                " kernel failed: ", cudaGetErrorString(status));
   return output;
