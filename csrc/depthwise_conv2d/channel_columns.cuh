@@ -15,18 +15,12 @@
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
+#include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
 namespace channel_columns {
-
-constexpr int kKernel = 3;
-constexpr int kMaxThreads = 128;  // few warps meet at the end of a chunk
-constexpr int kMaxStages = 4;
-constexpr int kStageBytes = 96 * 1024;  // of all stages, before each is rounded up
-constexpr int kMostShared = kStageBytes + kMaxStages * 128 +
-                            2 * kMaxThreads * kKernel * kKernel * static_cast<int>(sizeof(float));
 
 template <typename T_, int STRIDE_, int COLUMNS_>
 struct Traits {
@@ -40,17 +34,6 @@ struct Traits {
   static constexpr int kOpenRows = (kKernel + STRIDE_ - 1) / STRIDE_;
   static constexpr int kChunkRows = kOpenRows * STRIDE_;
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + kKernel;
-};
-
-// How a problem is cut.
-struct Cut {
-  int columns;  // of output, per thread: 7 or 4
-  int pairs;    // of channels, per block
-  int groups;   // threads of a pair, along the columns
-  int rows;     // of output, per block
-  int stages;
-
-  int threads() const { return pairs * groups; }
 };
 
 struct Arguments {
@@ -231,8 +214,6 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   __trap();  // the host chose it for an image of sm_90
 #endif
 }
-
-Cut choose_cut(const DepthwiseConv2dParams& params, int element_bytes, int multiprocessors);
 
 template <typename Traits>
 cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t stream) {

@@ -18,29 +18,10 @@
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/params.h"
+#include "depthwise_conv2d/plane_strips_cut.h"
 
 namespace dwswap {
 namespace plane_strips {
-
-constexpr int kMaxStages = 2;
-constexpr int kStageBytes = 32 * 1024;
-constexpr int kStaticBytes = 64;  // of shared memory: the barriers
-static_assert(kMaxStages == 2, "wait_for_groups and the cuts count on it");
-// Behind and in front of every piece, for what a thread reads beside its rows and masks.
-constexpr int kMargin = 16;
-
-// An odd number of columns keeps lanes in different shared-memory banks; 7 divides the image widths
-// of most networks.
-constexpr int kWideColumns = 7;
-
-// Rows of output that an input row contributes to.
-constexpr int open_rows(int kernel_h, int stride) { return (kernel_h + stride - 1) / stride; }
-
-// Of a block: sums and taps share the registers.
-constexpr int max_threads(int kernel_h, int kernel_w, int stride, bool wide) {
-  const bool heavy = wide && kWideColumns * open_rows(kernel_h, stride) + kernel_h * kernel_w > 64;
-  return heavy ? 128 : 256;
-}
 
 template <typename T_, int KH_, int KW_, int STRIDE_, bool WIDE_>
 struct Traits {
@@ -56,29 +37,6 @@ struct Traits {
   static constexpr int kOpenRows = open_rows(KH_, STRIDE_);
   static constexpr int kMaxThreads = max_threads(KH_, KW_, STRIDE_, WIDE_);
   static constexpr int kMinBlocks = KH_ * KW_ <= 9 || kMaxThreads < 256 ? 3 : 2;
-};
-
-// One stage and one buffer fit every GPU, so a problem that is covered has a cut.
-static_assert(2 * (kStageBytes + 3 * kVectorBytes) + kStaticBytes <= Device{}.shared_per_block);
-
-// How a problem is cut: into units of whole planes, or of a strip of rows of one plane; and a unit
-// into threads.
-struct Cut {
-  bool wide;            // columns per thread: kWideColumns, or one
-  int planes, rows;     // of output, per unit
-  int lanes;            // threads along a row
-  int groups;           // threads along the rows
-  int stages, buffers;  // in shared memory, for pieces of input and of output
-  int64_t in_bytes;     // of the larger pieces, without margins
-  int64_t out_bytes;
-
-  int threads() const { return planes * groups * lanes; }
-  // In shared memory. A piece begins anywhere within a vector and is copied up to the end of one.
-  int64_t stage_bytes() const {
-    return (ceil_div(in_bytes, kVectorBytes) + 1) * kVectorBytes + 2 * kMargin;
-  }
-  int64_t buffer_bytes() const { return (ceil_div(out_bytes, kVectorBytes) + 2) * kVectorBytes; }
-  int64_t shared_bytes() const { return stages * stage_bytes() + buffers * buffer_bytes(); }
 };
 
 struct Arguments {
@@ -448,8 +406,6 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   if (a.bulk && threadIdx.x == 0) wait_for_bulk_reads();
 #endif
 }
-
-Cut choose_cut(const DepthwiseConv2dParams& params, int element_bytes, const Device& device);
 
 template <typename Traits>
 cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device, bool bulk,

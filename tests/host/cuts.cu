@@ -1,0 +1,44 @@
+// Prints the cuts that the launch choice makes: for tests without a GPU, where only the host's half
+// of a .cu file runs. Reads lines of
+//   family batch channels in_h in_w kernel_h kernel_w stride element_bytes
+//   multiprocessors shared_per_multiprocessor shared_per_block
+// with padding kernel / 2, and prints a line for each, with the microseconds that the search took.
+#include <chrono>
+#include <cstdio>
+#include <iostream>
+#include <string>
+
+#include "depthwise_conv2d/channel_columns_cut.h"
+#include "depthwise_conv2d/plane_strips_cut.h"
+
+int main() {
+  using namespace dwswap;
+  using Clock = std::chrono::steady_clock;
+  std::string family;
+  DepthwiseConv2dParams p{};
+  int element_bytes = 0;
+  Device device;
+  while (std::cin >> family >> p.batch >> p.channels >> p.in_h >> p.in_w >> p.kernel_h >>
+         p.kernel_w >> p.stride_h >> element_bytes >> device.multiprocessors >>
+         device.shared_per_multiprocessor >> device.shared_per_block) {
+    p.multiplier = p.dilation_h = p.dilation_w = 1;
+    p.stride_w = p.stride_h;
+    p.padding_h = p.kernel_h / 2, p.padding_w = p.kernel_w / 2;
+    p.out_h = (p.in_h + 2 * p.padding_h - p.kernel_h) / p.stride_h + 1;
+    p.out_w = (p.in_w + 2 * p.padding_w - p.kernel_w) / p.stride_w + 1;
+    const auto start = Clock::now();
+    if (family == "plane_strips") {
+      const auto cut = plane_strips::choose_cut(p, element_bytes, device);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %d %d %d %d %d %lld %lld %lld %.0f\n", cut.wide, cut.planes, cut.rows,
+                  cut.lanes, cut.groups, cut.stages, cut.buffers,
+                  static_cast<long long>(cut.in_bytes), static_cast<long long>(cut.out_bytes),
+                  static_cast<long long>(cut.shared_bytes()), took.count());
+    } else {
+      const auto cut = channel_columns::choose_cut(p, element_bytes, device.multiprocessors);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %d %d %d %.0f\n", cut.columns, cut.pairs, cut.groups, cut.rows, cut.stages,
+                  took.count());
+    }
+  }
+}

@@ -1,0 +1,162 @@
+"""The cut of a problem into blocks: whatever problem and GPU, it exists and can be launched.
+
+The search is host code: nvcc compiles it with ``tests/host/cuts.cu``, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from dwswap.bench.shapes import torchvision_shapes
+from dwswap.compilation import csrc_dir
+from dwswap.toolkit import BuildError, find_cudart, find_host_compiler, find_nvcc
+
+FOLDER = csrc_dir() / "depthwise_conv2d"
+STAGE_BYTES = 32 * 1024
+STATIC_BYTES = 64
+# Multiprocessors, bytes of shared memory of each and of a block: H200, A100, RTX 4090, a small GPU.
+DEVICES = ((132, 233472, 232448), (108, 167936, 166912), (128, 102400, 101376), (6, 102400, 101376))
+
+
+class Problem(NamedTuple):
+    batch: int
+    channels: int
+    height: int
+    width: int
+    kernel_h: int
+    kernel_w: int
+    stride: int
+    element_bytes: int
+
+    @property
+    def out_h(self) -> int:
+        return (self.height + self.kernel_h // 2 * 2 - self.kernel_h) // self.stride + 1
+
+    @property
+    def out_w(self) -> int:
+        return (self.width + self.kernel_w // 2 * 2 - self.kernel_w) // self.stride + 1
+
+
+Cuts = Callable[[str, list[tuple[Problem, tuple[int, int, int]]]], list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
+    try:
+        nvcc = find_nvcc(torch.version.cuda)
+        host, cudart = find_host_compiler(), find_cudart(nvcc)
+    except BuildError as error:
+        pytest.skip(f"needs nvcc: {error}")
+    program = tmp_path_factory.mktemp("cuts") / "cuts"
+    sources = [
+        Path(__file__).parent / "host" / "cuts.cu",
+        FOLDER / "plane_strips_cut.cu",
+        FOLDER / "channel_columns_cut.cu",
+    ]
+    # The runtime library that the build of the kernels links: a compiler from PyPI has no other.
+    link = ["-cudart", "none", "-Xlinker", f"{cudart},-rpath={cudart.parent}"]
+    flags = ["-ccbin", host, "-std=c++20", "-O2", "-arch=sm_80", f"-I{csrc_dir()}"]
+    command = [nvcc.path, *flags, *sources, *link, "-o", program]
+    subprocess.run(list(map(str, command)), check=True)
+
+    def run(family: str, problems: list[tuple[Problem, tuple[int, int, int]]]) -> list[list[int]]:
+        lines = [" ".join(map(str, (family, *problem, *device))) for problem, device in problems]
+        done = subprocess.run(
+            [str(program)], input="\n".join(lines), capture_output=True, text=True, check=True
+        )
+        found = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+        assert len(found) == len(problems)
+        return found
+
+    return run
+
+
+def fits(problem: Problem) -> bool:
+    """``covers_plane_strips``: a row of output and the rows that it sees fit a stage."""
+    rows = min(problem.kernel_h, problem.height)
+    widest = max(rows * problem.width, problem.out_w)
+    return problem.out_h > 0 and widest * problem.element_bytes <= STAGE_BYTES
+
+
+def ragged(count: int) -> Iterator[Problem]:
+    rng = random.Random(0)
+    sizes = (1, 2, 3, 5, 7, 8, 9, 14, 15, 19, 28, 33, 56, 57, 112, 213, 600, 1003, 2000, 16000)
+    kernels = ((3, 3), (5, 5), (7, 7), (3, 1), (1, 3), (3, 7), (7, 3))
+    for _ in range(count):
+        kernel = rng.choice(kernels)
+        stride = rng.choice((1, 2)) if kernel[0] == kernel[1] else 1
+        yield Problem(
+            rng.choice((1, 2, 3, 64, 256)),
+            rng.choice((1, 2, 3, 16, 57, 58, 144, 960, 4000)),
+            rng.choice(sizes),
+            rng.choice(sizes),
+            *kernel,
+            stride,
+            rng.choice((2, 4)),
+        )
+
+
+def test_plane_strips_can_always_be_launched(cuts):
+    problems = [problem for problem in ragged(800) if fits(problem)]
+    problems += [
+        Problem(64, s.channels, s.height, s.width, *s.kernel, s.stride[0], element_bytes)
+        for s, element_bytes in itertools.product(torchvision_shapes(), (2, 4))
+    ]
+    runs = list(itertools.product(problems, DEVICES))
+    for (problem, device), cut in zip(runs, cuts("plane_strips", runs), strict=True):
+        wide, planes, rows, lanes, groups, stages, buffers, in_bytes, out_bytes, shared, _ = cut
+        what = f"{problem} on {device}: {cut}"
+        columns = 7 if wide else 1
+        assert 1 <= planes <= problem.channels, what
+        assert 1 <= groups <= rows <= problem.out_h, what
+        assert planes == 1 or rows == problem.out_h, what
+        assert not wide or problem.out_w >= columns, what
+        assert 1 <= lanes <= -(-problem.out_w // columns), what
+        assert planes * groups * lanes <= 256, what
+        assert (stages, buffers) in ((1, 1), (2, 1), (2, 2)), what
+        assert 0 < in_bytes <= STAGE_BYTES, what
+        assert 0 < out_bytes <= STAGE_BYTES, what
+        assert shared + STATIC_BYTES <= device[2], what
+
+
+def test_channel_columns_can_always_be_launched(cuts):
+    problems = [
+        problem._replace(kernel_h=3, kernel_w=3, channels=16 // problem.element_bytes * multiple)
+        for problem, multiple in itertools.product(ragged(100), (1, 3, 7, 18, 120))
+    ]
+    runs = list(itertools.product(problems, DEVICES[:1]))
+    for (problem, _), cut in zip(runs, cuts("channel_columns", runs), strict=True):
+        columns, pairs, groups, rows, stages, _ = cut
+        what = f"{problem}: {cut}"
+        tile_w = (groups * columns - 1) * problem.stride + 3
+        chunk_rows = -(-3 // problem.stride) * problem.stride
+        assert columns in (4, 7), what
+        assert 1 <= 2 * pairs <= problem.channels, what
+        assert 2 * pairs * problem.element_bytes % 16 == 0, what
+        assert 1 <= pairs * groups <= 128, what
+        assert max(2 * pairs, tile_w) <= 256, what  # of a box, along any axis
+        assert 1 <= rows <= problem.out_h, what
+        assert 2 <= stages <= 4, what
+        assert stages * chunk_rows * tile_w * 2 * pairs * problem.element_bytes <= 96 * 1024, what
+
+
+@pytest.mark.parametrize("height", [200_000, 2**31 - 17])
+def test_the_search_is_short_on_tall_images(cuts, height):
+    problem = Problem(1, 1, height, 1, 3, 1, 1, 4)
+    ((*_, microseconds),) = cuts("plane_strips", [(problem, DEVICES[0])])
+    assert microseconds < 500_000
+
+
+def test_a_row_that_fills_a_stage(cuts):
+    problem = Problem(2, 3, 1000, 16000, 1, 3, 1, 2)
+    assert fits(problem)
+    ((_, planes, rows, *_),) = cuts("plane_strips", [(problem, DEVICES[2])])
+    assert (planes, rows) == (1, 1)
