@@ -22,6 +22,9 @@ struct Device {
   int shared_per_block = 99 * 1024;            // of them, at most, where a kernel asks for so many
 };
 
+// Kernels with bulk copies are tested on sm_90.
+inline bool uses_bulk_copies(const Device& device) { return device.major == 9 && !portable_only(); }
+
 // The current device; all are asked once.
 inline Device current_device() {
   static const std::vector<Device> devices = [] {

@@ -16,6 +16,7 @@
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/channel_columns_cut.h"
+#include "depthwise_conv2d/channel_pairs.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/tensor_map.h"
 
@@ -117,15 +118,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     for (int chunk = 0; chunk < chunks; ++chunk) {
       barrier_wait(&arrived[stage], parity);
       if (chunk == 0) {
-        // The weights of the pair are 2 * K * K consecutive elements.
-        const T* source = tile_taps + 2 * (busy ? pair : 0) * (K * K);
-#pragma unroll
-        for (int i = 0; i < K * K; ++i) {
-          float raw[2];
-          load(source + 2 * i, raw);
-#pragma unroll
-          for (int e = 0; e < 2; ++e) taps[(2 * i + e) / (K * K)][(2 * i + e) % (K * K)] = raw[e];
-        }
+        load_pair_taps(tile_taps + 2 * (busy ? pair : 0) * (K * K), taps);
 #pragma unroll
         for (int q = 0; q < OPEN; ++q) {
 #pragma unroll
@@ -141,13 +134,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
 #pragma unroll
         for (int j = 0; j < S; ++j, row += pitch) {
           float x[2 * IN_COLUMNS];
-          const T* element = row;
-#pragma unroll
-          for (int i = 0; i < IN_COLUMNS; ++i, element += tile_channels) {
-            float value[2];
-            load(element, value);
-            x[2 * i] = value[0], x[2 * i + 1] = value[1];
-          }
+          load_pairs(row, tile_channels, x);
           if (!plain && a.transforms_input) {
             // Padding comes after the activation.
             const bool row_inside =

@@ -19,6 +19,7 @@
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
+#include "depthwise_conv2d/channel_pairs.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/tensor_map.h"
 
@@ -224,31 +225,15 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
     for (int j = 0; j < 2 * COLUMNS; ++j) sums[r][j] = bias[j % 2];
   }
 
-  // The weights of the pair are 2 * K * K consecutive elements.
   float taps[2][K * K];
-  {
-    const T* source = tile_taps + 2 * pair * (K * K);
-#pragma unroll
-    for (int i = 0; i < K * K; ++i) {
-      float raw[2];
-      load(source + 2 * i, raw);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) taps[(2 * i + e) / (K * K)][(2 * i + e) % (K * K)] = raw[e];
-    }
-  }
+  load_pair_taps(tile_taps + 2 * pair * (K * K), taps);
 
   const T* source =
       tile + (group_h * ROWS * S * a.tile_w + group_w * COLUMNS * S) * tile_channels + 2 * pair;
 #pragma unroll
   for (int i = 0; i < IN_ROWS; ++i, source += a.tile_w * tile_channels) {
     float x[2 * IN_COLUMNS];
-    const T* element = source;
-#pragma unroll
-    for (int j = 0; j < IN_COLUMNS; ++j, element += tile_channels) {
-      float value[2];
-      load(element, value);
-      x[2 * j] = value[0], x[2 * j + 1] = value[1];
-    }
+    load_pairs(source, tile_channels, x);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int kh = i - r * S;

@@ -18,7 +18,7 @@ struct Family {
 };
 
 int64_t outputs_per_multiprocessor(const DepthwiseConv2dParams& p) {
-  return p.batch * p.out_channels() * p.out_h * p.out_w / current_device().multiprocessors;
+  return p.outputs() / current_device().multiprocessors;
 }
 
 bool always(const DepthwiseConv2dParams&) { return true; }

@@ -39,6 +39,7 @@ struct DepthwiseConv2dParams {
   Layout in_layout, out_layout;
 
   int64_t out_channels() const { return channels * multiplier; }
+  int64_t outputs() const { return batch * out_channels() * out_h * out_w; }
   bool transforms_input() const {
     return input_bias != nullptr || input_activation != Activation::kNone;
   }

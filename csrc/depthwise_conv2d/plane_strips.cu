@@ -5,12 +5,6 @@
 #include "depthwise_conv2d/plane_strips.cuh"
 
 namespace dwswap {
-namespace {
-
-// Bulk copies are tested on sm_90; DWSWAP_PORTABLE=1 keeps to what sm_80 has.
-bool use_bulk_copies(const Device& device) { return device.major == 9 && !portable_only(); }
-
-}  // namespace
 
 bool covers_plane_strips(const DepthwiseConv2dParams& p) {
   // A kernel and the stages may reach past the end.
@@ -34,7 +28,7 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
 cudaError_t launch_plane_strips(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   const Device device = current_device();
   return visit_fast_type(p.dtype, [&]<typename T>() {
-    return plane_strips::launch_typed<T>(p, device, use_bulk_copies(device), stream);
+    return plane_strips::launch_typed<T>(p, device, uses_bulk_copies(device), stream);
   });
 }
 

@@ -12,9 +12,7 @@ namespace rolling_rows {
 Depth choose_depth(const DepthwiseConv2dParams& p) {
   constexpr int64_t kFew = 600;  // outputs of a multiprocessor
   if (p.dilation_h != 1 || p.dilation_w != 1) return Depth::kFlat;
-  return p.batch * p.out_channels() * p.out_h * p.out_w < kFew * current_device().multiprocessors
-             ? Depth::kFlat
-             : Depth::kDeep;
+  return p.outputs() < kFew * current_device().multiprocessors ? Depth::kFlat : Depth::kDeep;
 }
 
 }  // namespace rolling_rows

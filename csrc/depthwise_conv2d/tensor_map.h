@@ -21,7 +21,7 @@ inline constexpr CUtensorMapDataType kTensorMapType<__nv_bfloat16> =
 constexpr int kMostBoxElements = 256;  // of a box, along any axis
 
 inline bool reads_boxes(const Device& device) {
-  return device.major == 9 && !portable_only() && tensor_map_encoder() != nullptr;
+  return uses_bulk_copies(device) && tensor_map_encoder() != nullptr;
 }
 
 // Whether the copy engine can read the channels_last input and the weights: it wants addresses and
