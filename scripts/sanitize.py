@@ -59,6 +59,13 @@ def problems() -> Iterator[Problem]:
                     shape = (2, channels, 7 + 6 * i, 17 - 4 * i)
                     yield ragged._replace(shape=shape, portable=portable, family="channel_tiles")
                 yield ragged._replace(shape=(2, 72, 23, 17 - 4 * i), family="channel_columns")
+                if size == (3, 3):
+                    # channel_direct: accesses of 16 to 2 bytes; outputs enough for many per thread.
+                    direct = ragged._replace(family="channel_direct")
+                    for channels, offset in ((20, 0), (58, 0), (57, 0), (20, 1)):
+                        shape = (2, channels, 9 + 6 * i, 17 - 4 * i)
+                        yield direct._replace(shape=shape, offset=offset)
+                    yield direct._replace(shape=(100 * stride**2, 58, 19, 21))
                 # plane_strips: whole planes and strips, by both kinds of copies; rolling_rows.
                 ragged = ragged._replace(memory_format=contiguous)
                 small, wide = (2, 7, 9 + 6 * i, 15 + 2 * i), (1, 2, 11, 803 + i)

@@ -60,6 +60,7 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
         Path(__file__).parent / "host" / "cuts.cu",
         FOLDER / "plane_strips_cut.cu",
         FOLDER / "channel_columns_cut.cu",
+        FOLDER / "channel_direct_cut.cu",
     ]
     # The runtime library that the build of the kernels links: a compiler from PyPI has no other.
     link = ["-cudart", "none", "-Xlinker", f"{cudart},-rpath={cudart.parent}"]
@@ -146,6 +147,31 @@ def test_channel_columns_can_always_be_launched(cuts):
         assert 1 <= rows <= problem.out_h, what
         assert 2 <= stages <= 4, what
         assert stages * chunk_rows * tile_w * 2 * pairs * problem.element_bytes <= 96 * 1024, what
+
+
+def test_channel_direct_can_always_be_launched(cuts):
+    problems = [problem._replace(kernel_h=3, kernel_w=3) for problem in ragged(300)]
+    runs = list(itertools.product(problems, DEVICES))
+    for (problem, device), cut in zip(runs, cuts("channel_direct", runs), strict=True):
+        channels, columns, rows, threads, _ = cut
+        what = f"{problem} on {device}: {cut}"
+        assert (channels, columns) in ((4, 2), (4, 1), (2, 4), (2, 1), (1, 4), (1, 1)), what
+        assert problem.channels % channels == 0, what
+        assert 1 <= rows <= problem.out_h, what
+        strips = -(-problem.out_h // rows) * -(-problem.out_w // columns)
+        assert threads == problem.batch * problem.channels // channels * strips, what
+
+
+def test_channel_direct_makes_many_threads_of_small_problems(cuts):
+    tiny = Problem(64, 128, 2, 2, 3, 3, 1, 4)
+    large = Problem(64, 144, 112, 112, 3, 3, 2, 4)
+    odd = Problem(64, 57, 56, 56, 3, 3, 1, 2)
+    runs = [(problem, DEVICES[0]) for problem in (tiny, large, odd)]
+    small_cut, large_cut, odd_cut = cuts("channel_direct", runs)
+    assert small_cut[1:3] == [1, 1]
+    assert large_cut[:2] == [4, 2]
+    assert large_cut[2] >= 8
+    assert odd_cut[:2] == [1, 4]
 
 
 @pytest.mark.parametrize("height", [200_000, 2**31 - 17])

@@ -49,8 +49,9 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
 template <typename T, int N>
 struct Words {
   static constexpr int kBytes = sizeof(T) * N;
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "the widths of one access");
-  uint32_t data[kBytes / 4];
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16,
+                "the widths of one access");
+  uint32_t data[(kBytes + 3) / 4];
 };
 
 template <int N, typename T>
@@ -61,8 +62,10 @@ __device__ __forceinline__ Words<T, N> load_words(const T* source) {
   } else if constexpr (Words<T, N>::kBytes == 8) {
     const uint2 word = *reinterpret_cast<const uint2*>(source);
     return {word.x, word.y};
-  } else {
+  } else if constexpr (Words<T, N>::kBytes == 4) {
     return {*reinterpret_cast<const uint32_t*>(source)};
+  } else {
+    return {*reinterpret_cast<const uint16_t*>(source)};
   }
 }
 
@@ -73,8 +76,10 @@ __device__ __forceinline__ void store_words(T* target, const Words<T, N>& words)
                                          words.data[3]};
   } else if constexpr (Words<T, N>::kBytes == 8) {
     *reinterpret_cast<uint2*>(target) = {words.data[0], words.data[1]};
-  } else {
+  } else if constexpr (Words<T, N>::kBytes == 4) {
     *reinterpret_cast<uint32_t*>(target) = words.data[0];
+  } else {
+    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(words.data[0]);
   }
 }
 
@@ -98,7 +103,8 @@ __device__ __forceinline__ void widen_all(const Words<T, N>& source, float (&tar
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
       const float2 pair = widen_pair<T>(source.data[i / 2]);
-      target[i] = pair.x, target[i + 1] = pair.y;
+      target[i] = pair.x;
+      if constexpr (N > 1) target[i + 1] = pair.y;
     }
   }
 }
@@ -129,7 +135,9 @@ __device__ __forceinline__ void store(T* target, const float (&source)[N]) {
     for (int i = 0; i < N; ++i) words.data[i] = __float_as_uint(source[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < N; i += 2) words.data[i / 2] = narrow_pair<T>(source[i], source[i + 1]);
+    for (int i = 0; i < N; i += 2) {
+      words.data[i / 2] = narrow_pair<T>(source[i], N > 1 ? source[i + 1] : 0.0f);
+    }
   }
   store_words<N>(target, words);
 }

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     for (int chunk = 0; chunk < chunks; ++chunk) {
       barrier_wait(&arrived[stage], parity);
       if (chunk == 0) {
-        load_pair_taps(tile_taps + 2 * (busy ? pair : 0) * (K * K), taps);
+        load_taps(tile_taps + 2 * (busy ? pair : 0) * (K * K), taps);
 #pragma unroll
         for (int q = 0; q < OPEN; ++q) {
 #pragma unroll

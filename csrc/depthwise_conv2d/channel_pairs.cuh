@@ -1,19 +1,19 @@
-// What a thread that owns two neighbouring channels reads from shared memory, in channels_last.
+// What a thread that owns neighbouring channels reads, in channels_last.
 #pragma once
 
 #include "common/numeric.cuh"
 
 namespace dwswap {
 
-// The weights of a pair: TAPS of the one channel, then TAPS of the other.
-template <int TAPS, typename T>
-__device__ __forceinline__ void load_pair_taps(const T* source, float (&taps)[2][TAPS]) {
+// The weights of CHANNELS: TAPS of the first, then TAPS of the next.
+template <int CHANNELS, int TAPS, typename T>
+__device__ __forceinline__ void load_taps(const T* source, float (&taps)[CHANNELS][TAPS]) {
 #pragma unroll
-  for (int i = 0; i < TAPS; ++i) {
-    float raw[2];
-    load(source + 2 * i, raw);
+  for (int i = 0; i < CHANNELS * TAPS; i += CHANNELS) {
+    float raw[CHANNELS];
+    load(source + i, raw);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) taps[(2 * i + e) / TAPS][(2 * i + e) % TAPS] = raw[e];
+    for (int e = 0; e < CHANNELS; ++e) taps[(i + e) / TAPS][(i + e) % TAPS] = raw[e];
   }
 }
 

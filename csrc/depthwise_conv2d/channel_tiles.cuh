@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   }
 
   float taps[2][K * K];
-  load_pair_taps(tile_taps + 2 * pair * (K * K), taps);
+  load_taps(tile_taps + 2 * pair * (K * K), taps);
 
   const T* source =
       tile + (group_h * ROWS * S * a.tile_w + group_w * COLUMNS * S) * tile_channels + 2 * pair;

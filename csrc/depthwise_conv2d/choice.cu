@@ -23,13 +23,29 @@ int64_t outputs_per_multiprocessor(const DepthwiseConv2dParams& p) {
 
 bool always(const DepthwiseConv2dParams&) { return true; }
 
-// A stream down the image pays where there is much to stream; small problems want many threads. A
-// large float32 image has few instructions per byte, and tiles keep more bytes in flight.
-bool suits_channel_columns(const DepthwiseConv2dParams& p) {
+// A stream down the image pays where there is much to stream; small problems want many threads.
+bool is_stream(const DepthwiseConv2dParams& p) {
   constexpr int64_t kEnough = 14000;
+  return outputs_per_multiprocessor(p) >= kEnough;
+}
+
+// float32 with stride 2 has so few instructions per byte that plain loads keep up with a copy; the
+// copy engine cannot read pixels that do not begin at 16 bytes, and has more to set up than a tiny
+// image has to compute.
+bool suits_channel_direct(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kTinyImage = 3 * 3;
+  constexpr int64_t kCopyEngineBytes = 16;
+  const bool is_float = p.dtype == DataType::kFloat32;
+  if (is_float && p.stride_h == 2) return true;
+  if (p.channels * (is_float ? 4 : 2) % kCopyEngineBytes != 0) return true;
+  return p.out_h * p.out_w <= kTinyImage && !is_stream(p);
+}
+
+// A large float32 image has few instructions per byte, and tiles keep more bytes in flight.
+bool suits_channel_columns(const DepthwiseConv2dParams& p) {
   constexpr int64_t kLargeImage = 28 * 28;
   const bool large = p.stride_h == 1 && p.out_h * p.out_w > kLargeImage;
-  return outputs_per_multiprocessor(p) >= kEnough && !(p.dtype == DataType::kFloat32 && large);
+  return is_stream(p) && !(p.dtype == DataType::kFloat32 && large);
 }
 
 // Copies into and out of shared memory take longer than the work of a small problem.
@@ -41,10 +57,13 @@ bool suits_plane_strips(const DepthwiseConv2dParams& p) {
   return outputs >= (p.dtype == DataType::kFloat32 ? kEnoughFloat : kEnoughHalf);
 }
 
-// In order of preference. The second line of plane_strips is for what no other fast family covers.
+// In order of preference. The second lines of channel_direct and plane_strips are for what no other
+// fast family covers.
 constexpr Family kFamilies[] = {
+    {"channel_direct", covers_channel_direct, suits_channel_direct, launch_channel_direct},
     {"channel_columns", covers_channel_columns, suits_channel_columns, launch_channel_columns},
     {"channel_tiles", covers_channel_tiles, always, launch_channel_tiles},
+    {"channel_direct", covers_channel_direct, always, launch_channel_direct},
     {"plane_strips", covers_plane_strips, suits_plane_strips, launch_plane_strips},
     {"rolling_rows", covers_rolling_rows, always, launch_rolling_rows},
     {"plane_strips", covers_plane_strips, always, launch_plane_strips},

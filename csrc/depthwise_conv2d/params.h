@@ -50,6 +50,9 @@ struct DepthwiseConv2dParams {
 bool covers_channel_columns(const DepthwiseConv2dParams& params);
 cudaError_t launch_channel_columns(const DepthwiseConv2dParams& params, cudaStream_t stream);
 
+bool covers_channel_direct(const DepthwiseConv2dParams& params);
+cudaError_t launch_channel_direct(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
 bool covers_channel_tiles(const DepthwiseConv2dParams& params);
 cudaError_t launch_channel_tiles(const DepthwiseConv2dParams& params, cudaStream_t stream);
 

@@ -24,7 +24,15 @@ LARGEST = 16 if DEVICE == "cpu" else 40
 # seconds, and their errors are its own.
 SMALL = min(LARGEST, 39)
 # Each case asks for one, which runs where it covers the case; the empty one leaves the choice.
-FAMILIES = ("", "channel_columns", "channel_tiles", "", "plane_strips", "rolling_rows")
+FAMILIES = (
+    "",
+    "channel_columns",
+    "channel_tiles",
+    "channel_direct",
+    "",
+    "plane_strips",
+    "rolling_rows",
+)
 # Cases between two synchronisations.
 BATCH = 50
 

@@ -59,6 +59,26 @@ ROWS = {
     "channel columns, padding only": Row(
         "channel_columns", "channels_last", ((3, 3),), channels=(24,), extra_padding=(9, 5)
     ),
+    # Accesses of 16, 8, 4 and 2 bytes.
+    "channel direct": Row(
+        "channel_direct",
+        "channels_last",
+        ((3, 3),),
+        channels=(1, 2, 20, 57, 58, 136),
+        sizes=((1, 1), (2, 3), *SIZES),
+    ),
+    "channel direct, misaligned": Row(
+        "channel_direct", "offset_channels_last", ((3, 3),), channels=(8, 57, 58)
+    ),
+    "channel direct, aligned to a pair": Row(
+        "channel_direct", "offset_by_pair", ((3, 3),), channels=(8, 58)
+    ),
+    "channel direct, padding only": Row(
+        "channel_direct", "channels_last", ((3, 3),), channels=(24, 57), extra_padding=(9, 5)
+    ),
+    "channel direct, no padding": Row(
+        "channel_direct", "channels_last", ((3, 3),), channels=(24, 57), extra_padding=(-1, -1)
+    ),
     "plane strips": Row(
         "plane_strips",
         "contiguous",
@@ -225,6 +245,7 @@ HALF = torch.float16
 # What runs where nothing is asked for.
 CHOSEN = {
     "channel_columns": Case(HALF, "channels_last", 64, 144, 56, 56, (3, 3), padding=(1, 1)),
+    "channel_direct": Case(HALF, "channels_last", 64, 58, 28, 28, (3, 3), padding=(1, 1)),
     "channel_tiles": Case(HALF, "channels_last", 1, 144, 56, 56, (3, 3), padding=(1, 1)),
     "plane_strips": Case(HALF, "contiguous", 64, 144, 56, 56, (3, 3), padding=(1, 1)),
     "rolling_rows": Case(HALF, "contiguous", 1, 960, 7, 7, (3, 3), padding=(1, 1)),
@@ -286,6 +307,7 @@ def test_every_family_and_every_compiled_size_is_covered():
             for kernel in row.kernels
             for stride in row.strides
         }
-        assert sizes or family in ("general", "channel_columns")  # any size; 3 x 3 only
+        # Any size; 3 x 3 only.
+        assert sizes or family in ("general", "channel_columns", "channel_direct")
         # Square kernels are listed by their side.
         assert {size if len(size) == 3 else (size[0], *size) for size in sizes} <= covered

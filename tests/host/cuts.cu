@@ -9,6 +9,7 @@
 #include <string>
 
 #include "depthwise_conv2d/channel_columns_cut.h"
+#include "depthwise_conv2d/channel_direct_cut.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
 
 int main() {
@@ -34,6 +35,11 @@ int main() {
                   cut.lanes, cut.groups, cut.stages, cut.buffers,
                   static_cast<long long>(cut.in_bytes), static_cast<long long>(cut.out_bytes),
                   static_cast<long long>(cut.shared_bytes()), took.count());
+    } else if (family == "channel_direct") {
+      const auto cut = channel_direct::choose_cut(p, element_bytes, device.multiprocessors);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %d %lld %.0f\n", cut.channels, cut.columns, cut.rows,
+                  static_cast<long long>(cut.threads(p)), took.count());
     } else {
       const auto cut = channel_columns::choose_cut(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;

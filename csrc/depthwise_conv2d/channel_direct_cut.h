@@ -1,0 +1,33 @@
+// How channel_direct cuts a problem into threads.
+#pragma once
+
+#include "common/integer.h"
+#include "depthwise_conv2d/params.h"
+
+namespace dwswap {
+namespace channel_direct {
+
+constexpr int kKernel = 3;
+constexpr int kThreads = 128;  // of a block
+constexpr int kMostChannels = 4;
+
+// Columns of a thread that has more than one: taps, sums and two rows of input share its registers.
+constexpr int wide_columns(int channels) { return channels == kMostChannels ? 2 : 4; }
+
+// What a thread has: so many channels, and columns and rows of output.
+struct Cut {
+  int channels;  // 4, 2 or 1: one access
+  int columns;   // 1 or wide_columns()
+  int rows;
+
+  int64_t threads(const DepthwiseConv2dParams& p) const {
+    return p.batch * ceil_div(p.channels, channels) * ceil_div(p.out_w, columns) *
+           ceil_div(p.out_h, rows);
+  }
+};
+
+// The cut of a problem of 3 x 3 taps, for as wide accesses as all tensors are aligned to.
+Cut choose_cut(const DepthwiseConv2dParams& params, int element_bytes, int multiprocessors);
+
+}  // namespace channel_direct
+}  // namespace dwswap

@@ -1,0 +1,5 @@
+#include "depthwise_conv2d/channel_direct.cuh"
+
+namespace dwswap::channel_direct {
+template DWSWAP_LAUNCH_TYPED(float);
+}
