@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .compilation import csrc_dir
 from .toolkit import BuildError, find_nvcc
 
 SECONDS = 10.0
@@ -21,14 +23,16 @@ def environment() -> dict[str, str | None]:
     """Versions and devices, for ``dwswap doctor``, saved reports and benchmarks.
 
     Returns:
-        The keys dwswap, commit, python, os, torch, cuda, cudnn, gpu, capability, driver, nvcc and
-        nvcc_path, always all of them; None where there is no such thing on this machine. ``gpu``
-        and ``capability`` are the current device's. ``commit`` is for a package in a git checkout.
+        The keys dwswap, sources, commit, python, os, torch, cuda, cudnn, gpu, capability, driver,
+        nvcc and nvcc_path, always all of them; None where there is no such thing here. ``gpu``
+        and ``capability`` are the current device's. ``sources`` is a hash of the package's Python
+        and CUDA sources, with git or without; ``commit`` is for a package in a git checkout.
     """
     nvcc_version, nvcc_path = _nvcc()
     gpu, capability = _gpu()
     return {
         "dwswap": _version(),
+        "sources": _sources(),
         "commit": _commit(Path(__file__).resolve().parents[1]),
         "python": platform.python_version(),
         "os": platform.platform(),
@@ -52,6 +56,18 @@ def _version() -> str | None:
         return importlib.metadata.version("dwswap")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _sources() -> str:
+    hasher = hashlib.sha256()
+    # An installed package has csrc inside it, a checkout beside it: the same hash for both.
+    package = Path(__file__).resolve().parent
+    for root, suffixes in ((package, {".py"}), (csrc_dir(), {".cu", ".cuh", ".h"})):
+        for path in sorted(root.rglob("*")):
+            if path.suffix in suffixes:
+                hasher.update(path.relative_to(root).as_posix().encode() + b"\0")
+                hasher.update(hashlib.sha256(path.read_bytes()).digest())
+    return hasher.hexdigest()[:12]
 
 
 def _commit(root: Path) -> str | None:

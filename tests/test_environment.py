@@ -14,6 +14,7 @@ from dwswap.environment import environment
 
 KEYS = {
     "dwswap",
+    "sources",
     "commit",
     "python",
     "os",
@@ -52,6 +53,17 @@ def test_a_machine_with_nothing(monkeypatch, tmp_path):
     assert set(record) == KEYS
     for key in ("gpu", "capability", "driver", "nvcc", "nvcc_path", "commit"):
         assert record[key] is None
+
+
+def test_the_sources_decide_the_hash(monkeypatch, tmp_path):
+    (tmp_path / "a.cu").write_text("int a;")
+    monkeypatch.setattr(environment_module, "csrc_dir", lambda: tmp_path)
+    first = environment_module._sources()
+    assert environment_module._sources() == first
+    (tmp_path / "a.log").write_text("no source")
+    assert environment_module._sources() == first
+    (tmp_path / "a.cu").write_text("int b;")
+    assert environment_module._sources() != first
 
 
 def test_the_gpu(monkeypatch):
