@@ -303,10 +303,6 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cu
   DWSWAP_DIRECT_CASE(2, 1)
   DWSWAP_DIRECT_CASE(1, wide_columns(1))
   DWSWAP_DIRECT_CASE(1, 1)
-#ifdef DWSWAP_TUNE
-  DWSWAP_DIRECT_CASE(2, 2)
-  DWSWAP_DIRECT_CASE(1, 2)
-#endif
 #undef DWSWAP_DIRECT_CASE
   return cudaErrorInvalidValue;
 }

@@ -1,9 +1,6 @@
 #include <algorithm>
 
 #include "depthwise_conv2d/channel_direct_cut.h"
-#ifdef DWSWAP_TUNE
-#include <cstdlib>
-#endif
 
 namespace dwswap {
 namespace channel_direct {
@@ -20,23 +17,6 @@ int aligned_channels(const DepthwiseConv2dParams& p, int element_bytes) {
   while (channels > 1 && places % (channels * element_bytes) != 0) channels /= 2;
   return channels;
 }
-
-#ifdef DWSWAP_TUNE
-int wish(const char* name, int otherwise) {
-  const char* value = std::getenv(name);
-  return value != nullptr && *value != '\0' ? std::atoi(value) : otherwise;
-}
-
-Cut tuned(Cut cut, const DepthwiseConv2dParams& p, int element_bytes, int aligned) {
-  const int wished = wish("DWSWAP_CD_BYTES", cut.channels * element_bytes) / element_bytes;
-  cut.channels = std::clamp(wished, 1, aligned);
-  cut.columns = std::min(wish("DWSWAP_CD_Q", cut.columns), wide_columns(cut.channels));
-  cut.rows = std::clamp<int>(wish("DWSWAP_CD_ROWS", cut.rows), 1, p.out_h);
-  return cut;
-}
-#else
-Cut tuned(Cut cut, const DepthwiseConv2dParams&, int, int) { return cut; }
-#endif
 
 Cut search_cut(const DepthwiseConv2dParams& p, int aligned, int multiprocessors) {
   // Threads of a multiprocessor: that end at different times, that hide each other's waits, and
@@ -68,8 +48,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, int aligned, int multiprocessors)
 }  // namespace
 
 Cut choose_cut(const DepthwiseConv2dParams& p, int element_bytes, int multiprocessors) {
-  const int aligned = aligned_channels(p, element_bytes);
-  return tuned(search_cut(p, aligned, multiprocessors), p, element_bytes, aligned);
+  return search_cut(p, aligned_channels(p, element_bytes), multiprocessors);
 }
 
 }  // namespace channel_direct
