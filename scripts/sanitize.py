@@ -11,6 +11,7 @@ sees. Results are compared with float64 on the CPU.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def problems() -> Iterator[Problem]:
                     yield ragged._replace(shape=shape, portable=portable, family="channel_tiles")
                 yield ragged._replace(shape=(2, 72, 23, 17 - 4 * i), family="channel_columns")
                 if size == (3, 3):
-                    # channel_direct: accesses of 16 to 2 bytes; outputs enough for many per thread.
+                    # channel_direct: accesses of 8 to 2 bytes; outputs enough for many per thread.
                     direct = ragged._replace(family="channel_direct")
                     for channels, offset in ((20, 0), (58, 0), (57, 0), (20, 1)):
                         shape = (2, channels, 9 + 6 * i, 17 - 4 * i)
@@ -89,6 +90,22 @@ def problems() -> Iterator[Problem]:
                 padded = Problem(torch.float16, memory_format, shape, size, transform=transform)
                 yield padded._replace(extra_padding=(6, 0))
                 yield padded._replace(shape=(3, 8, 11, 13), extra_padding=(9, 5))
+    for dtype, stride in itertools.product(HALVES, (1, 2)):
+        # toeplitz: pixels, rows of 4, 2 and 1 elements, whole planes; every number of products.
+        for kernel in ((5, 5), (15, 15), (31, 31)):
+            transform = stride == 2
+            tall = Problem(dtype, last, (3, 24, 19, 21), kernel, stride, transform=transform)
+            tall = tall._replace(family="toeplitz")
+            yield tall
+            yield tall._replace(dilation=2, kernel=(5, 5))
+            for shape in (
+                (3, 8, 7, 7),
+                (2, 24, 14, 14),
+                (2, 3, 33, 33),
+                (2, 3, 17, 60),
+                (1, 5, 50, 66),
+            ):
+                yield tall._replace(memory_format=contiguous, shape=shape)
     for kernel in ((3, 1), (1, 3), (3, 7), (7, 3)):
         for dtype in fast:
             yield Problem(dtype, contiguous, (2, 3, 19, 21), kernel, family="plane_strips")

@@ -61,6 +61,7 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
         FOLDER / "plane_strips_cut.cu",
         FOLDER / "channel_columns_cut.cu",
         FOLDER / "channel_direct_cut.cu",
+        FOLDER / "toeplitz_cut.cu",
     ]
     # The runtime library that the build of the kernels links: a compiler from PyPI has no other.
     link = ["-cudart", "none", "-Xlinker", f"{cudart},-rpath={cudart.parent}"]
@@ -155,7 +156,8 @@ def test_channel_direct_can_always_be_launched(cuts):
     for (problem, device), cut in zip(runs, cuts("channel_direct", runs), strict=True):
         channels, columns, rows, threads, _ = cut
         what = f"{problem} on {device}: {cut}"
-        assert (channels, columns) in ((4, 2), (4, 1), (2, 4), (2, 1), (1, 4), (1, 1)), what
+        assert channels in (1, 2), what
+        assert columns == 4 // problem.stride, what
         assert problem.channels % channels == 0, what
         assert 1 <= rows <= problem.out_h, what
         strips = -(-problem.out_h // rows) * -(-problem.out_w // columns)
@@ -168,10 +170,34 @@ def test_channel_direct_makes_many_threads_of_small_problems(cuts):
     odd = Problem(64, 57, 56, 56, 3, 3, 1, 2)
     runs = [(problem, DEVICES[0]) for problem in (tiny, large, odd)]
     small_cut, large_cut, odd_cut = cuts("channel_direct", runs)
-    assert small_cut[1:3] == [1, 1]
-    assert large_cut[:2] == [4, 2]
-    assert large_cut[2] >= 8
-    assert odd_cut[:2] == [1, 4]
+    assert small_cut[0] == small_cut[2] == 1
+    assert large_cut[0] == 2
+    assert large_cut[2] >= 4
+    assert odd_cut[0] == 1
+
+
+def test_toeplitz_can_always_be_launched(cuts):
+    """Both layouts: of elements of 2 bytes channels_last, else NCHW."""
+    sizes = [(7, 7), (15, 15), (31, 31), (1, 31), (31, 1)]
+    problems = list(ragged(100))
+    problems += [
+        problem._replace(kernel_h=size[0], kernel_w=size[1], channels=8 * problem.channels)
+        for problem, size in itertools.product(ragged(30), sizes)
+    ]
+    runs = list(itertools.product(problems, DEVICES))
+    for (problem, device), cut in zip(runs, cuts("toeplitz", runs), strict=True):
+        steps, tiles, channels, images, rows, in_rows, threads, shared, microseconds = cut
+        what = f"{problem} on {device}: {cut}"
+        assert rows >= 1, what
+        assert steps in (1, 2, 3), what
+        assert tiles in (1, 2, 4, 7), what
+        assert channels in (8, 16, 32, 64), what
+        assert 1 <= images <= problem.batch, what
+        assert images == 1 or rows == problem.out_h, what
+        assert in_rows == (rows - 1) * problem.stride + problem.kernel_h, what
+        assert threads in (128, 256), what
+        assert 0 < shared <= device[2], what
+        assert microseconds < 500_000, what
 
 
 @pytest.mark.parametrize("height", [200_000, 2**31 - 17])

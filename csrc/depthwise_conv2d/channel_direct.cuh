@@ -21,18 +21,16 @@
 namespace dwswap {
 namespace channel_direct {
 
-template <typename T_, int CHANNELS_, int COLUMNS_, int STRIDE_, bool PLAIN_>
+template <typename T_, int CHANNELS_, int STRIDE_, bool PLAIN_>
 struct Traits {
   using T = T_;
   static constexpr int kChannels = CHANNELS_;
-  static constexpr int kColumns = COLUMNS_;
+  static constexpr int kColumns = columns_of(STRIDE_);
   static constexpr int kStride = STRIDE_;
   // Without input_bias and activations.
   static constexpr bool kPlain = PLAIN_;
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + kKernel;
-  // Taps, two rows and sums of 4 channels x 2 columns, and activations, want 128 registers,
-  // others 96.
-  static constexpr int kMinBlocks = PLAIN_ && (CHANNELS_ < kMostChannels || COLUMNS_ == 1) ? 5 : 4;
+  static constexpr int kMinBlocks = PLAIN_ ? 5 : 4;  // activations want registers
 };
 
 struct Arguments {
@@ -278,31 +276,20 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
   return cudaGetLastError();
 }
 
-template <typename T, int CHANNELS, int COLUMNS>
-cudaError_t launch_sized(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t stream) {
-  const bool plain = !p.transforms_input() && p.activation == Activation::kNone;
-  if (p.stride_h == 1) {
-    return plain ? launch<Traits<T, CHANNELS, COLUMNS, 1, true>>(p, cut, stream)
-                 : launch<Traits<T, CHANNELS, COLUMNS, 1, false>>(p, cut, stream);
-  }
-  return plain ? launch<Traits<T, CHANNELS, COLUMNS, 2, true>>(p, cut, stream)
-               : launch<Traits<T, CHANNELS, COLUMNS, 2, false>>(p, cut, stream);
-}
-
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
   const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
-#define DWSWAP_DIRECT_CASE(CHANNELS, COLUMNS)                  \
-  if (cut.channels == CHANNELS && cut.columns == COLUMNS) {    \
-    return launch_sized<T, CHANNELS, COLUMNS>(p, cut, stream); \
+  const bool plain = !p.transforms_input() && p.activation == Activation::kNone;
+#define DWSWAP_DIRECT_CASE(CHANNELS, STRIDE)                                   \
+  if (cut.channels == CHANNELS && p.stride_h == STRIDE) {                      \
+    return plain ? launch<Traits<T, CHANNELS, STRIDE, true>>(p, cut, stream)   \
+                 : launch<Traits<T, CHANNELS, STRIDE, false>>(p, cut, stream); \
   }
-  DWSWAP_DIRECT_CASE(4, wide_columns(4))
-  DWSWAP_DIRECT_CASE(4, 1)
-  DWSWAP_DIRECT_CASE(2, wide_columns(2))
   DWSWAP_DIRECT_CASE(2, 1)
-  DWSWAP_DIRECT_CASE(1, wide_columns(1))
+  DWSWAP_DIRECT_CASE(2, 2)
   DWSWAP_DIRECT_CASE(1, 1)
+  DWSWAP_DIRECT_CASE(1, 2)
 #undef DWSWAP_DIRECT_CASE
   return cudaErrorInvalidValue;
 }

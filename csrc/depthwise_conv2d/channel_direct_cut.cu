@@ -18,37 +18,22 @@ int aligned_channels(const DepthwiseConv2dParams& p, int element_bytes) {
   return channels;
 }
 
-Cut search_cut(const DepthwiseConv2dParams& p, int aligned, int multiprocessors) {
-  // Threads of a multiprocessor: that end at different times, that hide each other's waits, and
-  // below which one wants narrower accesses.
-  constexpr int64_t kSeveralWaves = 2048, kOneWave = 512, kFew = 128;
-  const auto enough = [&](const Cut& cut, int64_t threads) {
-    return cut.threads(p) >= threads * multiprocessors;
-  };
-  // Strips of about the same number of rows.
-  const auto strips = [&](int64_t most) {
-    return static_cast<int>(ceil_div(p.out_h, ceil_div(p.out_h, most)));
-  };
-  Cut cut{aligned, wide_columns(aligned), 1};
-  if (ceil_div(p.out_w, cut.columns) * cut.columns >= 2 * p.out_w) cut.columns = 1;
-  // A strip reads 3 - stride rows that the next one reads too, and waits for its first two.
-  for (const int most : {16, 8, 4}) {
-    cut.rows = strips(most);
-    if (enough(cut, kSeveralWaves)) return cut;
-  }
-  for (const int most : {4, 2, 1}) {
-    cut.rows = strips(most);
-    if (enough(cut, kOneWave)) return cut;
-  }
-  cut.columns = 1;
-  while (cut.channels > 1 && !enough(cut, kFew)) cut.channels /= 2;
-  return cut;
-}
-
 }  // namespace
 
 Cut choose_cut(const DepthwiseConv2dParams& p, int element_bytes, int multiprocessors) {
-  return search_cut(p, aligned_channels(p, element_bytes), multiprocessors);
+  // Threads of a multiprocessor: that keep it busy, and below which one wants narrower accesses.
+  constexpr int64_t kBusy = 384, kFew = 192;
+  // A strip reads 3 - stride rows that the next one reads too, and waits for its first two; short
+  // strips end at different times. Half precision has half the bytes under way.
+  int most = (p.stride_h == 1 ? 14 : 8) / (element_bytes / 2);
+  Cut cut{aligned_channels(p, element_bytes), columns_of(static_cast<int>(p.stride_w)), 0};
+  const auto enough = [&](int64_t threads) { return cut.threads(p) >= threads * multiprocessors; };
+  for (;; most /= 2) {
+    cut.rows = static_cast<int>(ceil_div(p.out_h, ceil_div(p.out_h, most)));
+    if (most == 1 || enough(kBusy)) break;
+  }
+  while (cut.channels > 1 && !enough(kFew)) cut.channels /= 2;
+  return cut;
 }
 
 }  // namespace channel_direct

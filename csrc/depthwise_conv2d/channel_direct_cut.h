@@ -9,15 +9,15 @@ namespace channel_direct {
 
 constexpr int kKernel = 3;
 constexpr int kThreads = 128;  // of a block
-constexpr int kMostChannels = 4;
+constexpr int kMostChannels = 2;
 
-// Columns of a thread that has more than one: taps, sums and two rows of input share its registers.
-constexpr int wide_columns(int channels) { return channels == kMostChannels ? 2 : 4; }
+// Of a thread: taps, sums and two rows of input share its registers.
+constexpr int columns_of(int stride) { return stride == 1 ? 4 : 2; }
 
-// What a thread has: so many channels, and columns and rows of output.
+// What a thread has: so many channels, and rows of output of columns_of(stride) columns.
 struct Cut {
-  int channels;  // 4, 2 or 1: one access
-  int columns;   // 1 or wide_columns()
+  int channels;  // 2 or 1: one access
+  int columns;
   int rows;
 
   int64_t threads(const DepthwiseConv2dParams& p) const {

@@ -33,6 +33,7 @@ bool is_stream(const DepthwiseConv2dParams& p) {
 // copy engine cannot read pixels that do not begin at 16 bytes, and has more to set up than a tiny
 // image has to compute.
 bool suits_channel_direct(const DepthwiseConv2dParams& p) {
+  if (!uses_bulk_copies(current_device())) return true;
   constexpr int64_t kTinyImage = 3 * 3;
   constexpr int64_t kCopyEngineBytes = 16;
   const bool is_float = p.dtype == DataType::kFloat32;
@@ -57,9 +58,17 @@ bool suits_plane_strips(const DepthwiseConv2dParams& p) {
   return outputs >= (p.dtype == DataType::kFloat32 ? kEnoughFloat : kEnoughHalf);
 }
 
+// The families of few taps are bound by memory; none of them is compiled for a large kernel, or for
+// a dilation but rolling_rows.
+bool suits_toeplitz(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kManyTaps = 49;
+  return p.kernel_h * p.kernel_w > kManyTaps || p.dilation_h != 1 || p.dilation_w != 1;
+}
+
 // In order of preference. The second lines of channel_direct and plane_strips are for what no other
 // fast family covers.
 constexpr Family kFamilies[] = {
+    {"toeplitz", covers_toeplitz, suits_toeplitz, launch_toeplitz},
     {"channel_direct", covers_channel_direct, suits_channel_direct, launch_channel_direct},
     {"channel_columns", covers_channel_columns, suits_channel_columns, launch_channel_columns},
     {"channel_tiles", covers_channel_tiles, always, launch_channel_tiles},

@@ -62,6 +62,9 @@ cudaError_t launch_plane_strips(const DepthwiseConv2dParams& params, cudaStream_
 bool covers_rolling_rows(const DepthwiseConv2dParams& params);
 cudaError_t launch_rolling_rows(const DepthwiseConv2dParams& params, cudaStream_t stream);
 
+bool covers_toeplitz(const DepthwiseConv2dParams& params);
+cudaError_t launch_toeplitz(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
 // Covers everything.
 cudaError_t launch_general(const DepthwiseConv2dParams& params, cudaStream_t stream);
 

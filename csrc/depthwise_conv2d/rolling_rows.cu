@@ -11,7 +11,8 @@ namespace rolling_rows {
 
 Depth choose_depth(const DepthwiseConv2dParams& p) {
   constexpr int64_t kFew = 600;  // outputs of a multiprocessor
-  if (p.dilation_h != 1 || p.dilation_w != 1) return Depth::kFlat;
+  const bool dilated = p.dilation_h != 1 || p.dilation_w != 1;
+  if (dilated && (p.stride_h != 1 || p.dilation_h > p.out_h)) return Depth::kFlat;
   return p.outputs() < kFew * current_device().multiprocessors ? Depth::kFlat : Depth::kDeep;
 }
 
@@ -30,10 +31,10 @@ bool covers_rolling_rows(const DepthwiseConv2dParams& p) {
   constexpr int64_t kMostDilation = 1 << 16;
   if (p.dilation_h > kMostDilation || p.dilation_w > kMostDilation) return false;
   const int64_t in_plane =
-      (p.in_h + 2 * p.padding_h + rows * p.stride_h + p.kernel_h * p.dilation_h) *
+      (p.in_h + 2 * p.padding_h + (rows * p.stride_h + p.kernel_h) * p.dilation_h) *
       (p.in_w + 2 * p.padding_w);
-  const int64_t out_plane = (p.out_h + rows) * p.out_w;
-  const int64_t strips = ceil_div(p.out_h, rows);
+  const int64_t out_plane = (p.out_h + rows * p.dilation_h) * p.out_w;
+  const int64_t strips = rolling_rows::strips_of(p, rows);
   return in_plane <= kLimit && out_plane <= kLimit &&
          p.batch * p.out_channels() * strips * p.out_w <= kLimit;
 }

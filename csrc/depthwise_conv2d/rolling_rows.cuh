@@ -2,10 +2,11 @@
 // plane_strips leaves: a channel multiplier, much padding, tensors that are not aligned to 16
 // bytes.
 //
-// One thread computes kRows rows of one output column. It loads all its inputs before it uses the
-// first, and so waits for memory once; each is converted once and used by every output row whose
-// window holds it. Neighbouring threads read neighbouring columns, so loads coalesce and the
-// overlap of windows is served by L1.
+// One thread computes kRows rows of one output column, a dilation apart, so that they share the
+// rows of input that they see. It loads all its inputs before it uses the first, and so waits for
+// memory once; each is converted once and used by every output row whose window holds it.
+// Neighbouring threads read neighbouring columns, so loads coalesce and the overlap of windows is
+// served by L1.
 #pragma once
 
 #include "common/depth.h"
@@ -18,14 +19,17 @@ namespace rolling_rows {
 
 constexpr int kThreads = 128;
 
-template <typename T_, int K_, int STRIDE_, Depth DEPTH_>
+template <typename T_, int K_, int STRIDE_, Depth DEPTH_, bool DILATED_>
 struct Traits {
   using T = T_;
   static constexpr int kKernel = K_;
-  static constexpr bool kFlat = DEPTH_ == Depth::kFlat;
+  static constexpr bool kDilated = DILATED_;
   static constexpr int kStride = STRIDE_;
   // Of output, per thread: as many as registers allow all their inputs at once.
-  static constexpr int kRows = kFlat ? 1 : K_ == 3 ? 8 / STRIDE_ : K_ == 5 ? 4 : 4 / STRIDE_;
+  static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1
+                               : K_ == 3              ? 8 / STRIDE_
+                               : K_ == 5              ? 4
+                                                      : 4 / STRIDE_;
   static constexpr int kInputRows = (kRows - 1) * STRIDE_ + K_;
 };
 
@@ -36,7 +40,7 @@ struct Arguments {
   const void* input_bias;
   void* output;
   int multiplier, in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int dilation_h, dilation_w;  // 1 but in flat kernels
+  int dilation_h, dilation_w;  // of dilated kernels
   uint32_t threads;
   Divisor by_out_w, by_strips, by_channels;
   bool transforms_input;
@@ -54,7 +58,11 @@ __global__ void __launch_bounds__(kThreads, Traits::kKernel == 7 ? 2 : 4)
   const uint32_t plane = a.by_strips.divide(a.by_out_w.divide(index, &ow), &strip);
   a.by_channels.divide(plane, &k);
   const int64_t in_plane = plane / a.multiplier;
-  const int oh = strip * ROWS;
+  const int dilation_h = Traits::kDilated ? a.dilation_h : 1;
+  const int dilation_w = Traits::kDilated ? a.dilation_w : 1;
+  // Several rows a dilation apart begin at each of the first dilation_h rows, and so on below them.
+  const int row_step = ROWS == 1 ? 1 : dilation_h;
+  const int oh = strip / row_step * (row_step * ROWS) + strip % row_step;
   const int ih = oh * S - a.padding_h;
   const int iw = ow * S - a.padding_w;
 
@@ -75,8 +83,6 @@ __global__ void __launch_bounds__(kThreads, Traits::kKernel == 7 ? 2 : 4)
   // Offsets within a plane and its padding fit 32 bits (covers_rolling_rows).
   const T* input = static_cast<const T*>(a.input) + in_plane * a.in_h * a.in_w;
   int offset = ih * a.in_w + iw;
-  const int dilation_h = Traits::kFlat ? a.dilation_h : 1;
-  const int dilation_w = Traits::kFlat ? a.dilation_w : 1;
   // All loads before the first use: a thread waits for memory once.
   float x[Traits::kInputRows][K];
 #pragma unroll
@@ -119,13 +125,19 @@ __global__ void __launch_bounds__(kThreads, Traits::kKernel == 7 ? 2 : 4)
               oh * a.out_w + ow;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    if (oh + r < a.out_h) output[r * a.out_w] = narrow<T>(sums[r]);
+    if (oh + r * row_step < a.out_h) output[r * row_step * a.out_w] = narrow<T>(sums[r]);
   }
+}
+
+// Threads that share a column of output.
+inline int64_t strips_of(const DepthwiseConv2dParams& p, int rows) {
+  const int64_t row_step = rows == 1 ? 1 : p.dilation_h;
+  return ceil_div(p.out_h, rows * row_step) * row_step;
 }
 
 template <typename Traits>
 cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
-  const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, Traits::kRows));
+  const auto strips = static_cast<uint32_t>(strips_of(p, Traits::kRows));
   Arguments a{};
   a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
   a.output = p.output;
@@ -149,14 +161,17 @@ Depth choose_depth(const DepthwiseConv2dParams& params);
 template <typename T, typename Visit>
 bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
   const Depth depth = choose_depth(p);
-#define DWSWAP_CASE(K, S)                                         \
-  if (p.kernel_h == K && p.kernel_w == K && p.stride_h == S) {    \
-    if (depth == Depth::kDeep) {                                  \
-      visit.template operator()<Traits<T, K, S, Depth::kDeep>>(); \
-    } else {                                                      \
-      visit.template operator()<Traits<T, K, S, Depth::kFlat>>(); \
-    }                                                             \
-    return true;                                                  \
+  const bool dilated = p.dilation_h != 1 || p.dilation_w != 1;
+#define DWSWAP_CASE(K, S)                                                \
+  if (p.kernel_h == K && p.kernel_w == K && p.stride_h == S) {           \
+    if (depth == Depth::kFlat) {                                         \
+      visit.template operator()<Traits<T, K, S, Depth::kFlat, true>>();  \
+    } else if (!dilated) {                                               \
+      visit.template operator()<Traits<T, K, S, Depth::kDeep, false>>(); \
+    } else if constexpr (S == 1) {                                       \
+      visit.template operator()<Traits<T, K, S, Depth::kDeep, true>>();  \
+    }                                                                    \
+    return true;                                                         \
   }
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)

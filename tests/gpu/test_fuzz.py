@@ -32,6 +32,7 @@ FAMILIES = (
     "",
     "plane_strips",
     "rolling_rows",
+    "toeplitz",
 )
 # Cases between two synchronisations.
 BATCH = 50

@@ -24,6 +24,7 @@ from dwswap.registration import kernel_family
 
 DEVICE = os.environ.get("DWSWAP_FUZZ_DEVICE", "cuda")
 FAST = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = FAST[1:]
 SQUARES = ((3, 3), (5, 5), (7, 7))
 # Height, width: no tile divides them; those of networks; one row; long rows.
 SIZES = ((7, 7), (13, 9), (14, 14), (33, 29), (1, 23), (5, 213), (56, 57))
@@ -59,7 +60,7 @@ ROWS = {
     "channel columns, padding only": Row(
         "channel_columns", "channels_last", ((3, 3),), channels=(24,), extra_padding=(9, 5)
     ),
-    # Accesses of 16, 8, 4 and 2 bytes.
+    # Accesses of 8, 4 and 2 bytes.
     "channel direct": Row(
         "channel_direct",
         "channels_last",
@@ -78,6 +79,36 @@ ROWS = {
     ),
     "channel direct, no padding": Row(
         "channel_direct", "channels_last", ((3, 3),), channels=(24, 57), extra_padding=(-1, -1)
+    ),
+    # Rows of 4, 2 and 1 elements, and whole planes.
+    "toeplitz": Row(
+        "toeplitz",
+        "contiguous",
+        (*SQUARES, (9, 9), (1, 11), (31, 31)),
+        channels=(3, 8, 40),
+        dtypes=HALVES,
+        sizes=((1, 1), (7, 7), (14, 14), *SIZES),
+    ),
+    "toeplitz, channels_last": Row(
+        "toeplitz",
+        "channels_last",
+        (*SQUARES, (9, 9), (1, 11), (31, 31)),
+        channels=(8, 24, 72),
+        dtypes=HALVES,
+        sizes=((1, 1), (7, 7), *SIZES),
+    ),
+    "toeplitz, dilation": Row(
+        "toeplitz", "contiguous", SQUARES, channels=(3, 24), dilation=2, dtypes=HALVES
+    ),
+    "toeplitz, dilation of channels_last": Row(
+        "toeplitz", "channels_last", SQUARES, channels=(24,), dilation=2, dtypes=HALVES
+    ),
+    "toeplitz, misaligned": Row("toeplitz", "offset", SQUARES, dtypes=HALVES),
+    "toeplitz, padding only": Row(
+        "toeplitz", "contiguous", SQUARES, extra_padding=(9, 5), dtypes=HALVES
+    ),
+    "toeplitz, no padding": Row(
+        "toeplitz", "channels_last", SQUARES, (1, 2), (24,), extra_padding=(-1, -1), dtypes=HALVES
     ),
     "plane strips": Row(
         "plane_strips",
@@ -131,7 +162,9 @@ each_row = pytest.mark.parametrize(
 )
 # DWSWAP_PORTABLE=1 keeps new GPUs to what all have.
 PORTABLE = {
-    name: row for name, row in ROWS.items() if row.family in ("channel_tiles", "plane_strips")
+    name: row
+    for name, row in ROWS.items()
+    if row.family in ("channel_tiles", "plane_strips") and row.dtypes == FAST
 }
 
 
@@ -249,6 +282,7 @@ CHOSEN = {
     "channel_tiles": Case(HALF, "channels_last", 1, 144, 56, 56, (3, 3), padding=(1, 1)),
     "plane_strips": Case(HALF, "contiguous", 64, 144, 56, 56, (3, 3), padding=(1, 1)),
     "rolling_rows": Case(HALF, "contiguous", 1, 960, 7, 7, (3, 3), padding=(1, 1)),
+    "toeplitz": Case(HALF, "contiguous", 2, 96, 32, 32, (31, 31), padding=(15, 15)),
     "general": Case(HALF, "contiguous", 1, 960, 7, 7, (4, 4), padding=(1, 1)),
 }
 
@@ -308,6 +342,6 @@ def test_every_family_and_every_compiled_size_is_covered():
             for stride in row.strides
         }
         # Any size; 3 x 3 only.
-        assert sizes or family in ("general", "channel_columns", "channel_direct")
+        assert sizes or family in ("general", "toeplitz", "channel_columns", "channel_direct")
         # Square kernels are listed by their side.
         assert {size if len(size) == 3 else (size[0], *size) for size in sizes} <= covered

@@ -26,6 +26,7 @@ FAMILIES = {
     "channel_tiles": Case(HALF, "channels_last", 4, 72, 29, 31, (5, 5), padding=(2, 2)),
     "plane_strips": Case(HALF, "contiguous", 8, 72, 29, 31, (3, 3), padding=(1, 1)),
     "rolling_rows": Case(HALF, "contiguous", 4, 36, 29, 31, (5, 5), (2, 2), (2, 2), multiplier=2),
+    "toeplitz": Case(HALF, "contiguous", 4, 24, 29, 31, (9, 9), padding=(4, 4)),
     "general": Case(HALF, "channels_last", 4, 57, 29, 31, (4, 3), padding=(1, 1)),
     "general, float64": Case(torch.float64, "contiguous", 4, 57, 29, 31, (3, 3), padding=(1, 1)),
 }

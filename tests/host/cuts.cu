@@ -11,6 +11,7 @@
 #include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/channel_direct_cut.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
+#include "depthwise_conv2d/toeplitz_cut.h"
 
 int main() {
   using namespace dwswap;
@@ -35,6 +36,14 @@ int main() {
                   cut.lanes, cut.groups, cut.stages, cut.buffers,
                   static_cast<long long>(cut.in_bytes), static_cast<long long>(cut.out_bytes),
                   static_cast<long long>(cut.shared_bytes()), took.count());
+    } else if (family == "toeplitz") {
+      p.in_layout = p.out_layout = element_bytes == 2 ? Layout::kChannelsLast : Layout::kContiguous;
+      const auto cut = toeplitz::choose_cut(p, device);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      const auto stride = static_cast<int>(p.stride_w);
+      const long long shared = cut.rows == 0 ? 0 : cut.shared_bytes(stride, p.kernel_h);
+      std::printf("%d %d %d %d %d %d %d %lld %.0f\n", cut.steps, cut.tiles, cut.channels,
+                  cut.images, cut.rows, cut.in_rows, cut.threads, shared, took.count());
     } else if (family == "channel_direct") {
       const auto cut = channel_direct::choose_cut(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;

@@ -1,0 +1,39 @@
+// Matrix instructions on half-precision fragments (sm_80 and later), with the layouts of the PTX
+// manual, "Matrix fragments for mma.m16n8k16".
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace dwswap {
+
+// Four 8 x 8 matrices of 16-bit elements; lane i gives the shared-memory address of row
+// i % 8 of matrix i / 8, aligned to 16 bytes.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+// sums += a b: a is 16 x 16 by rows, b 16 x 8 by columns, sums 16 x 8 in float32.
+template <typename T>
+__device__ __forceinline__ void multiply_add(float* sums, const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]);
+#define DWSWAP_MULTIPLY_ADD(T, NAME)                                                   \
+  template <>                                                                          \
+  __device__ __forceinline__ void multiply_add<T>(float* sums, const uint32_t (&a)[4], \
+                                                  const uint32_t (&b)[2]) {            \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                         \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                   \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));           \
+  }
+DWSWAP_MULTIPLY_ADD(__half, "f16")
+DWSWAP_MULTIPLY_ADD(__nv_bfloat16, "bf16")
+#undef DWSWAP_MULTIPLY_ADD
+
+}  // namespace dwswap
