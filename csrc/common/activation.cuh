@@ -49,6 +49,14 @@ __device__ __forceinline__ double gelu_of(double x) {
   return 0.5 * x * (1.0 + erf(x * 0.70710678118654752));
 }
 
+// The clamp of (x + 3) / 6 to [0, 1] goes with the multiply-add; NaN comes back with the factor x.
+__device__ __forceinline__ float hardswish_of(float x) {
+  return x * __saturatef(fmaf(x, 1.0f / 6.0f, 0.5f));
+}
+__device__ __forceinline__ double hardswish_of(double x) {
+  return x * clamp(x + 3.0, 0.0, 6.0) * (1.0 / 6.0);
+}
+
 // 0.5 x (1 + tanh(u)) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 template <typename A>
 __device__ __forceinline__ A gelu_tanh_of(A x) {
@@ -72,7 +80,7 @@ __device__ __forceinline__ void activate(A (&x)[N], Activation activation) {
       return;
     case Activation::kHardswish:
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = x[i] * clamp(x[i] + A(3), A(0), A(6)) * A(1.0 / 6.0);
+      for (int i = 0; i < N; ++i) x[i] = hardswish_of(x[i]);
       return;
     case Activation::kSilu:
 #pragma unroll

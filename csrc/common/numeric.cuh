@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/activation.cuh"
+
 namespace dwswap {
 
 template <typename T>
@@ -51,7 +53,8 @@ struct Words {
   static constexpr int kBytes = sizeof(T) * N;
   static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16,
                 "the widths of one access");
-  uint32_t data[(kBytes + 3) / 4];
+  static constexpr int kWords = (kBytes + 3) / 4;
+  uint32_t data[kWords];
 };
 
 template <int N, typename T>
@@ -127,19 +130,69 @@ __device__ __forceinline__ uint32_t narrow_pair<__nv_bfloat16>(float low, float 
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-template <int N, typename T>
-__device__ __forceinline__ void store(T* target, const float (&source)[N]) {
+template <typename T, int N>
+__device__ __forceinline__ Words<T, N> narrow_all(const float (&source)[N]) {
   Words<T, N> words;
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
     for (int i = 0; i < N; ++i) words.data[i] = __float_as_uint(source[i]);
+  } else if constexpr (N == 1) {
+    words.data[0] = narrow_pair<T>(source[0], 0.0f);
   } else {
 #pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      words.data[i / 2] = narrow_pair<T>(source[i], N > 1 ? source[i + 1] : 0.0f);
-    }
+    for (int i = 0; i < N; i += 2) words.data[i / 2] = narrow_pair<T>(source[i], source[i + 1]);
   }
-  store_words<N>(target, words);
+  return words;
+}
+
+template <int N, typename T>
+__device__ __forceinline__ void store(T* target, const float (&source)[N]) {
+  store_words<N>(target, narrow_all<T>(source));
+}
+
+// The larger, the smaller and the sum of two words, element by element; NaN stays NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t maximum_word(uint32_t x, uint32_t y);
+template <typename T>
+__device__ __forceinline__ uint32_t minimum_word(uint32_t x, uint32_t y);
+#define DWSWAP_WORD_FUNCTION(NAME, T, INSTRUCTION)                      \
+  template <>                                                           \
+  __device__ __forceinline__ uint32_t NAME<T>(uint32_t x, uint32_t y) { \
+    uint32_t result;                                                    \
+    asm(INSTRUCTION " %0, %1, %2;" : "=r"(result) : "r"(x), "r"(y));    \
+    return result;                                                      \
+  }
+DWSWAP_WORD_FUNCTION(maximum_word, __half, "max.NaN.f16x2")
+DWSWAP_WORD_FUNCTION(minimum_word, __half, "min.NaN.f16x2")
+DWSWAP_WORD_FUNCTION(maximum_word, __nv_bfloat16, "max.NaN.bf16x2")
+DWSWAP_WORD_FUNCTION(minimum_word, __nv_bfloat16, "min.NaN.bf16x2")
+#undef DWSWAP_WORD_FUNCTION
+template <>
+__device__ __forceinline__ uint32_t maximum_word<float>(uint32_t x, uint32_t y) {
+  return __float_as_uint(maximum(__uint_as_float(x), __uint_as_float(y)));
+}
+template <>
+__device__ __forceinline__ uint32_t minimum_word<float>(uint32_t x, uint32_t y) {
+  return __float_as_uint(minimum(__uint_as_float(x), __uint_as_float(y)));
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t sum_word(uint32_t x, uint32_t y);
+template <>
+__device__ __forceinline__ uint32_t sum_word<__half>(uint32_t x, uint32_t y) {
+  const __half2 result =
+      __hadd2_rn(*reinterpret_cast<const __half2*>(&x), *reinterpret_cast<const __half2*>(&y));
+  return *reinterpret_cast<const uint32_t*>(&result);
+}
+template <>
+__device__ __forceinline__ uint32_t sum_word<__nv_bfloat16>(uint32_t x, uint32_t y) {
+  const __nv_bfloat162 result = __hadd2_rn(*reinterpret_cast<const __nv_bfloat162*>(&x),
+                                           *reinterpret_cast<const __nv_bfloat162*>(&y));
+  return *reinterpret_cast<const uint32_t*>(&result);
+}
+template <>
+__device__ __forceinline__ uint32_t sum_word<float>(uint32_t x, uint32_t y) {
+  return __float_as_uint(__uint_as_float(x) + __uint_as_float(y));
 }
 
 // Division of n < 2^31 by a divisor that is fixed per launch: a multiplication and a shift

@@ -10,26 +10,26 @@
 // windows hold it.
 #pragma once
 
-#include <type_traits>
-
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/channel_pairs.cuh"
+#include "depthwise_conv2d/form.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
 namespace channel_columns {
 
-template <typename T_, int STRIDE_, int COLUMNS_>
+template <typename T_, int STRIDE_, int COLUMNS_, Form FORM_>
 struct Traits {
   using T = T_;
   // Of output, per thread: 7 divides the image widths of most networks, 4 those that are powers
   // of 2.
   static constexpr int kColumns = COLUMNS_;
   static constexpr int kStride = STRIDE_;
+  static constexpr Form kForm = FORM_;
   // Rows of output that an input row contributes to. A chunk has as many steps, of kStride rows
   // each, so that sums keep their registers from chunk to chunk.
   static constexpr int kOpenRows = (kKernel + STRIDE_ - 1) / STRIDE_;
@@ -109,93 +109,81 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
               (static_cast<int64_t>(n) * a.out_h + first_row) * out_row +
               static_cast<int64_t>(ow) * a.channels + c;
 
-  const auto advance = [&](auto plain) {
-    // sums[q] is the row of output whose window began q steps ago.
-    float sums[OPEN][2 * COLUMNS];
-    float taps[2][K * K];
-    int stage = 0;
-    uint32_t parity = 0;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      barrier_wait(&arrived[stage], parity);
-      if (chunk == 0) {
-        load_taps(tile_taps + 2 * (busy ? pair : 0) * (K * K), taps);
+  const InputForm<Traits::kForm, T, 2> input_form(input_bias, a.input_activation);
+  const OutputForm<Traits::kForm, T, 2> output_form(a.activation);
+  const uint32_t inside = columns_inside<IN_COLUMNS>(iw, a.in_w, (columns - 1) * S + K);
+
+  // sums[q] is the row of output whose window began q steps ago.
+  float sums[OPEN][2 * COLUMNS];
+  float taps[2][K * K], start[2];
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    barrier_wait(&arrived[stage], parity);
+    if (chunk == 0) {
+      load_taps(tile_taps + 2 * (busy ? pair : 0) * (K * K), taps);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) start[e] = input_form.start(e, bias[e], taps[e]);
+#pragma unroll
+      for (int q = 0; q < OPEN; ++q) {
+#pragma unroll
+        for (int i = 0; i < 2 * COLUMNS; ++i) sums[q][i] = start[i % 2];
+      }
+    }
+    const T* row = reinterpret_cast<const T*>(shared + stage * a.chunk_bytes) +
+                   (busy ? group : 0) * COLUMNS * S * tile_channels + 2 * (busy ? pair : 0);
+    const int pitch = a.tile_w * tile_channels;
+    const int first_ih = ih + chunk * Traits::kChunkRows;
+#pragma unroll
+    for (int step = 0; step < OPEN; ++step) {
+#pragma unroll
+      for (int j = 0; j < S; ++j, row += pitch) {
+        const bool row_inside =
+            static_cast<unsigned>(first_ih + step * S + j) < static_cast<unsigned>(a.in_h);
+        float x[2 * IN_COLUMNS];
+        input_form.template apply<IN_COLUMNS>(
+            [&](int pixel) { return load_words<2>(row + pixel * tile_channels); },
+            row_inside ? inside : 0, a.input_activation, x);
 #pragma unroll
         for (int q = 0; q < OPEN; ++q) {
+          const int kh = S * q + j;
+          if (kh >= K) continue;
 #pragma unroll
-          for (int i = 0; i < 2 * COLUMNS; ++i) sums[q][i] = bias[i % 2];
-        }
-      }
-      const T* row = reinterpret_cast<const T*>(shared + stage * a.chunk_bytes) +
-                     (busy ? group : 0) * COLUMNS * S * tile_channels + 2 * (busy ? pair : 0);
-      const int pitch = a.tile_w * tile_channels;
-      const int first_ih = ih + chunk * Traits::kChunkRows;
+          for (int kw = 0; kw < K; ++kw) {
 #pragma unroll
-      for (int step = 0; step < OPEN; ++step) {
-#pragma unroll
-        for (int j = 0; j < S; ++j, row += pitch) {
-          float x[2 * IN_COLUMNS];
-          load_pairs(row, tile_channels, x);
-          if (!plain && a.transforms_input) {
-            // Padding comes after the activation.
-            const bool row_inside =
-                static_cast<unsigned>(first_ih + step * S + j) < static_cast<unsigned>(a.in_h);
-#pragma unroll
-            for (int i = 0; i < 2 * IN_COLUMNS; ++i) x[i] += input_bias[i % 2];
-            activate(x, a.input_activation);
-#pragma unroll
-            for (int i = 0; i < IN_COLUMNS; ++i) {
-              const bool inside =
-                  row_inside && static_cast<unsigned>(iw + i) < static_cast<unsigned>(a.in_w);
-              if (!inside) x[2 * i] = 0.0f, x[2 * i + 1] = 0.0f;
-            }
-          }
-#pragma unroll
-          for (int q = 0; q < OPEN; ++q) {
-            const int kh = S * q + j;
-            if (kh >= K) continue;
-#pragma unroll
-            for (int kw = 0; kw < K; ++kw) {
-#pragma unroll
-              for (int i = 0; i < 2 * COLUMNS; ++i) {
-                sums[q][i] += x[2 * (i / 2 * S + kw) + i % 2] * taps[i % 2][kh * K + kw];
-              }
+            for (int i = 0; i < 2 * COLUMNS; ++i) {
+              sums[q][i] += x[2 * (i / 2 * S + kw) + i % 2] * taps[i % 2][kh * K + kw];
             }
           }
         }
-        const int oh = chunk * OPEN + step - (OPEN - 1);
-        if (static_cast<unsigned>(oh) < static_cast<unsigned>(rows)) {
-          auto& finished = sums[OPEN - 1];
-          if (!plain) activate(finished, a.activation);
-          T* element = target;
+      }
+      const int oh = chunk * OPEN + step - (OPEN - 1);
+      if (static_cast<unsigned>(oh) < static_cast<unsigned>(rows)) {
+        auto& finished = sums[OPEN - 1];
+        if constexpr (Traits::kForm == Form::kAny) activate(finished, a.activation);
+        T* element = target;
 #pragma unroll
-          for (int i = 0; i < COLUMNS; ++i, element += a.channels) {
-            if (i < columns) {
-              const float value[2] = {finished[2 * i], finished[2 * i + 1]};
-              store(element, value);
-            }
+        for (int i = 0; i < COLUMNS; ++i, element += a.channels) {
+          if (i < columns) {
+            float value[2] = {finished[2 * i], finished[2 * i + 1]};
+            store_words<2>(element, output_form.apply(value));
           }
-          target += out_row;
         }
-#pragma unroll
-        for (int q = OPEN - 1; q > 0; --q) {
-#pragma unroll
-          for (int i = 0; i < 2 * COLUMNS; ++i) sums[q][i] = sums[q - 1][i];
-        }
-#pragma unroll
-        for (int i = 0; i < 2 * COLUMNS; ++i) sums[0][i] = bias[i % 2];
+        target += out_row;
       }
-      if (chunk + a.stages < chunks) {
-        __syncthreads();
-        if (threadIdx.x == 0) fetch(chunk + a.stages, stage, 0);
+#pragma unroll
+      for (int q = OPEN - 1; q > 0; --q) {
+#pragma unroll
+        for (int i = 0; i < 2 * COLUMNS; ++i) sums[q][i] = sums[q - 1][i];
       }
-      if (++stage == a.stages) stage = 0, parity ^= 1;
+#pragma unroll
+      for (int i = 0; i < 2 * COLUMNS; ++i) sums[0][i] = start[i % 2];
     }
-  };
-  // Two bodies, so that the code of activations does not lie between the rows of the plain one.
-  if (!a.transforms_input && a.activation == Activation::kNone) {
-    advance(std::true_type());
-  } else {
-    advance(std::false_type());
+    if (chunk + a.stages < chunks) {
+      __syncthreads();
+      if (threadIdx.x == 0) fetch(chunk + a.stages, stage, 0);
+    }
+    if (++stage == a.stages) stage = 0, parity ^= 1;
   }
 #else
   __trap();  // the host chose it for an image of sm_90
@@ -249,9 +237,11 @@ template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
   const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
   if (cut.rows == 0) return cudaErrorInvalidValue;
-#define DWSWAP_COLUMNS_CASE(S, COLUMNS)                   \
-  if (p.stride_h == S && cut.columns == COLUMNS) {        \
-    return launch<Traits<T, S, COLUMNS>>(p, cut, stream); \
+#define DWSWAP_COLUMNS_CASE(S, COLUMNS)                                            \
+  if (p.stride_h == S && cut.columns == COLUMNS) {                                 \
+    return visit_form(form_of(p), [&](auto form) {                                 \
+      return launch<Traits<T, S, COLUMNS, decltype(form)::value>>(p, cut, stream); \
+    });                                                                            \
   }
   DWSWAP_COLUMNS_CASE(1, 7)
   DWSWAP_COLUMNS_CASE(1, 4)

@@ -16,21 +16,21 @@
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/channel_direct_cut.h"
 #include "depthwise_conv2d/channel_pairs.cuh"
+#include "depthwise_conv2d/form.cuh"
 #include "depthwise_conv2d/params.h"
 
 namespace dwswap {
 namespace channel_direct {
 
-template <typename T_, int CHANNELS_, int STRIDE_, bool PLAIN_>
+template <typename T_, int CHANNELS_, int STRIDE_, Form FORM_>
 struct Traits {
   using T = T_;
   static constexpr int kChannels = CHANNELS_;
   static constexpr int kColumns = columns_of(STRIDE_);
   static constexpr int kStride = STRIDE_;
-  // Without input_bias and activations.
-  static constexpr bool kPlain = PLAIN_;
+  static constexpr Form kForm = FORM_;  // kPlain, kClamp or kAny
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + kKernel;
-  static constexpr int kMinBlocks = PLAIN_ ? 5 : 4;  // activations want registers
+  static constexpr int kMinBlocks = FORM_ == Form::kPlain ? 5 : 4;  // activations want registers
 };
 
 struct Arguments {
@@ -52,16 +52,7 @@ struct Arguments {
 template <int N, typename T>
 __device__ __forceinline__ void load_where(bool wanted, const T* source, Words<T, N>& words) {
   auto& data = words.data;
-  if constexpr (Words<T, N>::kBytes == 16) {
-    asm volatile(
-        "{\n"
-        ".reg .pred wanted;\n"
-        "setp.ne.s32 wanted, %4, 0;\n"
-        "@wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%5];\n"
-        "}\n"
-        : "+r"(data[0]), "+r"(data[1]), "+r"(data[2]), "+r"(data[3])
-        : "r"(static_cast<int>(wanted)), "l"(source));
-  } else if constexpr (Words<T, N>::kBytes == 8) {
+  if constexpr (Words<T, N>::kBytes == 8) {
     asm volatile(
         "{\n"
         ".reg .pred wanted;\n"
@@ -93,9 +84,10 @@ __device__ __forceinline__ void load_where(bool wanted, const T* source, Words<T
 
 // Behind a branch that is seldom taken; written as C++, it would be selected in every row.
 template <int N, typename T>
-__device__ __forceinline__ void set_zero(Words<T, N>& words) {
+__device__ __forceinline__ void set(Words<T, N>& words, const Words<T, N>& values) {
 #pragma unroll
-  for (uint32_t& word : words.data) asm volatile("mov.b32 %0, 0;" : "=r"(word));
+  for (int i = 0; i < Words<T, N>::kWords; ++i)
+    asm volatile("mov.b32 %0, %1;" : "=r"(words.data[i]) : "r"(values.data[i]));
 }
 
 // Adds pixel i of a row of input to the outputs whose windows hold it; the row is row kh of theirs.
@@ -149,7 +141,8 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
               static_cast<int64_t>(ow) * a.channels + c;
 
   using Row = Words<T, V>[IN_COLUMNS];
-  // Columns outside the image are never loaded and stay zero.
+  // Columns outside the image are never loaded and stay what they are.
+  Words<T, V> outside{};
   Row even{}, odd{};
   int next = ih;
   const auto fetch = [&](Row& row) {
@@ -158,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
       for (int i = 0; i < IN_COLUMNS; ++i) load_where(inside[i], source + i * a.channels, row[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < IN_COLUMNS; ++i) set_zero(row[i]);
+      for (int i = 0; i < IN_COLUMNS; ++i) set(row[i], outside);
     }
     ++next, source += in_row;
   };
@@ -168,11 +161,29 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   load_taps(static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * (K * K), taps);
   if (a.bias != nullptr) load(static_cast<const T*>(a.bias) + c, bias);
   if (a.input_bias != nullptr) load(static_cast<const T*>(a.input_bias) + c, input_bias);
+  constexpr Form FORM = Traits::kForm;
+  const InputForm<FORM, T, V> input_form(input_bias, a.input_activation);
+  const OutputForm<FORM, T, V> output_form(a.activation);
+  float start[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) start[v] = input_form.start(v, bias[v], taps[v]);
+  if constexpr (clamps(FORM)) {
+    // The loads of the first rows did not wait for input_bias.
+    float values[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) values[v] = input_form.outside(v);
+    outside = narrow_all<T>(values);
+#pragma unroll
+    for (int i = 0; i < IN_COLUMNS; ++i) {
+      if (!inside[i] || static_cast<unsigned>(ih) >= end) even[i] = outside;
+      if (!inside[i] || static_cast<unsigned>(ih + 1) >= end) odd[i] = outside;
+    }
+  }
 
   using Sums = float[COLUMNS * V];
   const auto begin = [&](Sums& sums) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS * V; ++i) sums[i] = bias[i % V];
+    for (int i = 0; i < COLUMNS * V; ++i) sums[i] = start[i % V];
   };
   const auto copy = [](Sums& to, const Sums& from) {
 #pragma unroll
@@ -182,17 +193,10 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   const auto for_each_pixel = [&](const Row& row, auto&& use) {
 #pragma unroll
     for (int i = 0; i < IN_COLUMNS; ++i) {
+      const bool in_image = clamps(FORM) || (inside[i] && static_cast<unsigned>(next - 2) < end);
       float pixel[V];
-      widen_all(row[i], pixel);
-      if (!Traits::kPlain && a.transforms_input) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) pixel[v] += input_bias[v];
-        activate(pixel, a.input_activation);
-        // Padding comes after the activation.
-        const bool in_image = inside[i] && static_cast<unsigned>(next - 2) < end;
-#pragma unroll
-        for (int v = 0; v < V; ++v) pixel[v] = in_image ? pixel[v] : 0.0f;
-      }
+      input_form.template apply<1>([&](int) { return row[i]; }, in_image ? 1 : 0,
+                                   a.input_activation, pixel);
       use(pixel, i);
     }
   };
@@ -202,8 +206,9 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
       float pixel[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) pixel[v] = sums[i * V + v];
-      if (!Traits::kPlain) activate(pixel, a.activation);
-      if (i < columns) store(target + i * a.channels, pixel);
+      if constexpr (FORM == Form::kAny) activate(pixel, a.activation);
+      const Words<T, V> words = output_form.apply(pixel);
+      if (i < columns) store_words<V>(target + i * a.channels, words);
     }
     target += out_row;
   };
@@ -280,11 +285,13 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
   const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
-  const bool plain = !p.transforms_input() && p.activation == Activation::kNone;
-#define DWSWAP_DIRECT_CASE(CHANNELS, STRIDE)                                   \
-  if (cut.channels == CHANNELS && p.stride_h == STRIDE) {                      \
-    return plain ? launch<Traits<T, CHANNELS, STRIDE, true>>(p, cut, stream)   \
-                 : launch<Traits<T, CHANNELS, STRIDE, false>>(p, cut, stream); \
+  const Form form = form_of(p);
+#define DWSWAP_DIRECT_CASE(CHANNELS, STRIDE)                                                \
+  if (cut.channels == CHANNELS && p.stride_h == STRIDE) {                                   \
+    if (form == Form::kPlain)                                                               \
+      return launch<Traits<T, CHANNELS, STRIDE, Form::kPlain>>(p, cut, stream);             \
+    return clamps(form) ? launch<Traits<T, CHANNELS, STRIDE, Form::kClamp>>(p, cut, stream) \
+                        : launch<Traits<T, CHANNELS, STRIDE, Form::kAny>>(p, cut, stream);  \
   }
   DWSWAP_DIRECT_CASE(2, 1)
   DWSWAP_DIRECT_CASE(2, 2)

@@ -28,4 +28,16 @@ __device__ __forceinline__ void load_pairs(const T* source, int pitch, float (&x
   }
 }
 
+// Bit i: column first + i is one of `size`, or none of the `used` ones that count.
+template <int COLUMNS>
+__device__ __forceinline__ uint32_t columns_inside(int first, int size, int used) {
+  uint32_t inside = 0;
+#pragma unroll
+  for (int i = 0; i < COLUMNS; ++i) {
+    if (static_cast<unsigned>(first + i) < static_cast<unsigned>(size) || i >= used)
+      inside |= 1u << i;
+  }
+  return inside;
+}
+
 }  // namespace dwswap

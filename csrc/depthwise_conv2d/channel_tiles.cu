@@ -16,7 +16,8 @@ int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
 channel_tiles::Reader choose_reader(const DepthwiseConv2dParams& p, const Device& device) {
   const auto pixel = static_cast<uint64_t>(p.channels) * element_bytes(p.dtype);
-  const auto alignment = reinterpret_cast<uintptr_t>(p.input) | pixel;
+  const auto alignment =
+      reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.input_bias) | pixel;
   const int bytes = alignment % 16 == 0 ? 16 : alignment % 8 == 0 ? 8 : 4;
   const bool bulk = reads_boxes(device) && readable_in_boxes(p, element_bytes(p.dtype));
   return {bulk, bytes};
@@ -116,9 +117,9 @@ bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
   if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
   // A thread owns a pair of channels.
   const int pair_bytes = 2 * element_bytes(p.dtype);
-  const auto addresses = reinterpret_cast<uintptr_t>(p.input) |
-                         reinterpret_cast<uintptr_t>(p.output) |
-                         reinterpret_cast<uintptr_t>(p.bias);
+  const auto addresses =
+      reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.output) |
+      reinterpret_cast<uintptr_t>(p.bias) | reinterpret_cast<uintptr_t>(p.input_bias);
   if (p.channels % 2 != 0 || addresses % pair_bytes != 0) return false;
   // At least 4 pairs of channels (or all), 7 columns and a row per block.
   const int64_t blocks = p.batch * ceil_div(p.channels, 8) * ceil_div(p.out_w, 7) * p.out_h;

@@ -20,6 +20,7 @@
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/channel_pairs.cuh"
+#include "depthwise_conv2d/form.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/tensor_map.h"
 
@@ -127,19 +128,31 @@ __device__ __forceinline__ void read_tile(T* tile, const Arguments& a, const T* 
 template <typename T, int VEC>
 __device__ __forceinline__ void transform_tile(T* tile, const Arguments& a, int first_channel,
                                                int first_row, int first_column) {
+  const bool clamps = a.input_activation <= Activation::kRelu6;
+  float lows[VEC], highs[VEC];
+#pragma unroll
+  for (int i = 0; i < VEC; ++i)
+    lows[i] = low_of(a.input_activation), highs[i] = high_of(a.input_activation);
+  const Words<T, VEC> low = narrow_all<T>(lows), high = narrow_all<T>(highs);
   for_each_vector<VEC>(a, first_channel, first_row, first_column,
                        [&](int element, int channel, int, int, bool inside) {
                          if (!inside) return;
-                         float x[VEC];
-                         load(tile + element, x);
-                         if (a.input_bias != nullptr) {
+                         Words<T, VEC> words = load_words<VEC>(tile + element);
+                         Words<T, VEC> bias{};
+                         if (a.input_bias != nullptr)
+                           bias = load_words<VEC>(static_cast<const T*>(a.input_bias) + channel);
+                         if (clamps) {
+                           // The bounds are exact in T: a sum that is rounded first is the same.
+                           words = minimum(maximum(sum(words, bias), low), high);
+                         } else {
+                           float x[VEC], b[VEC];
+                           widen_all(words, x), widen_all(bias, b);
 #pragma unroll
-                           for (int i = 0; i < VEC; ++i) {
-                             x[i] += widen(static_cast<const T*>(a.input_bias)[channel + i]);
-                           }
+                           for (int i = 0; i < VEC; ++i) x[i] += b[i];
+                           activate(x, a.input_activation);
+                           words = narrow_all<T>(x);
                          }
-                         activate(x, a.input_activation);
-                         store(tile + element, x);
+                         store_words<VEC>(tile + element, words);
                        });
 }
 

@@ -17,6 +17,7 @@
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
+#include "depthwise_conv2d/form.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
 
@@ -54,6 +55,7 @@ struct Arguments {
   Divisor by_strips, by_images, by_lanes, by_groups;
   bool bulk;    // copies by the copy engine
   bool ragged;  // threads share columns
+  Form form;    // kPlain, kClamp or kAny
   bool transforms_input;
   Activation input_activation, activation;
 };
@@ -168,17 +170,19 @@ struct Walk {
   int skipped;   // columns that a neighbour stores
 };
 
-template <typename Traits, bool ACTIVATES>
+template <typename Traits, Form FORM>
 __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
                                      const float (&taps)[Traits::kKernelH * Traits::kKernelW],
-                                     float bias, const Arguments& a) {
+                                     float bias, float input_bias, const Arguments& a) {
   using T = typename Traits::T;
   constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, S = Traits::kStride;
   constexpr int COLUMNS = Traits::kColumns, IN_COLUMNS = Traits::kInputColumns;
   constexpr int EDGE = Traits::kMaxPaddingW, OPEN = Traits::kOpenRows;
   // Unrolled, the rows of sums move by renaming. Too long a body would not stay in the instruction
   // cache.
-  constexpr int UNROLL = KH * KW <= 25 && !ACTIVATES ? OPEN : 1;
+  constexpr int UNROLL = KH * KW <= 25 && FORM != Form::kAny ? OPEN : 1;
+  const float in_low = low_of(a.input_activation), in_high = high_of(a.input_activation);
+  const float low = low_of(a.activation), high = high_of(a.activation);
 
   // sums[q] is the row of output whose window began q steps ago; a step takes S rows of input.
   float sums[OPEN][COLUMNS];
@@ -190,7 +194,10 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
   const auto take_row = [&](int j, int oldest) {
     float x[IN_COLUMNS];
 #pragma unroll
-    for (int c = 0; c < IN_COLUMNS; ++c) x[c] = widen(w.row[c]);
+    for (int c = 0; c < IN_COLUMNS; ++c) {
+      x[c] = widen(w.row[c]);
+      if constexpr (FORM == Form::kClamp) x[c] = clamp(x[c] + input_bias, in_low, in_high);
+    }
 #pragma unroll
     for (int c = 0; c < EDGE; ++c) {
       constexpr int LAST = IN_COLUMNS - 1;
@@ -223,7 +230,11 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
   };
   const auto finish = [&] {
     auto& finished = sums[OPEN - 1];
-    if constexpr (ACTIVATES) activate(finished, a.activation);
+    if constexpr (FORM == Form::kAny) activate(finished, a.activation);
+    if constexpr (FORM == Form::kClamp) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) finished[i] = clamp(finished[i], low, high);
+    }
     if (!a.ragged) {
 #pragma unroll
       for (int i = 0; i < COLUMNS; ++i) w.out[i] = narrow<T>(finished[i]);
@@ -355,7 +366,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 #endif
       __syncthreads();
     }
-    if (a.transforms_input) {
+    if (a.transforms_input && a.form != Form::kClamp) {
       if (p < unit.planes) {
         transform_plane<Traits>(plane, unit.in_rows, lane, a.by_lanes.value, group,
                                 a.by_groups.value, input_bias, a);
@@ -371,10 +382,12 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       w.row = plane + w.ih * a.in_w + iw;
       w.out = buffer_at(buffer) + misalignment(target) + (p * unit.rows + own_row) * a.out_w + ow;
       w.skipped = own - ow;
-      if (a.activation == Activation::kNone) {
-        walk<Traits, false>(w, taps, bias, a);
+      if (a.form == Form::kPlain) {
+        walk<Traits, Form::kPlain>(w, taps, bias, input_bias, a);
+      } else if (a.form == Form::kClamp) {
+        walk<Traits, Form::kClamp>(w, taps, bias, input_bias, a);
       } else {
-        walk<Traits, true>(w, taps, bias, a);
+        walk<Traits, Form::kAny>(w, taps, bias, input_bias, a);
       }
       if (column_step >= a.out_w) break;  // all columns at once, as a rule
       move_to(own + column_step);
@@ -432,6 +445,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.by_groups = Divisor(static_cast<uint32_t>(cut.groups));
   a.bulk = bulk;
   a.ragged = p.out_w % Traits::kColumns != 0;
+  const Form form = form_of(p);
+  a.form = clamps(form) ? Form::kClamp : form == Form::kPlain ? form : Form::kAny;
   a.transforms_input = p.transforms_input();
   a.input_activation = p.input_activation, a.activation = p.activation;
 

@@ -1,0 +1,167 @@
+// The activations of a problem as kernels are compiled for them. A run-time switch between the rows
+// of a kernel costs more than the usual activations do.
+#pragma once
+
+#include <type_traits>
+
+#include "common/numeric.cuh"
+#include "depthwise_conv2d/params.h"
+
+namespace dwswap {
+
+// Both sides alike: nothing; none or relu; none, relu or relu6; hardswish; whatever else.
+enum class Form { kPlain, kRelu, kClamp, kHardswish, kAny };
+
+inline Form form_of(const DepthwiseConv2dParams& p) {
+  const Activation most = p.input_activation > p.activation ? p.input_activation : p.activation;
+  if (!p.transforms_input() && most == Activation::kNone) return Form::kPlain;
+  if (most <= Activation::kRelu) return Form::kRelu;
+  if (most <= Activation::kRelu6) return Form::kClamp;
+  const bool hardswish = p.input_activation == p.activation && most == Activation::kHardswish;
+  return hardswish ? Form::kHardswish : Form::kAny;
+}
+static_assert(Activation::kNone < Activation::kRelu && Activation::kRelu < Activation::kRelu6);
+
+// visit(std::integral_constant<Form, FORM>()) for a run-time form.
+template <typename Visit>
+auto visit_form(Form form, Visit&& visit) {
+  switch (form) {
+    case Form::kPlain:
+      return visit(std::integral_constant<Form, Form::kPlain>());
+    case Form::kRelu:
+      return visit(std::integral_constant<Form, Form::kRelu>());
+    case Form::kClamp:
+      return visit(std::integral_constant<Form, Form::kClamp>());
+    case Form::kHardswish:
+      return visit(std::integral_constant<Form, Form::kHardswish>());
+    case Form::kAny:
+      break;
+  }
+  return visit(std::integral_constant<Form, Form::kAny>());
+}
+
+constexpr bool clamps(Form form) { return form == Form::kRelu || form == Form::kClamp; }
+
+// An activation of kRelu and kClamp is min(max(x, low), high).
+__device__ __forceinline__ float low_of(Activation activation) {
+  return activation == Activation::kNone ? -INFINITY : 0.0f;
+}
+__device__ __forceinline__ float high_of(Activation activation) {
+  return activation == Activation::kRelu6 ? 6.0f : INFINITY;
+}
+
+// Element by element, in the type of the elements; NaN stays NaN.
+template <typename T, int N>
+__device__ __forceinline__ Words<T, N> maximum(Words<T, N> x, const Words<T, N>& low) {
+#pragma unroll
+  for (int i = 0; i < Words<T, N>::kWords; ++i) x.data[i] = maximum_word<T>(x.data[i], low.data[i]);
+  return x;
+}
+template <typename T, int N>
+__device__ __forceinline__ Words<T, N> minimum(Words<T, N> x, const Words<T, N>& high) {
+#pragma unroll
+  for (int i = 0; i < Words<T, N>::kWords; ++i)
+    x.data[i] = minimum_word<T>(x.data[i], high.data[i]);
+  return x;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ Words<T, N> sum(Words<T, N> x, const Words<T, N>& y) {
+#pragma unroll
+  for (int i = 0; i < Words<T, N>::kWords; ++i) x.data[i] = sum_word<T>(x.data[i], y.data[i]);
+  return x;
+}
+
+// input_activation(input + b) of N neighbouring channels while they are read.
+//
+// Where it is a clamp, clamp(x + b) = max(x, low - b) + b, of which the lower bound is exact and in
+// half precision takes a pair of channels at once; the sums get b times all taps instead of an
+// addition per element, and what lies outside the image, zero after the activation, is -b.
+template <Form FORM, typename T, int N>
+class InputForm {
+  Words<T, N> low;
+  float high[N], bias[N];
+
+ public:
+  __device__ __forceinline__ InputForm(const float (&input_bias)[N], Activation activation) {
+    float lows[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      bias[i] = input_bias[i];
+      lows[i] = low_of(activation) - input_bias[i];
+      high[i] = high_of(activation) - input_bias[i];
+    }
+    low = narrow_all<T>(lows);
+  }
+
+  __device__ __forceinline__ float outside(int i) const { return clamps(FORM) ? -bias[i] : 0.0f; }
+
+  // What a sum of channel i begins with.
+  template <int TAPS>
+  __device__ __forceinline__ float start(int i, float output_bias,
+                                         const float (&taps)[TAPS]) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int t = 0; t < TAPS; ++t) sum += taps[t];
+    return clamps(FORM) ? output_bias + bias[i] * sum : output_bias;
+  }
+
+  // Pixels of a row: x[pixel * N + channel] of what read(pixel) returns; bit i of `inside`: pixel i
+  // lies in the image.
+  template <int PIXELS, typename Read>
+  __device__ __forceinline__ void apply(Read&& read, uint32_t inside, Activation activation,
+                                        float (&x)[PIXELS * N]) const {
+#pragma unroll
+    for (int i = 0; i < PIXELS; ++i) {
+      Words<T, N> words = read(i);
+      if constexpr (clamps(FORM)) words = maximum(words, low);
+      float pixel[N];
+      widen_all(words, pixel);
+#pragma unroll
+      for (int e = 0; e < N; ++e) x[i * N + e] = transform(pixel[e], e);
+    }
+    if constexpr (FORM == Form::kAny) activate(x, activation);
+    if constexpr (FORM != Form::kPlain) {
+      if (inside == (1u << PIXELS) - 1) return;
+#pragma unroll
+      for (int i = 0; i < PIXELS * N; ++i) {
+        if ((inside >> i / N & 1) == 0) x[i] = outside(i % N);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ float transform(float x, int i) const {
+    if constexpr (FORM == Form::kClamp) return minimum(x, high[i]);
+    if constexpr (FORM == Form::kHardswish) return hardswish_of(x + bias[i]);
+    if constexpr (FORM == Form::kAny) return x + bias[i];
+    return x;
+  }
+};
+
+// activation(sums) of N neighbouring channels, rounded to T; of kAny it is taken before, for many
+// pixels at once.
+template <Form FORM, typename T, int N>
+struct OutputForm {
+  Words<T, N> low, high;
+
+  __device__ __forceinline__ explicit OutputForm(Activation activation) {
+    float lows[N], highs[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) lows[i] = low_of(activation), highs[i] = high_of(activation);
+    low = narrow_all<T>(lows), high = narrow_all<T>(highs);
+  }
+
+  __device__ __forceinline__ Words<T, N> apply(float (&sums)[N]) const {
+    if constexpr (FORM == Form::kHardswish) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) sums[i] = hardswish_of(sums[i]);
+    }
+    Words<T, N> words = narrow_all<T>(sums);
+    if constexpr (clamps(FORM)) words = maximum(words, low);
+    if constexpr (FORM == Form::kClamp) words = minimum(words, high);
+    return words;
+  }
+};
+
+}  // namespace dwswap
