@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dwswap.activations import ACTIVATIONS
 
-__all__ = ["check_arguments", "check_dense", "output_size", "pair"]
+__all__ = ["check_arguments", "check_dense", "geometry", "output_size", "pair"]
 
 NAME = "dwswap.depthwise_conv2d"
 NAMES = ("input", "weight", "bias", "input_bias")
-type_check = torch._check_type
-value_check = torch._check_value
 
 MOST_ELEMENTS = 1 << 60
 """The bytes of so many elements still fit 63 bits; aten may wrap around beyond that."""
+
+
+def type_check(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    # torch._check_type is for symbols: it takes half a microsecond, and a call has twenty checks.
+    if condition is not True:
+        torch._check_type(condition, message)
+
+
+def value_check(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    if condition is not True:
+        torch._check_value(condition, message)
 
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
@@ -29,7 +38,7 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
         ValueError: its length is not 1 or 2, or an element is below ``minimum``.
     """
     # The common case first: it is on the path of every call.
-    if isinstance(value, tuple) and len(value) == 2:
+    if type(value) is tuple and len(value) == 2:
         height, width = value
         if type(height) is type(width) is int and height >= minimum and width >= minimum:
             return height, width
@@ -52,6 +61,17 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
     return value[0], value[1]
 
 
+def geometry(
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """``stride``, ``padding`` and ``dilation`` of the operator as pairs, checked."""
+    return (
+        pair("stride", tuple(stride), 1),
+        pair("padding", tuple(padding), 0),
+        pair("dilation", tuple(dilation), 1),
+    )
+
+
 def output_size(
     input: Tensor,
     weight: Tensor,
@@ -60,13 +80,12 @@ def output_size(
     dilation: Sequence[int],
 ) -> list[int]:
     """Shape of the output, for arguments that :func:`check_arguments` has accepted."""
+    shape, kernel = input.shape, weight.shape
     spatial = [
-        (input.shape[i - 2] + 2 * padding[i] - dilation[i] * (weight.shape[i - 2] - 1) - 1)
-        // stride[i]
-        + 1
+        (shape[i - 2] + 2 * padding[i] - dilation[i] * (kernel[i - 2] - 1) - 1) // stride[i] + 1
         for i in range(2)
     ]
-    return [*input.shape[:-3], weight.shape[0], *spatial]
+    return [*shape[:-3], kernel[0], *spatial]
 
 
 def check_dense(*tensors: Tensor | None) -> None:
@@ -109,30 +128,31 @@ def check_arguments(
         weight.dim() == 4,
         lambda: f"{NAME}: weight must be 4-D (C * m, 1, kH, kW), got shape {_shape(weight)}",
     )
-    channels, height, width = input.shape[-3:]
+    shape, kernel = input.shape, weight.shape
+    channels, height, width = shape[-3:]
     value_check(
         channels > 0 and height > 0 and width > 0,
         lambda: f"{NAME}: input must have C, H and W of at least 1, got shape {_shape(input)}",
     )
     value_check(
-        weight.shape[1] == 1,
+        kernel[1] == 1,
         lambda: (
             f"{NAME}: weight must have one input channel per group, shape (C * m, 1, kH, kW), "
             f"got shape {_shape(weight)}"
         ),
     )
     value_check(
-        weight.shape[0] > 0 and weight.shape[0] % channels == 0,
+        kernel[0] > 0 and kernel[0] % channels == 0,
         lambda: (
             f"{NAME}: weight.shape[0] must be a multiple of the input's {channels} channels, "
-            f"got {weight.shape[0]}"
+            f"got {kernel[0]}"
         ),
     )
     value_check(
-        weight.shape[2] > 0 and weight.shape[3] > 0,
+        kernel[2] > 0 and kernel[3] > 0,
         lambda: f"{NAME}: weight must have a kernel of at least 1 x 1, got shape {_shape(weight)}",
     )
-    _check_vector("bias", bias, weight.shape[0])
+    _check_vector("bias", bias, kernel[0])
     _check_vector("input_bias", input_bias, channels)
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -143,8 +163,8 @@ def check_arguments(
                 f"{NAME}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}"
             )
     for i, axis in enumerate(("height", "width")):
-        padded = input.shape[i - 2] + 2 * padding[i]
-        _check_extent(axis, dilation[i] * (weight.shape[i - 2] - 1) + 1, dilation[i], padded)
+        padded = shape[i - 2] + 2 * padding[i]
+        _check_extent(axis, dilation[i] * (kernel[i - 2] - 1) + 1, dilation[i], padded)
     size = output_size(input, weight, stride, padding, dilation)
     # Sizes that are still symbols are checked when they are numbers.
     value_check(

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import PythonCode
 from torch.fx.graph_module import reduce_graph_module
 
 from dwswap.copying import complete_copy
+from dwswap.module_access import shortened
 
 __all__ = ["InferenceGraph"]
 
@@ -71,6 +73,12 @@ class InferenceGraph(fx.GraphModule):
                 f"{self.__dict__[name]!r}; set it on the original and call dwswap.optimize again"
             )
         super().__setattr__(name, value)
+
+    def recompile(self) -> PythonCode:
+        """As ever, but the new code has short ways to its modules."""
+        graph = self.graph
+        with graph.on_generate_code(lambda before: shortened(self, graph, before)):
+            return super().recompile()
 
     def train(self, mode: bool = True) -> InferenceGraph:
         """``train(False)`` and ``eval()`` are fine.

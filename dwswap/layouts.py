@@ -37,13 +37,14 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 def _suggests_channels_last(tensor: Tensor) -> bool:
     """``suggest_memory_format() == ChannelsLast`` of ``c10/core/MemoryFormat.h``."""
+    shape, strides = tensor.shape, tensor.stride()
     minimum = 0
-    if tensor.stride(1) == 0:
+    if strides[1] == 0:
         return False
     for dim in (1, 3, 2, 0):
-        if tensor.shape[dim] == 0 or tensor.stride(dim) < minimum:
+        if shape[dim] == 0 or strides[dim] < minimum:
             return False
-        if dim == 0 and minimum == tensor.stride(1):
+        if dim == 0 and minimum == strides[1]:
             return False
-        minimum = tensor.stride(dim) * tensor.shape[dim]
+        minimum = strides[dim] * shape[dim]
     return True

@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dwswap import registration
 from dwswap.checks import NAME, pair
+from dwswap.plain import is_plain
 
 __all__ = ["depthwise_conv2d"]
 
@@ -53,25 +54,27 @@ def depthwise_conv2d(
         TypeError, ValueError: naming the argument, the rule and the value (RuntimeError when the
             CUDA operator finds it).
     """
-    tensors = (input, weight, bias, input_bias)
-    if has_torch_function(tensors):  # one node in a symbolic trace, as the functions of torch
-        return handle_torch_function(
-            depthwise_conv2d,
-            tensors,
-            input,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups=groups,
-            input_bias=input_bias,
-            input_activation=input_activation,
-            activation=activation,
-        )
-    for name, tensor in (("input", input), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
+    plain = is_plain(input, weight, bias, input_bias)
+    if not plain:
+        tensors = (input, weight, bias, input_bias)
+        if has_torch_function(tensors):  # one node in a symbolic trace, as the functions of torch
+            return handle_torch_function(
+                depthwise_conv2d,
+                tensors,
+                input,
+                weight,
+                bias,
+                stride,
+                padding,
+                dilation,
+                groups=groups,
+                input_bias=input_bias,
+                input_activation=input_activation,
+                activation=activation,
+            )
+        for name, tensor in (("input", input), ("weight", weight)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
     if groups is not None and (input.dim() < 3 or input.shape[-3] != groups):
         raise ValueError(
             f"{NAME}: input must have groups = {groups} channels, got shape {list(input.shape)}"
@@ -84,6 +87,7 @@ def depthwise_conv2d(
     else:
         padding = pair("padding", padding, 0)
     return registration.apply(
+        plain,
         input,
         weight,
         bias,

@@ -1,4 +1,4 @@
-"""Schema and every kernel of the operator that is not CUDA C++.
+"""Every kernel of the operator that is not CUDA C++.
 
 | dispatch key              | kernel                                                           |
 | ------------------------- | ---------------------------------------------------------------- |
@@ -13,44 +13,36 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dwswap import build
 from dwswap.activations import ACTIVATIONS
-from dwswap.checks import check_arguments, check_dense, output_size, pair
-from dwswap.layouts import laid_out, memory_format, output_memory_format
+from dwswap.backward import (
+    apply_backward,
+    backward_aten,
+    backward_autograd,
+    backward_fake,
+    without_autocast,
+)
+from dwswap.checks import check_arguments, check_dense, geometry, output_size
+from dwswap.layouts import laid_out, output_memory_format
+from dwswap.plain import differentiated_elsewhere, is_plain, needs_gradient
+from dwswap.schema import depthwise_conv2d, depthwise_conv2d_backward, direct, library
 from dwswap.transforms import autocast_kernel, forward_vmap
 
 __all__ = ["apply", "depthwise_conv2d", "depthwise_conv2d_backward", "kernel_family"]
 
 Ints = Sequence[int]
 
-_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
-# input_bias is not keyword-only: torch.library.register_vmap refuses keyword-only tensors.
-_FORWARD_ARGUMENTS = (
-    f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, Tensor? input_bias=None, "
-    'str input_activation="none", str activation="none")'
-)
-
-_library = torch.library.Library("dwswap", "DEF")
-_tags = (torch.Tag.pt2_compliant_tag,)
-_library.define(f"depthwise_conv2d{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
-# What the CUDA kernels do not cover (integer and complex dtypes) they send here.
-_library.define(f"_depthwise_conv2d_aten{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
-_library.define(f"_depthwise_conv2d_family{_FORWARD_ARGUMENTS} -> str", tags=_tags)
-_library.define(
-    f"_depthwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
-    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
-    tags=_tags,
-)
-
-depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
-depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
+_ACTIVATION_PAIRS = {
+    (before, after): 16 * i + j
+    for i, before in enumerate(ACTIVATIONS)
+    for j, after in enumerate(ACTIVATIONS)
+}
 
 
 # --- forward on every device ------------------------------------------------------------------
@@ -67,7 +59,7 @@ def _decomposed(
     input_activation: str = "none",
     activation: str = "none",
 ) -> Tensor:
-    stride, padding, dilation = _geometry(stride, padding, dilation)
+    stride, padding, dilation = geometry(stride, padding, dilation)
     check_arguments(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
     )
@@ -79,14 +71,6 @@ def _decomposed(
 def _preactivate(input: Tensor, input_bias: Tensor | None, input_activation: str) -> Tensor:
     hidden = input if input_bias is None else input + input_bias[:, None, None]
     return ACTIVATIONS[input_activation].forward(hidden)
-
-
-def _geometry(stride: Ints, padding: Ints, dilation: Ints) -> tuple[Ints, Ints, Ints]:
-    return (
-        pair("stride", tuple(stride), 1),
-        pair("padding", tuple(padding), 0),
-        pair("dilation", tuple(dilation), 1),
-    )
 
 
 def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -101,6 +85,33 @@ def _forward(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
     return _forward_aten(input, weight, *args)
 
 
+def _forward_direct(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride_h: int,
+    stride_w: int,
+    padding_h: int,
+    padding_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    input_bias: Tensor | None,
+    activations: int,
+) -> Tensor:
+    names = tuple(ACTIVATIONS)
+    return depthwise_conv2d(
+        input,
+        weight,
+        bias,
+        (stride_h, stride_w),
+        (padding_h, padding_w),
+        (dilation_h, dilation_w),
+        input_bias,
+        names[activations // 16],
+        names[activations % 16],
+    )
+
+
 def _forward_fake(
     input: Tensor,
     weight: Tensor,
@@ -112,7 +123,7 @@ def _forward_fake(
     input_activation: str = "none",
     activation: str = "none",
 ) -> Tensor:
-    stride, padding, dilation = _geometry(stride, padding, dilation)
+    stride, padding, dilation = geometry(stride, padding, dilation)
     check_arguments(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
     )
@@ -126,83 +137,7 @@ def _forward_fake(
     return output if len(size) == 4 else output.squeeze(0)
 
 
-# --- backward on every device -----------------------------------------------------------------
-
-
-def _backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    unbatched = input.dim() == 3
-    grads = torch.ops.aten.convolution_backward(
-        grad_output.unsqueeze(0) if unbatched else grad_output,
-        input.unsqueeze(0) if unbatched else input,
-        weight,
-        [weight.shape[0]],
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        input.shape[-3],
-        output_mask,
-    )
-    grad_input, grad_weight, grad_bias = (
-        grad if wanted else None for grad, wanted in zip(grads, output_mask, strict=True)
-    )
-    if grad_input is not None:
-        layout = output_memory_format(input, weight)
-        grad_input = laid_out(grad_input.squeeze(0) if unbatched else grad_input, layout)
-    if grad_weight is not None:
-        grad_weight = grad_weight.contiguous(memory_format=memory_format(weight))
-    return grad_input, grad_weight, grad_bias
-
-
-def _backward_aten(
-    grad_output: Tensor, input: Tensor, weight: Tensor, *args: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    # cuDNN fails on some half-precision tensors that do not begin at 16 bytes, even with an illegal
-    # access.
-    grad_output, input, weight = (
-        tensor.clone() if tensor.data_ptr() % 16 else tensor
-        for tensor in (grad_output, input, weight)
-    )
-    return _backward(grad_output, input, weight, *args)
-
-
-def _backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (
-        laid_out(torch.empty_like(input), output_memory_format(input, weight))
-        if output_mask[0]
-        else None,
-        torch.empty_like(weight, memory_format=memory_format(weight)) if output_mask[1] else None,
-        weight.new_empty(weight.shape[0]) if output_mask[2] else None,
-    )
-
-
 # --- autograd ---------------------------------------------------------------------------------
-
-
-def _differentiated_elsewhere() -> bool:
-    """Forward AD or a functorch transform is active: aten knows their rules, so use aten."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def _below_autograd(*args: Any) -> Tensor:
@@ -210,26 +145,45 @@ def _below_autograd(*args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             return depthwise_conv2d(*args)
     except RuntimeError as error:
-        # An exception loses its type on its way through the stable ABI.
-        if type(error) is RuntimeError and "CUDA out of memory." in str(error):
-            raise torch.OutOfMemoryError(str(error)) from None
-        raise
+        _raise_typed(error)
 
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCPU
-)
+def _raise_typed(error: RuntimeError) -> NoReturn:
+    """An exception loses its type on its way through the stable ABI."""
+    if type(error) is RuntimeError and "CUDA out of memory." in str(error):
+        raise torch.OutOfMemoryError(str(error)) from None
+    raise error
 
 
-def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The dtypes of a backward are those of its forward, whatever region it is called in."""
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, *grads: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return backward(ctx, *grads)
-
-    return wrapped
+def _at_once(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    input_bias: Tensor | None,
+    input_activation: str,
+    activation: str,
+) -> Tensor:
+    """The kernel of a plain call without a gradient, by the shortest way."""
+    index = _ACTIVATION_PAIRS.get((input_activation, activation))
+    if index is None or not (input.is_cuda and build.status().loaded):
+        return _forward(
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            input_bias,
+            input_activation,
+            activation,
+        )
+    try:
+        return direct(input, weight, bias, *stride, *padding, *dilation, input_bias, index)
+    except RuntimeError as error:
+        _raise_typed(error)
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
@@ -237,13 +191,14 @@ class _DepthwiseConv2d(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         """``args``: all nine of the operator, in its order."""
         input, weight, bias, stride, padding, dilation, input_bias, *activations = args
-        ctx.geometry = _geometry(stride, padding, dilation)
+        ctx.geometry = geometry(stride, padding, dilation)
         ctx.input_activation, ctx.activation = activations
         ctx.save_for_backward(input, weight, bias, input_bias)
-        return _below_autograd(*args)
+        run = _at_once if is_plain(input, weight, bias, input_bias) else _below_autograd
+        return run(*args)
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, input_bias = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -252,7 +207,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         if ctx.activation != "none":
             output = depthwise_conv2d(hidden, weight, bias, *ctx.geometry)
             grad_output = ACTIVATIONS[ctx.activation].backward(grad_output, output)
-        grad_input, grad_weight, grad_bias = depthwise_conv2d_backward(
+        grad_input, grad_weight, grad_bias = apply_backward(
             grad_output,
             hidden,
             weight,
@@ -302,28 +257,56 @@ def _forward_autograd(
         activation,
     )
     # aten differentiates a complex convolution as real ones, which convolution_backward does not.
-    if _differentiated_elsewhere() or input.is_complex():
+    if differentiated_elsewhere() or input.is_complex():
         return _decomposed(*args)
-    if _needs_gradient(input, weight, bias, input_bias):
+    if needs_gradient(input, weight, bias, input_bias):
         return _DepthwiseConv2d.apply(*args)
     return _below_autograd(*args)
 
 
-def apply(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    """Call the operator; where nothing needs a gradient, past the autograd kernel.
+def apply(
+    plain: bool,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    input_bias: Tensor | None,
+    input_activation: str,
+    activation: str,
+) -> Tensor:
+    """Call the operator; a plain call past its dispatch keys.
 
-    That kernel is Python, and its microseconds count at batch 1.
+    Their kernels are Python, and those microseconds count at batch 1.
 
     Args:
-        args: stride, padding, dilation, input_bias, input_activation, activation.
+        plain: what ``is_plain`` says of the tensors.
     """
+    args = (
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        input_bias,
+        input_activation,
+        activation,
+    )
+    if plain:
+        if not needs_gradient(input, weight, bias, input_bias):
+            return _at_once(*args)
+        if not input.is_complex():
+            return _DepthwiseConv2d.apply(*args)
+        return depthwise_conv2d(*args)
     if (
         torch.compiler.is_compiling()
-        or _needs_gradient(input, weight, bias, args[3])
-        or _differentiated_elsewhere()
+        or needs_gradient(input, weight, bias, input_bias)
+        or differentiated_elsewhere()
     ):
-        return depthwise_conv2d(input, weight, bias, *args)
-    return _below_autograd(input, weight, bias, *args)
+        return depthwise_conv2d(*args)
+    return _below_autograd(*args)
 
 
 def kernel_family(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> str:
@@ -337,79 +320,22 @@ def kernel_family(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
     return torch.ops.dwswap._depthwise_conv2d_family.default(input, weight, bias, *args)
 
 
-class _DepthwiseConv2dBackward(torch.autograd.Function):
-    """Double backward. The convolution is bilinear, so its gradients are convolutions again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        stride: Ints,
-        padding: Ints,
-        dilation: Ints,
-        output_mask: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        ctx.geometry = _geometry(stride, padding, dilation)
-        ctx.save_for_backward(grad_output, input, weight)
-        ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
-            return depthwise_conv2d_backward(
-                grad_output, input, weight, stride, padding, dilation, output_mask
-            )
-
-    @staticmethod
-    @_without_autocast
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_output, input, weight = ctx.saved_tensors
-        grad_grad_input, grad_grad_weight, grad_grad_bias = grads
-        needs_grad_output, needs_input, needs_weight = ctx.needs_input_grad[:3]
-        for_grad_output = for_input = for_weight = None
-        if needs_grad_output:
-            terms = []
-            if grad_grad_input is not None:
-                terms.append(depthwise_conv2d(grad_grad_input, weight, None, *ctx.geometry))
-            if grad_grad_weight is not None:
-                terms.append(depthwise_conv2d(input, grad_grad_weight, None, *ctx.geometry))
-            if grad_grad_bias is not None:
-                terms.append(grad_grad_bias[:, None, None].expand_as(grad_output))
-            for_grad_output = sum(terms[1:], start=terms[0]) if terms else None
-        if needs_input and grad_grad_weight is not None:
-            for_input = depthwise_conv2d_backward(
-                grad_output, input, grad_grad_weight, *ctx.geometry, [True, False, False]
-            )[0]
-        if needs_weight and grad_grad_input is not None:
-            for_weight = depthwise_conv2d_backward(
-                grad_output, grad_grad_input, weight, *ctx.geometry, [False, True, False]
-            )[1]
-        return for_grad_output, for_input, for_weight, None, None, None, None
-
-
-def _backward_autograd(
-    grad_output: Tensor, input: Tensor, weight: Tensor, *args: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if _differentiated_elsewhere():
-        return _backward(grad_output, input, weight, *args)
-    if _needs_gradient(grad_output, input, weight):
-        return _DepthwiseConv2dBackward.apply(grad_output, input, weight, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return depthwise_conv2d_backward(grad_output, input, weight, *args)
-
-
 # --- registration -----------------------------------------------------------------------------
 
-_library.impl("depthwise_conv2d", _forward, "CompositeExplicitAutograd")
-_library.impl("_depthwise_conv2d_aten", _forward_aten, "CompositeExplicitAutograd")
-_library.impl("_depthwise_conv2d_backward", _backward_aten, "CompositeExplicitAutograd")
-torch.library.register_fake("dwswap::depthwise_conv2d", _forward_fake, lib=_library)
-torch.library.register_fake("dwswap::_depthwise_conv2d_aten", _forward_fake, lib=_library)
-torch.library.register_fake("dwswap::_depthwise_conv2d_backward", _backward_fake, lib=_library)
-_library.impl("depthwise_conv2d", _forward_autograd, "Autograd")
-_library.impl("_depthwise_conv2d_backward", _backward_autograd, "Autograd")
+library.impl("depthwise_conv2d", _forward, "CompositeExplicitAutograd")
+library.impl("_depthwise_conv2d_aten", _forward_aten, "CompositeExplicitAutograd")
+# The CUDA keys are those of dense tensors; for the others depthwise_conv2d has words.
+library.impl("_depthwise_conv2d_direct", _forward_direct, "CompositeExplicitAutograd")
+library.impl("_depthwise_conv2d_direct", torch.library.fallthrough_kernel, "Autograd")
+library.impl("_depthwise_conv2d_backward", backward_aten, "CompositeExplicitAutograd")
+torch.library.register_fake("dwswap::depthwise_conv2d", _forward_fake, lib=library)
+torch.library.register_fake("dwswap::_depthwise_conv2d_aten", _forward_fake, lib=library)
+torch.library.register_fake("dwswap::_depthwise_conv2d_backward", backward_fake, lib=library)
+library.impl("depthwise_conv2d", _forward_autograd, "Autograd")
+library.impl("_depthwise_conv2d_backward", backward_autograd, "Autograd")
 for _device_type, _key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
     _kernel = autocast_kernel(depthwise_conv2d, _device_type, _key)
-    _library.impl("depthwise_conv2d", _kernel, _key)
+    library.impl("depthwise_conv2d", _kernel, _key)
 torch.library.register_vmap(
-    "dwswap::depthwise_conv2d", functools.partial(forward_vmap, depthwise_conv2d), lib=_library
+    "dwswap::depthwise_conv2d", functools.partial(forward_vmap, depthwise_conv2d), lib=library
 )

@@ -30,13 +30,13 @@ def verified(model: nn.Module, example_inputs: Any, **options: Any) -> tuple[Any
 def wrong_layers(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Numbers of channels for which the operator returns wrong results."""
     channels: set[int] = set()
-    right = registration.depthwise_conv2d
+    right = registration.apply
 
-    def wrong(input: Tensor, *args: Any) -> Tensor:
-        output = right(input, *args)
+    def wrong(plain: bool, input: Tensor, *args: Any) -> Tensor:
+        output = right(plain, input, *args)
         return output + 1e-2 if input.shape[-3] in channels else output
 
-    monkeypatch.setattr(registration, "depthwise_conv2d", wrong)
+    monkeypatch.setattr(registration, "apply", wrong)
     return channels
 
 
@@ -189,7 +189,7 @@ def tap_by_tap(
 
 
 def test_one_logit_is_not_judged_by_luck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "depthwise_conv2d", tap_by_tap)
+    monkeypatch.setattr(registration, "apply", lambda plain, *args: tap_by_tap(*args))
     for seed in range(20):
         fast, verification = verified(OneLogit(seed), image(size=32, batch=1))
         assert verification.passed, str(dwswap.report(fast))
@@ -198,10 +198,10 @@ def test_one_logit_is_not_judged_by_luck(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_one_logit_shows_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where each layer, on its own, was found right."""
-    right = registration.depthwise_conv2d
+    right = registration.apply
     for seed in range(5):
         with monkeypatch.context() as patch:
-            patch.setattr(registration, "depthwise_conv2d", lambda *a: right(*a) * (1 + 1e-3))
+            patch.setattr(registration, "apply", lambda *a: right(*a) * (1 + 1e-3))
             fast, verification = verified(OneLogit(seed), image(size=32, batch=1))
             assert {layer.reason for layer in dwswap.report(fast).layers if layer.groups == 16} == {
                 "verify_failed"

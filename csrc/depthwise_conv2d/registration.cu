@@ -1,5 +1,5 @@
-// The CUDA kernel of torch.ops.dwswap.depthwise_conv2d: check, describe, allocate, choose, launch.
-// Schema, other devices and autograd: dwswap/registration.py.
+// The CUDA kernels of torch.ops.dwswap.depthwise_conv2d: check, describe, allocate, choose, launch.
+// Schema: dwswap/schema.py. Other devices and autograd: dwswap/registration.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,6 @@
 namespace dwswap {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -55,13 +54,28 @@ struct Pair {
   int64_t h, w;
 };
 
-Pair parse_pair(const char* argument, const std::vector<int64_t>& values, int64_t minimum) {
+Pair parse_pair(const char* argument, const std::vector<int64_t>& values) {
   DWSWAP_CHECK(values.size() == 1 || values.size() == 2, argument,
                " must be a pair of ints (height, width), got ", shape_string(values));
-  const Pair pair{values.front(), values.back()};
+  return {values.front(), values.back()};
+}
+
+void check_pair(const char* argument, const Pair& pair, int64_t minimum) {
   DWSWAP_CHECK(pair.h >= minimum && pair.w >= minimum, argument, " must be at least ", minimum,
-               ", got ", shape_string(values));
-  return pair;
+               ", got ", shape_string(std::array{pair.h, pair.w}));
+}
+
+struct Options {
+  Pair stride, padding, dilation;
+  Activation input_activation, activation;
+};
+
+Options parse_options(const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                      const std::vector<int64_t>& dilation, const std::string& input_activation,
+                      const std::string& activation) {
+  return {parse_pair("stride", stride), parse_pair("padding", padding),
+          parse_pair("dilation", dilation), parse_activation("input_activation", input_activation),
+          parse_activation("activation", activation)};
 }
 
 // Sizes and strides as (N, C, H, W); without N as Tensor::unsqueeze(0) has them.
@@ -155,26 +169,42 @@ int64_t output_extent(const char* dimension, int64_t size, int64_t kernel, int64
   return (padded - extent) / stride + 1;
 }
 
-// The stable ABI reports a failed allocation as any other failure. Python turns this text back into
+// Not torch::stable::empty: aten::empty by way of the dispatcher takes a microsecond more. The
+// stable ABI reports a failed allocation as any other failure; Python turns this text back into
 // torch.OutOfMemoryError.
-Tensor allocate(const std::vector<int64_t>& sizes, const Tensor& like, MemoryFormat format) {
-  try {
-    return torch::stable::empty(sizes, like.scalar_type(), torch::headeronly::Layout::Strided,
-                                like.device(), false, format);
-  } catch (const std::exception&) {
-    DWSWAP_CHECK(false, "CUDA out of memory. The output of shape ", shape_string(sizes),
-                 " could not be allocated");
-  }
+Tensor allocate(const DepthwiseConv2dParams& p, const Tensor& like) {
+  const int64_t sizes[4] = {p.batch, p.out_channels(), p.out_h, p.out_w};
+  const int64_t strides[4] = {p.out_stride.n, p.out_stride.c, p.out_stride.h, p.out_stride.w};
+  const int64_t dimensions = like.dim();
+  int32_t dtype = 0, device_type = 0;
+  AtenTensorHandle handle = nullptr;
+  const bool allocated =
+      aoti_torch_get_dtype(like.get(), &dtype) == AOTI_TORCH_SUCCESS &&
+      aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
+      aoti_torch_empty_strided(dimensions, sizes + 4 - dimensions, strides + 4 - dimensions, dtype,
+                               device_type, like.get_device_index(), &handle) == AOTI_TORCH_SUCCESS;
+  DWSWAP_CHECK(allocated, "CUDA out of memory. The output of shape ",
+               shape_string(std::array{p.batch, p.out_channels(), p.out_h, p.out_w}),
+               " could not be allocated");
+  return Tensor(handle);
 }
 
 Tensor call_aten(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                 const std::vector<int64_t>& dilation, const std::optional<Tensor>& input_bias,
-                 const std::string& input_activation, const std::string& activation) {
+                 const Options& options, const std::optional<Tensor>& input_bias) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{from(input),      from(weight),           from(bias),
-                                    from(stride),     from(padding),          from(dilation),
-                                    from(input_bias), from(input_activation), from(activation)};
+  const auto pair = [](const Pair& p) { return from(std::vector<int64_t>{p.h, p.w}); };
+  const auto name = [](Activation a) {
+    return from(std::string(kActivationNames[static_cast<size_t>(a)]));
+  };
+  std::array<StableIValue, 9> stack{from(input),
+                                    from(weight),
+                                    from(bias),
+                                    pair(options.stride),
+                                    pair(options.padding),
+                                    pair(options.dilation),
+                                    from(input_bias),
+                                    name(options.input_activation),
+                                    name(options.activation)};
   DWSWAP_CHECK(torch_call_dispatcher("dwswap::_depthwise_conv2d_aten", "", stack.data(),
                                      TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
                "aten::conv2d, which computes what has no kernel here, failed for dtype ",
@@ -191,11 +221,9 @@ struct Problem {
 
 // Nothing where aten has to compute: for other dtypes, and on GPUs that the library has no code
 // for. The device of the input is the current one.
-std::optional<Problem> describe(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation, const std::optional<Tensor>& input_bias,
-    const std::string& input_activation, const std::string& activation) {
+std::optional<Problem> describe(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& bias, const Options& options,
+                                const std::optional<Tensor>& input_bias) {
   DWSWAP_CHECK(input.dim() == 3 || input.dim() == 4,
                "input must be 4-D (N, C, H, W) or 3-D (C, H, W), got shape ", shape_string(input));
   const Image in(input);
@@ -212,9 +240,8 @@ std::optional<Problem> describe(
   check_same("weight", weight, input);
 
   DepthwiseConv2dParams p{};
-  const Pair s = parse_pair("stride", stride, 1);
-  const Pair pad = parse_pair("padding", padding, 0);
-  const Pair d = parse_pair("dilation", dilation, 1);
+  const auto& [s, pad, d, input_activation, activation] = options;
+  check_pair("stride", s, 1), check_pair("padding", pad, 0), check_pair("dilation", d, 1);
   p.batch = in.n, p.channels = in.c, p.multiplier = weight.size(0) / in.c;
   p.in_h = in.h, p.in_w = in.w;
   p.kernel_h = weight.size(2), p.kernel_w = weight.size(3);
@@ -228,8 +255,7 @@ std::optional<Problem> describe(
                    kMostElements,
                "the output must have fewer than 2^60 elements, got shape ",
                shape_string(std::array{p.batch, p.out_channels(), p.out_h, p.out_w}));
-  p.input_activation = parse_activation("input_activation", input_activation);
-  p.activation = parse_activation("activation", activation);
+  p.input_activation = input_activation, p.activation = activation;
   const auto bias_vector = checked_vector("bias", bias, p.out_channels(), input);
   const auto input_bias_vector = checked_vector("input_bias", input_bias, p.channels, input);
 
@@ -260,25 +286,15 @@ std::optional<Problem> describe(
   return problem;
 }
 
-Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
-                        const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
-                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                        const std::optional<Tensor>& input_bias,
-                        const std::string& input_activation, const std::string& activation) {
+Tensor run(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+           const Options& options, const std::optional<Tensor>& input_bias) {
   check_cuda(input);
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  auto problem = describe(input, weight, bias, stride, padding, dilation, input_bias,
-                          input_activation, activation);
-  if (!problem) {
-    return call_aten(input, weight, bias, stride, padding, dilation, input_bias, input_activation,
-                     activation);
-  }
+  auto problem = describe(input, weight, bias, options, input_bias);
+  if (!problem) return call_aten(input, weight, bias, options, input_bias);
   DepthwiseConv2dParams& p = problem->params;
-  const Tensor batch = allocate({p.batch, p.out_channels(), p.out_h, p.out_w}, input,
-                                p.out_layout == Layout::kChannelsLast ? MemoryFormat::ChannelsLast
-                                                                      : MemoryFormat::Contiguous);
-  const Tensor output = input.dim() == 4 ? batch : torch::stable::squeeze(batch, 0);
+  const Tensor output = allocate(p, input);
   if (p.batch == 0) return output;
   p.output = output.mutable_data_ptr();
 
@@ -294,6 +310,35 @@ Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
   return output;
 }
 
+Tensor depthwise_conv2d(const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                        const std::optional<Tensor>& input_bias,
+                        const std::string& input_activation, const std::string& activation) {
+  return run(input, weight, bias,
+             parse_options(stride, padding, dilation, input_activation, activation), input_bias);
+}
+
+// The same for callers whose microseconds count: lists and strings cost one more allocation each,
+// on either side of the stable ABI. `activations` is the index of the activation of the input,
+// times 16, and that of the output.
+Tensor depthwise_conv2d_direct(const Tensor& input, const Tensor& weight,
+                               const std::optional<Tensor>& bias, int64_t stride_h,
+                               int64_t stride_w, int64_t padding_h, int64_t padding_w,
+                               int64_t dilation_h, int64_t dilation_w,
+                               const std::optional<Tensor>& input_bias, int64_t activations) {
+  const auto [before, after] = std::pair(activations / 16, activations % 16);
+  constexpr auto kKnown = static_cast<int64_t>(kActivationNames.size());
+  DWSWAP_CHECK(activations >= 0 && before < kKnown && after < kKnown,
+               "activations must be indices of known ones, got ", activations);
+  const Options options{{stride_h, stride_w},
+                        {padding_h, padding_w},
+                        {dilation_h, dilation_w},
+                        static_cast<Activation>(before),
+                        static_cast<Activation>(after)};
+  return run(input, weight, bias, options, input_bias);
+}
+
 // The name of the family of kernels that would run, or "aten".
 std::string depthwise_conv2d_family(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -302,8 +347,8 @@ std::string depthwise_conv2d_family(
     const std::string& input_activation, const std::string& activation) {
   check_cuda(input);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const auto problem = describe(input, weight, bias, stride, padding, dilation, input_bias,
-                                input_activation, activation);
+  const Options options = parse_options(stride, padding, dilation, input_activation, activation);
+  const auto problem = describe(input, weight, bias, options, input_bias);
   return problem ? choose_forward(problem->params).family : "aten";
 }
 
@@ -311,6 +356,7 @@ std::string depthwise_conv2d_family(
 
 STABLE_TORCH_LIBRARY_IMPL(dwswap, CUDA, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
+  m.impl("_depthwise_conv2d_direct", TORCH_BOX(&depthwise_conv2d_direct));
   m.impl("_depthwise_conv2d_family", TORCH_BOX(&depthwise_conv2d_family));
 }
 

@@ -27,6 +27,7 @@ from dwswap.bench.layer_results import LayerResult, Skipped
 from dwswap.bench.layer_summary import copy_rows, speedup_rows
 from dwswap.bench.layers import DTYPES, LAYOUTS, LayerBench
 from dwswap.bench.shapes import FIELDS, LayerShape, select, torchvision_shapes
+from dwswap.cli import bench_overhead
 from dwswap.cli.common import CliError, console, output_folder
 
 __all__ = ["add_parser"]
@@ -38,6 +39,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to the subparsers ``commands``."""
     bench = commands.add_parser("bench", help="measure the kernels on this machine")
     targets = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
+    bench_overhead.add_parser(targets, _device)
     parser = targets.add_parser(
         "layers",
         help="the depthwise convolutions of torchvision's models, layer by layer",

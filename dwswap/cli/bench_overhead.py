@@ -1,0 +1,44 @@
+"""``dwswap bench overhead``: what a layer costs the host, next to ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from dwswap.bench.overhead import overheads
+from dwswap.cli.common import console
+
+__all__ = ["add_parser"]
+
+Device = Callable[[str | None], torch.device]
+
+
+def add_parser(targets: Any, device: Device) -> None:
+    """Add the command to the subparsers ``targets``; ``device`` resolves ``--device``."""
+    parser = targets.add_parser(
+        "overhead",
+        help="the time that a layer takes of the host, next to nn.Conv2d",
+        description="Time calls of one small layer without waiting for the GPU, with nn.Conv2d and "
+        "with DepthwiseConv2d, in no_grad, inference_mode and with gradients (forward only).",
+    )
+    parser.add_argument("--device", help="default: cuda; on the CPU aten computes on both sides")
+    parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
+    parser.set_defaults(run=partial(_run, device))
+
+
+def _run(device: Device, args: argparse.Namespace) -> int:
+    where = device(args.device)
+    dtypes = [torch.float32] if where.type == "cpu" else [torch.float32, torch.float16]
+    table = Table("dtype", "layout", "mode", title="host microseconds per call")
+    for name in ("nn.Conv2d", "ours", "more"):
+        table.add_column(name, justify="right")
+    for row in overheads(where, dtypes, rounds=max(1, args.rounds)):
+        times = (f"{row.theirs:.2f}", f"{row.ours:.2f}", f"{row.ours - row.theirs:+.2f}")
+        table.add_row(str(row.dtype).removeprefix("torch."), row.layout, row.mode, *times)
+    console().print(table)
+    return 0

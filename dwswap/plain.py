@@ -1,0 +1,51 @@
+"""Whether a call is plain: nothing but its tensors says what it does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+__all__ = ["differentiated_elsewhere", "is_plain", "needs_gradient"]
+
+_TENSORS = frozenset({Tensor, nn.Parameter})
+_OPTIONAL = frozenset({Tensor, nn.Parameter, type(None)})
+
+# By these names because each dot costs as much as the call.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_autocast = torch._C._is_any_autocast_enabled
+_functorch = torch._C._are_functorch_transforms_active
+_jit_trace = torch._C._get_tracing_state
+
+
+def is_plain(input: Tensor, weight: Tensor, bias: Tensor | None, input_bias: Tensor | None) -> bool:
+    """Nothing wants to see or change a call with these tensors: what it computes may run at once.
+
+    Not under torch.compile, export, make_fx, torch.jit.trace, a dispatch or function mode,
+    autocast, a functorch transform or forward AD, and not with a subclass of Tensor. Gradients are
+    not looked at.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(input) in _TENSORS
+        and type(weight) in _TENSORS
+        and type(bias) in _OPTIONAL
+        and type(input_bias) in _OPTIONAL
+        and not _dispatch_modes()
+        and not _function_modes()
+        and not _autocast()
+        and not _functorch()
+        and forward_ad._current_level < 0
+        and _jit_trace() is None
+    )
+
+
+def differentiated_elsewhere() -> bool:
+    """Forward AD or a functorch transform is active: aten knows their rules, so use aten."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """The result of a call with these tensors is part of a graph of autograd."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)

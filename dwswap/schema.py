@@ -1,0 +1,37 @@
+"""The operators of ``torch.ops.dwswap``: their schemas and their names in Python."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["depthwise_conv2d", "depthwise_conv2d_backward", "direct", "library"]
+
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
+# input_bias is not keyword-only: torch.library.register_vmap refuses keyword-only tensors.
+_FORWARD_ARGUMENTS = (
+    f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, Tensor? input_bias=None, "
+    'str input_activation="none", str activation="none")'
+)
+
+library = torch.library.Library("dwswap", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+library.define(f"depthwise_conv2d{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
+# What the CUDA kernels do not cover (integer and complex dtypes) they send here.
+library.define(f"_depthwise_conv2d_aten{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
+# depthwise_conv2d for plain calls without a gradient: lists, strings and a kernel of autograd cost
+# microseconds. activations: the index of input_activation, times 16, and that of activation.
+library.define(
+    "_depthwise_conv2d_direct(Tensor input, Tensor weight, Tensor? bias, int stride_h, "
+    "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, "
+    "Tensor? input_bias, int activations) -> Tensor"
+)
+library.define(f"_depthwise_conv2d_family{_FORWARD_ARGUMENTS} -> str", tags=_tags)
+library.define(
+    f"_depthwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    tags=_tags,
+)
+
+depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
+depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
+direct = torch.ops.dwswap._depthwise_conv2d_direct.default
