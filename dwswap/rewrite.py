@@ -15,8 +15,10 @@ from dwswap.convolution_call import ConvolutionCall, find_calls
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
 from dwswap.eligibility import Skip, inspect_modules, is_convolution
 from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
+from dwswap.fusion import fuse as fuse_graph
 from dwswap.inference_graph import InferenceGraph
 from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
+from dwswap.passes.count_calls import count_calls
 from dwswap.passes.substitution import replace_modules, swap_modules
 from dwswap.report import Report, attach
 from dwswap.selection import select_faster
@@ -88,22 +90,27 @@ def optimize(
         raise ValueError('select="measured" needs example_inputs, got None')
     workspace = shell_model(model) if inplace else copy_model(model)
     before = modules_by_path(workspace)
-    result, report = _rewrite(model, workspace, arguments, fuse, skip)
+    result, report, context = _rewrite(model, workspace, arguments, fuse, skip)
     report.kernels = _kernels(model, load=bool(report.swapped))
-    if arguments is not None and report.mode != "unchanged":
-        if select == "measured":
-            result, report = select_faster(result, report, arguments)
-        if verify:
-            result, report = verify_result(model, result, report, arguments)
+    changed = report.mode != "unchanged"
+    if arguments is not None and changed and select == "measured":
+        # A layer that goes back to PyTorch's kernel is none that could absorb anything.
+        result, report = select_faster(result, report, arguments)
+    if fuse:
+        report = _fuse(model, result, report, context)
+    if arguments is not None and changed and verify:
+        result, report = verify_result(model, result, report, arguments)
     failed = report.verification is not None and not report.verification.passed
     if failed or not report.swapped:
         rewritten = result is not workspace or report.traced  # and then put back
         result = model if inplace else copy_model(model) if rewritten else workspace
         report.mode, report.traced = "unchanged", ()
+        report.without_changes()
     elif inplace and result is workspace:
         commit(model, before, modules_by_path(result))
         if isinstance(model, fx.GraphModule) and isinstance(result, fx.GraphModule):
             model.graph = result.graph
+            model.meta.update(result.meta)
         result = model
     attach(result, report)
     logger.info("%s", report.summary())
@@ -118,8 +125,11 @@ def explain(
     Arguments and errors are those of :func:`optimize`. Models on the meta device are fine.
     """
     arguments = _check(model, example_inputs)
-    _, report = _rewrite(model, shell_model(model), arguments, fuse, skip)
+    result, report, context = _rewrite(model, shell_model(model), arguments, fuse, skip)
     report.kernels = _kernels(model, load=False)
+    if fuse:
+        context.values = False
+        report = _fuse(model, result, report, context)
     return report
 
 
@@ -144,8 +154,8 @@ def _rewrite(
     arguments: Arguments | None,
     fuse: bool,
     skip: Skip | None,
-) -> tuple[nn.Module, Report]:
-    """Rewrite ``workspace``, a copy of ``model``; ``model`` itself is only read."""
+) -> tuple[nn.Module, Report, Context]:
+    """Swap in ``workspace``, a copy of ``model``; ``model`` itself is only read."""
     report = Report(model=type(model).__name__)
     layers = inspect_modules(model, skip)
     context = Context(layers)
@@ -164,9 +174,8 @@ def _rewrite(
         seen = observe_shapes(graph_module or model, arguments)
     context.shapes = seen.nodes
     if graph_module is not None:
+        report.calls_before = count_calls(graph_module)
         run_passes(graph_module, context, EXACT_PASSES)
-        if inference and any(layer.swapped for layer in layers.values()):
-            run_passes(graph_module, context, INFERENCE_PASSES)
         result, report.traced = graph_module, ("",)
     else:
         result = swap_modules(workspace, layers)
@@ -177,9 +186,17 @@ def _rewrite(
         for layer in layers.values()
     ]
     if not report.swapped:
-        return workspace, dataclasses.replace(report, traced=())
+        return workspace, dataclasses.replace(report, traced=()), context
     report.mode = "graph" if graph_module is not None else "substitution"
-    return result, report
+    return result, report, context
+
+
+def _fuse(model: nn.Module, result: nn.Module, report: Report, context: Context) -> Report:
+    """Run the passes for inference over ``result``, where it is a graph of ``model`` in eval."""
+    if report.mode != "graph" or not report.swapped or is_training(model):
+        return report
+    assert isinstance(result, fx.GraphModule)
+    return fuse_graph(result, report, context, INFERENCE_PASSES)
 
 
 def _nearest(model: nn.Module, path: str) -> nn.Module:

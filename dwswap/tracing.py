@@ -24,7 +24,7 @@ from dwswap.convolution_call import has_depthwise_call
 from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
 from dwswap.guarded_proxy import GuardingTracer, NotTraceable
-from dwswap.inference_graph import InferenceGraph
+from dwswap.inference_graph import FOLDED, InferenceGraph
 from dwswap.ops import depthwise_conv2d
 
 __all__ = ["NotTraceable", "Tracer", "is_training", "trace", "traceable_submodules"]
@@ -230,6 +230,8 @@ def _check_saving(module: nn.Module, path: str) -> None:
     cls = type(module)
     for name in _SAVING:
         own = name in module.__dict__ or getattr(cls, name) is not getattr(nn.Module, name)
+        if isinstance(module, InferenceGraph) and FOLDED not in module.meta:
+            continue
         # The one of torchvision is MNASNet's. It converts files of its first version, which a
         # graph refuses by their shapes.
         if own and _root(cls.__module__) != "torchvision":
