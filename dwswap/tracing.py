@@ -170,8 +170,21 @@ def traceable_submodules(model: nn.Module) -> Iterator[tuple[str, InferenceGraph
 
 
 def is_training(model: nn.Module) -> bool:
-    """Whether any module is in train mode; the empty modules that torch.fx makes do not count."""
+    """Whether any module is in train mode; the empty modules that torch.fx makes do not count.
+
+    The graph of an exported program has its mode in its calls, and flags that mean nothing.
+    """
+    if isinstance(model, fx.GraphModule) and "train" in model.__dict__:
+        return any(_trains(node) for node in model.graph.nodes)
     return any(m.training for m in model.modules() if type(m) is not nn.Module)
+
+
+def _trains(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return any(given.get(name) is True for name in ("training", "train"))
 
 
 def check_inlined(module: nn.Module, path: str) -> None:

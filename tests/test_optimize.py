@@ -286,6 +286,23 @@ def test_example_inputs_leave_batchnorm_statistics() -> None:
         assert torch.equal(value, before[name]), name
 
 
+def test_example_inputs_leave_buffers_that_a_forward_changes() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = depthwise()
+            self.register_buffer("runs", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.runs.add_(1)
+            return self.conv(x)
+
+    for options in ({}, {"fuse": False}, {"verify": True}):
+        model = Counting().eval()
+        fast = dwswap.optimize(model, image(8), **options)
+        assert model.runs == fast.runs == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -159,7 +159,8 @@ def check(name: str, size: int) -> None:
         errors = compare(own, expected, expected if name in DETECTION else expected.double())
         scale = expected.abs().max()
         assert errors.problem is None
-        assert errors.ours <= 1e-5 * scale
+        # Both differ from float64 by about as much, in other directions.
+        assert errors.ours <= 1e-4 * scale
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -65,7 +65,8 @@ def _is_free(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     target: Any = node.target
     if node.op == "call_module":
         module = graph_module.get_submodule(target)
-        return type(module) in (*_IDENTITIES, nn.Flatten, nn.Unflatten)
+        guards = type(module).__module__.startswith("torch.export")
+        return guards or type(module) in (*_IDENTITIES, nn.Flatten, nn.Unflatten)
     if node.op == "call_method":
         return target in _VIEW_METHODS
     if target in (operator.getitem, getattr, torch._assert):

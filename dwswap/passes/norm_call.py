@@ -68,7 +68,7 @@ def _of_module(module: _NormBase, node: fx.Node) -> NormCall:
     tensors = {**module._parameters, **module._buffers}
     statistics = [tensors.get("running_mean"), tensors.get("running_var")]
     if type(module) not in _RANKS:
-        refusal = "norm_type", {"type": type(module).__name__}
+        refusal = reason_not_plain(module) or ("norm_type", {"type": type(module).__name__})
     elif module.training:
         refusal = "train_mode", {}
     elif any(type(t) not in (torch.Tensor, nn.Buffer) for t in statistics if t is not None):
