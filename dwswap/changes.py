@@ -68,4 +68,5 @@ class Change:
             return f"absorbed the bias of {self.subject}"
         if self.kind == "bias":
             return f"gave its bias to {self.subject}"
-        return f"absorbed {self.kind} {self.name}"
+        side = "after" if self.kind == "activation" else "before"
+        return f"absorbed {self.name} {side} it"

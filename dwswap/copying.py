@@ -117,7 +117,7 @@ def commit(model: nn.Module, before: dict[str, nn.Module], replaced: dict[str, n
     for path in before.keys() - replaced.keys():
         parent, _, name = path.rpartition(".")
         if parent in replaced and parent not in inside_new:
-            del parents[parent]._modules[name]
+            parents[parent]._modules.pop(name, None)  # two paths may be one module
 
 
 def complete_copy(source: fx.GraphModule, copied: fx.GraphModule, memo: dict[int, Any]) -> None:

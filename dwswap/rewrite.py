@@ -52,24 +52,30 @@ def optimize(
     """``model`` with its depthwise convolutions on the dwswap operator; same outputs.
 
     In eval mode the result is a ``torch.fx.GraphModule`` for inference, where the model can be
-    traced. In train mode, with ``fuse=False``, or where it cannot be traced, modules are replaced:
-    the result has the model's class, ``state_dict`` keys, attributes and hooks, shares nothing
-    else, and trains. What cannot be rewritten safely stays; ``dwswap.report`` tells why.
+    traced: BatchNorm is folded into the layers before it, and the activations and biases beside
+    the depthwise convolutions become part of these. Folded weights are new parameters under new
+    keys (``conv_folded.weight``), and a checkpoint of the original is refused. In train mode, with
+    ``fuse=False``, or where it cannot be traced, modules are replaced: the result has the model's
+    class, ``state_dict`` keys, attributes and hooks, shares nothing else, and trains. What cannot
+    be rewritten safely stays; ``dwswap.report`` tells why.
 
     Args:
         model: ``nn.Module`` or ``torch.fx.GraphModule``, on any device.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
             Tells the report the shapes, and finds some more convolutions in functional form.
         inplace: do not copy the weights. Where modules are replaced, they are replaced in
-            ``model`` itself, which is returned; a new graph shares the weights of ``model``.
-        fuse: False replaces modules only.
+            ``model`` itself, which is returned; a new graph shares the weights of ``model`` that
+            nothing was folded into. (A ``GraphModule`` is changed itself.)
+        fuse: False swaps only: modules are replaced, or calls in a ``GraphModule``; nothing is
+            folded or absorbed, and all keys stay.
         skip: ``skip(module, path)`` is asked about every convolution that would be swapped; true
-            keeps it. For a functional call it gets the module that makes it.
+            keeps it as it is. For a functional call it gets the module that makes it.
         verify: compare every swapped layer and the whole model with a float64 run of the original
             on ``example_inputs``; put back what has more than twice PyTorch's own error.
         select: ``"always"`` swaps what can be swapped. ``"measured"`` times every layer's forward
-            on the GPU, as ``example_inputs`` reach it, and puts back where PyTorch's kernel is
-            more than 3 % faster. The times are cached on disk, so only new shapes take time.
+            on the GPU, as ``example_inputs`` reach it and without what it may absorb, and puts
+            back where PyTorch's kernel is more than 3 % faster. The times are cached on disk, so
+            only new shapes take time.
 
     Returns:
         The rewritten model, in the mode of ``model``. Without a depthwise convolution, the model

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dwswap.activations import ACTIVATIONS
+from dwswap.comparison import compare, largest
 from dwswap.copying import copy_model
 from dwswap.example_inputs import Arguments, run, runnable_copy
 from dwswap.inference_graph import FOLDED
@@ -37,9 +38,6 @@ __all__ = ["compare", "verify_result"]
 _FEW = 256
 _RUNS = 16
 _RUNS_OF_MANY = 3
-# Of float64 there is no exact result: PyTorch's own is the reference, and sums in another order
-# differ from it by rounding.
-_ULPS_OF_WIDEST = 1024
 
 
 def verify_result(
@@ -106,32 +104,6 @@ def _verify(
     return result, dataclasses.replace(report, layers=layers, verification=verification)
 
 
-def compare(ours: Tensor, theirs: Tensor, exact: Tensor, usual: float = 0.0) -> LayerErrors:
-    """Judge ``ours`` by the rule, given PyTorch's own result and the float64 one.
-
-    Args:
-        usual: PyTorch's error in other runs; the largest of all counts.
-    """
-    problem = _difference_in_kind(ours, theirs)
-    if problem is not None:
-        return LayerErrors(math.inf, 0.0, 0.0, problem)
-    if not (theirs.is_floating_point() or theirs.is_complex()):
-        wrong, differing = (float((t != exact).sum()) for t in (ours, theirs))
-        return LayerErrors(wrong, differing, 2 * differing)
-    wide = torch.complex128 if theirs.is_complex() else torch.float64
-    ours, theirs, exact, dtype = ours.to(wide), theirs.to(wide), exact.to(wide), theirs.dtype
-    if not torch.equal(exact.isnan() & theirs.isnan(), exact.isnan() & ours.isnan()):
-        problem = "NaN in other places"
-    elif not bool((ours.isfinite() | ~theirs.isfinite()).all()):
-        problem = "not finite where PyTorch's result is"
-    finite = exact.isfinite() & theirs.isfinite() & ours.isfinite()
-    ours, theirs, exact = ours[finite], theirs[finite], exact[finite]
-    own = _largest(ours - exact)
-    usual = max(usual, _largest(theirs - exact))
-    ulps = _ULPS_OF_WIDEST if dtype in (torch.float64, torch.complex128) else 1
-    return LayerErrors(own, usual, 2 * usual + ulps * _ulp(_largest(exact), dtype), problem)
-
-
 def _run_original(model: nn.Module, arguments: Arguments, how: str) -> Any:
     try:
         return run(model, arguments)
@@ -190,7 +162,7 @@ def _pooled_errors(
                 continue
             found = compare(result, result, reference)
             # What is larger is no rounding but another decision, as the order of two boxes.
-            rounding = math.sqrt(torch.finfo(result.dtype).eps) * _largest(reference)
+            rounding = math.sqrt(torch.finfo(result.dtype).eps) * largest(reference)
             if found.passed and found.pytorch <= rounding:
                 pooled[path] = max(pooled[path], found.pytorch)
     return pooled
@@ -257,29 +229,5 @@ def _leaves(outputs: Any) -> dict[str, Any]:
     return {"output" + pytree.keystr(path): value for path, value in leaves}
 
 
-def _difference_in_kind(ours: Tensor, theirs: Tensor) -> str | None:
-    if ours.shape != theirs.shape:
-        return f"shape {tuple(ours.shape)}, not {tuple(theirs.shape)}"
-    if ours.dtype != theirs.dtype:
-        return f"dtype {ours.dtype}, not {theirs.dtype}"
-    strides = [
-        [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
-        for t in (ours, theirs)
-    ]
-    if ours.layout == torch.strided and ours.numel() > 0 and strides[0] != strides[1]:
-        return f"strides {ours.stride()}, not {theirs.stride()}"
-    return None
-
-
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0
-
-
-def _ulp(scale: float, dtype: torch.dtype) -> float:
-    """Distance of neighbouring numbers of ``dtype`` at ``scale``."""
-    _, exponent = math.frexp(scale)
-    return torch.finfo(dtype).eps * math.ldexp(1.0, exponent - 1) if scale else 0.0

@@ -177,8 +177,8 @@ def test_block(options: dict[str, Any], dtype: torch.dtype) -> None:
     assert [str(change) for change in first.changes] == ["folded 1", "gave its bias to 3"]
     assert [str(change) for change in second.changes] == [
         "folded 4",
-        "absorbed activation relu6",
-        "absorbed input_activation relu6",
+        "absorbed relu6 after it",
+        "absorbed relu6 before it",
         "absorbed the bias of 0",
     ]
     assert [str(change) for change in third.changes] == ["folded 7"]
@@ -265,6 +265,38 @@ def test_shared_layers_are_absorbed_per_call() -> None:
     assert operators(fast) == [("relu", "sigmoid", True), ("none", "none", True)]
     assert list(fast.state_dict()) == list(model.state_dict())
     assert type(fast.get_submodule("point")) is nn.Conv2d
+
+
+def test_exports_and_saves(tmp_path: Any) -> None:
+    x = image()
+    fast = dwswap.optimize(Block().eval())
+    program = torch.export.export(fast, (x,))
+    torch.testing.assert_close(program.module()(x), fast(x), rtol=0, atol=1e-6)
+    again = dwswap.optimize(program.module())
+    torch.testing.assert_close(again(x), fast(x), rtol=0, atol=1e-6)
+    torch.save(fast, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(x), fast(x))
+    assert dwswap.report(loaded) == dwswap.report(fast)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_graph_modules_are_fused_in_place(inplace: bool) -> None:
+    """With a block that has two names, and is called under both."""
+    block = nn.Sequential(nn.Conv2d(8, 8, 1), norm(), nn.ReLU6(), depthwise(), norm(), nn.SiLU())
+    model = nn.Sequential(block, nn.MaxPool2d(2), block).eval()
+    traced = fx.symbolic_trace(model)
+    x = image(8)
+    expected = model(x)
+    fast = dwswap.optimize(traced, inplace=inplace)
+    assert (fast is traced) == inplace
+    assert operators(fast) == [("relu6", "silu", True)] * 2
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
+    assert inplace or any(isinstance(m, nn.BatchNorm2d) for m in traced.modules())
+    for again in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-4)
+    assert dwswap.optimize(fast, inplace=True) is fast
+    torch.testing.assert_close(fast(x), expected, rtol=0, atol=1e-4)
 
 
 # --- must stay --------------------------------------------------------------------------------
@@ -382,6 +414,10 @@ def test_layers_with_hooks_stay() -> None:
     fast = optimized(model, image())
     assert operators(fast) == [("relu", "none", False)]
     assert reasons(fast, "input_bias") == ["forward_hook"]
+    # What the hook has kept is to change, too.
+    model = nn.Sequential(_hooked(nn.Conv2d(3, 8, 1)), nn.ReLU(inplace=True), depthwise())
+    fast = optimized(model, image())
+    assert reasons(fast, "input_activation") == ["in_place"]
 
 
 def test_a_kept_convolution_absorbs_nothing() -> None:

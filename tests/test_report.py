@@ -59,7 +59,7 @@ def test_text() -> None:
         "verify passed"
     )
     assert "gave its bias to depthwise" in lines[1]
-    changes = "folded norm, absorbed activation relu6, absorbed the bias of expand"
+    changes = "folded norm, absorbed relu6 after it, absorbed the bias of expand"
     assert changes in lines[2]
     assert lines[4] == (
         "4 calls of operations per forward before, 2 now; folded 1 BatchNorm, absorbed 1 "

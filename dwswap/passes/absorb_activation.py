@@ -105,8 +105,8 @@ def _activation_refusal(
     if not _symmetric(graph_module, call):
         return "asymmetric_padding", {}
     producer = affine_call(graph_module, found.input)
-    if producer is not None and len(found.input.users) == 1:
-        return None  # nothing else knows the value
+    if producer is not None and len(found.input.users) == 1 and producer.refusal is None:
+        return None  # nothing else knows the value, and no hook keeps it
     if found.in_place:
         return "in_place", {}
     if changes_between(graph_module, found.node, call.node):

@@ -173,8 +173,8 @@ def _of_module(module: nn.Module, node: fx.Node) -> AffineCall | None:
         if not isinstance(module, (_ConvNd, nn.Linear)):
             return None
         facts: dict[str, object] = {"type": type(module).__name__}
-        refusal = reason_not_plain(module) or ("subclass", facts)
-        return AffineCall(node, F.linear, None, module=module, refusal=refusal)
+        why = reason_not_plain(module) or ("subclass", facts)
+        return AffineCall(node, F.linear, None, module=module, refusal=why)
     given = dict(zip(("input",), node.args, strict=False)) | node.kwargs
     input = given.get("input")
     refusal = reason_not_plain(module)
