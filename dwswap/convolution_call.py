@@ -14,7 +14,15 @@ from dwswap.eligibility import DTYPES
 from dwswap.ops import depthwise_conv2d
 from dwswap.report import REASONS, Layer, dtype_name
 
-__all__ = ["OPERATOR", "ConvolutionCall", "Shapes", "bind", "find_calls", "has_depthwise_call"]
+__all__ = [
+    "OPERATOR",
+    "ConvolutionCall",
+    "Shapes",
+    "bind",
+    "find_calls",
+    "has_depthwise_call",
+    "owner_of",
+]
 
 Shapes = Mapping[fx.Node, tuple[int, ...]]
 aten = torch.ops.aten
@@ -91,7 +99,7 @@ def find_calls(
         if node.op != "call_function" or not _is_convolution(node.target):
             continue
         arguments = bind(node)
-        owner = _join(prefix, _owner(node))
+        owner = _join(prefix, owner_of(node))
         layer = _describe(graph_module, node, arguments, owner, shapes or {})
         code, facts = _judge(node, arguments, layer)
         if code == "depthwise" and skip is not None and skip(owner):
@@ -121,7 +129,8 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return {**_DEFAULTS, "groups": None if inferred else 1, **given}
 
 
-def _owner(node: fx.Node) -> str:
+def owner_of(node: fx.Node) -> str:
+    """Path of the module whose forward makes the call ``node``, inside its graph module."""
     stack = node.meta.get("nn_module_stack") or {}
     entries = list(stack.values())
     return str(entries[-1][0]) if entries and isinstance(entries[-1], tuple) else ""

@@ -92,7 +92,7 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def commit(model: nn.Module, before: dict[str, nn.Module], replaced: dict[str, nn.Module]) -> None:
-    """Put the modules that were replaced in a shared copy into ``model``, at the same paths.
+    """Put what was replaced, added or removed in a shared copy into ``model``, at the same paths.
 
     Args:
         before: :func:`modules_by_path` of the copy, before.
@@ -106,9 +106,18 @@ def commit(model: nn.Module, before: dict[str, nn.Module], replaced: dict[str, n
         parent, _, name = path.rpartition(".")
         if path and parent in inside_new:
             inside_new.add(path)
-        elif path and module is not before[path]:
+        elif path and module is not before.get(path):
             parents[parent]._modules[name] = module
             inside_new.add(path)
+        else:
+            for tensors in ("_parameters", "_buffers"):
+                kept = getattr(module, tensors)
+                for gone in getattr(parents[path], tensors).keys() - kept.keys():
+                    del getattr(parents[path], tensors)[gone]
+    for path in before.keys() - replaced.keys():
+        parent, _, name = path.rpartition(".")
+        if parent in replaced and parent not in inside_new:
+            parents[parent]._modules.pop(name, None)  # two paths may be one module
 
 
 def complete_copy(source: fx.GraphModule, copied: fx.GraphModule, memo: dict[int, Any]) -> None:

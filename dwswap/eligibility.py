@@ -17,7 +17,15 @@ from torch.nn.utils.weight_norm import WeightNorm
 from dwswap.modules import DepthwiseConv2d
 from dwswap.report import REASONS, Layer, dtype_name
 
-__all__ = ["DTYPES", "HOOKS", "Skip", "inspect_modules", "is_convolution", "reason_to_keep"]
+__all__ = [
+    "DTYPES",
+    "HOOKS",
+    "Skip",
+    "inspect_modules",
+    "is_convolution",
+    "reason_not_plain",
+    "reason_to_keep",
+]
 
 Skip = Callable[[nn.Module, str], bool]
 
@@ -119,31 +127,58 @@ def _judge(module: Any) -> tuple[str, dict[str, object]]:
 
 def _judge_state(conv: nn.Conv2d) -> tuple[str, dict[str, object]]:
     """The conditions on an exact nn.Conv2d with groups == in_channels > 1."""
-    for attribute, code in HOOKS.items():
-        if getattr(conv, attribute, None):
-            return code, {}
-    patched = [name for name in _METHODS if name in conv.__dict__]
-    if patched:
-        return "patched_forward", {"names": ", ".join(patched)}
-    if conv._compiled_call_impl is not None:
-        return "compiled_in_place", {}
     weight = conv._parameters.get("weight")
     bias = conv._parameters.get("bias")
+    found = _judge_handling(conv)
+    if found is not None:
+        return found
     if weight is None or (bias is None and "bias" not in conv._parameters):
         return "weight_not_parameter", {}
-    for tensor in (weight, bias):
-        if tensor is not None and type(tensor) is not nn.Parameter:
-            return "tensor_subclass", {"type": type(tensor).__name__}
-        if tensor is not None and tensor.layout != torch.strided:
-            return "weight_layout", {"layout": tensor.layout}
-        if tensor is not None and tensor.dtype not in DTYPES:
-            return "dtype", {"dtype": dtype_name(tensor.dtype)}
+    found = _judge_tensors(weight, bias)
+    if found is not None:
+        return found
     if conv.padding_mode != "zeros":
         return "padding_mode", {"padding_mode": conv.padding_mode}
     expected = (conv.out_channels, 1, *conv.kernel_size)
     if tuple(weight.shape) != expected or conv.out_channels % conv.in_channels:
         return "inconsistent_shape", {"shape": tuple(weight.shape)}
     return "depthwise", {}
+
+
+def reason_not_plain(module: nn.Module) -> tuple[str, dict[str, object]] | None:
+    """Why a call of ``module`` may do more than its class says: a code and facts; None if plain."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted", {}
+    if parametrize.is_parametrized(module):
+        return "parametrized", {"names": ", ".join(module.parametrizations)}  # type: ignore[arg-type]
+    for hook in module._forward_pre_hooks.values():
+        for kind, code in _REPARAMETRIZATIONS:
+            if isinstance(hook, kind):
+                return code, {}
+    return _judge_handling(module) or _judge_tensors(*module._parameters.values())
+
+
+def _judge_handling(module: nn.Module) -> tuple[str, dict[str, object]] | None:
+    for attribute, code in HOOKS.items():
+        if getattr(module, attribute, None):
+            return code, {}
+    patched = [name for name in _METHODS if name in module.__dict__]
+    if patched:
+        return "patched_forward", {"names": ", ".join(patched)}
+    return None if module._compiled_call_impl is None else ("compiled_in_place", {})
+
+
+def _judge_tensors(*parameters: torch.Tensor | None) -> tuple[str, dict[str, object]] | None:
+    for tensor in parameters:
+        if tensor is None:
+            continue
+        if type(tensor) is not nn.Parameter:
+            return "tensor_subclass", {"type": type(tensor).__name__}
+        if tensor.layout != torch.strided:
+            return "weight_layout", {"layout": tensor.layout}
+        if tensor.dtype not in DTYPES:
+            return "dtype", {"dtype": dtype_name(tensor.dtype)}
+    return None
 
 
 def _is_quantized_class(cls: type) -> bool:

@@ -107,11 +107,19 @@ def observe_shapes(model: nn.Module, arguments: Arguments) -> ObservedShapes:
 
 
 def runnable_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares the tensors of ``model``, in eval mode."""
+    """A copy that shares the parameters of ``model``, in eval mode.
+
+    It has buffers of its own, as a forward may change them.
+    """
     subject = share_model(model)
+    copies: dict[int, Tensor] = {}
     for module in subject.modules():
         # Not .eval(): models override it with side effects.
         module.training = False
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                copies.setdefault(id(buffer), buffer.clone())
+                module._buffers[name] = copies[id(buffer)]
     return subject
 
 
@@ -167,9 +175,12 @@ class _ShapeRecorder(fx.Interpreter):
 def _node_shapes(
     graph_module: fx.GraphModule, arguments: Arguments
 ) -> dict[fx.Node, tuple[int, ...]]:
-    recorder = _ShapeRecorder(graph_module)
+    subject = runnable_copy(graph_module)
+    assert isinstance(subject, fx.GraphModule)
+    recorder = _ShapeRecorder(subject)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # A graph that needs real values yields the shapes up to there.
     with torch.no_grad(), mode, contextlib.suppress(Exception):
         recorder.run(*arguments.map(mode.from_tensor).positional(graph_module.forward))
-    return recorder.shapes
+    pairs = zip(graph_module.graph.nodes, subject.graph.nodes, strict=True)
+    return {node: recorder.shapes[copy] for node, copy in pairs if copy in recorder.shapes}

@@ -13,7 +13,10 @@ from torch.fx.graph_module import reduce_graph_module
 from dwswap.copying import complete_copy
 from dwswap.module_access import shortened
 
-__all__ = ["InferenceGraph"]
+__all__ = ["FOLDED", "InferenceGraph"]
+
+FOLDED = "dwswap_folded"
+"""Key in ``GraphModule.meta``: keys of the original's ``state_dict`` that a fold used up."""
 
 _BAKED = "_dwswap_baked"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -26,7 +29,7 @@ class InferenceGraph(fx.GraphModule):
     second names of shared modules, non-persistent buffers and plain attributes (numbers, strings
     and containers of them), also through deepcopy and pickle. ``train()`` raises: the graph has
     the eval behaviour of dropout and its like baked in. So does setting a plain attribute that
-    the forward read.
+    the forward read, and loading weights that were folded into others.
     """
 
     @classmethod
@@ -92,6 +95,23 @@ class InferenceGraph(fx.GraphModule):
                 "the original to fine-tune"
             )
         return super().train(False)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuse a checkpoint of the original, also with ``strict=False``, before any is loaded.
+
+        Raises:
+            RuntimeError: ``state_dict`` has weights that this graph has folded into others.
+        """
+        for name in self.meta.get(FOLDED, ()):
+            if prefix + name in state_dict:
+                raise RuntimeError(
+                    f"{prefix}{name} cannot be loaded: this graph has it folded into other "
+                    "weights; load the checkpoint into the original model and call "
+                    "dwswap.optimize again, or use dwswap.optimize(model, fuse=False)"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InferenceGraph:
         result: Any = super().__deepcopy__(memo)

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
+from dwswap.changes import Change
+
 __all__ = ["REASONS", "Layer", "LayerErrors", "Report", "Verification", "report"]
 
 # Reason code -> the sentence that a layer shows. Codes are part of the interface: scripts test for
@@ -107,7 +109,7 @@ class Layer:
         aliases: other paths of the same module.
         input_shape: the input's shape, where ``example_inputs`` told.
         errors: from ``verify=True``.
-        changes: what later passes did to the layer, in order.
+        changes: what the passes for inference did to the layer and its neighbours, or left.
     """
 
     path: str
@@ -125,7 +127,7 @@ class Layer:
     input_shape: tuple[int, ...] | None = None
     aliases: tuple[str, ...] = ()
     errors: LayerErrors | None = None
-    changes: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     @property
     def swapped(self) -> bool:
@@ -165,6 +167,10 @@ class Report:
         not_traced: why the model as a whole did not become a graph; None where it did.
         verification: result of ``verify=True``.
         kernels: which implementation of the operator runs.
+        elsewhere: changes to and around what is no convolution, by its path.
+        calls_before: operations that launch kernels in a forward of the graph, before any pass
+            (``dwswap.passes.count_calls`` says what counts); None without a graph.
+        calls_after: the same of the result.
     """
 
     model: str
@@ -174,11 +180,19 @@ class Report:
     not_traced: str | None = None
     verification: Verification | None = None
     kernels: str = ""
+    elsewhere: dict[str, tuple[Change, ...]] = field(default_factory=dict)
+    calls_before: int | None = None
+    calls_after: int | None = None
 
     @property
     def swapped(self) -> list[Layer]:
         """The layers that run, or would run, the dwswap operator."""
         return [layer for layer in self.layers if layer.swapped]
+
+    def without_changes(self) -> None:
+        """Forget what the passes for inference did: the result is put back, or was not used."""
+        self.layers = [dataclasses.replace(layer, changes=()) for layer in self.layers]
+        self.elsewhere, self.calls_before, self.calls_after = {}, None, None
 
     def summary(self) -> str:
         """One line: how many of how many, how, why the others were not."""
@@ -231,13 +245,26 @@ class Report:
             cells += [_size(layer.input_shape)] if shapes else []
             cells += [_size(layer.weight_shape), _size(layer.stride), _size(layer.padding)]
             cells += [layer.decision, f"{layer.reason}: {layer.detail}"]
-            cells += [", ".join(layer.changes)] if changed else []
+            cells += [", ".join(map(str, layer.changes))] if changed else []
             cells += [_errors(layer.errors)] if verified else []
             table.add_row(*map(_plain, cells))
         return table
 
+    def _fused(self) -> str:
+        changes = [c for layer in self.layers for c in layer.changes]
+        changes += [c for found in self.elsewhere.values() for c in found]
+        done = Counter(change.kind for change in changes if change.done)
+        return (
+            f"{self.calls_before} calls of operations per forward before, {self.calls_after} now; "
+            f"folded {done['batchnorm']} BatchNorm, absorbed "
+            f"{done['activation'] + done['input_activation']} activations and "
+            f"{done['input_bias']} biases"
+        )
+
     def _notes(self) -> list[str]:
-        lines = []
+        lines = [f"{path}: {', '.join(map(str, c))}" for path, c in self.elsewhere.items()]
+        if self.calls_before is not None and self.calls_after is not None:
+            lines.append(self._fused())
         if self.traced and self.traced != ("",):
             lines.append("traced submodules: " + ", ".join(self.traced))
         if self.not_traced is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
+from dwswap.inference_graph import FOLDED
 from dwswap.modules import DepthwiseConv2d
 from dwswap.passes.substitution import unswap_modules
 from dwswap.passes.unswap_calls import swapped_calls, unswap_call
@@ -27,8 +28,9 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: a call in a graph has absorbed its neighbours and has no ``torch.conv2d`` to
-            go back to. ``model`` is then as it was.
+        ValueError: a graph was fused: BatchNorm is folded into other weights, or a call has
+            absorbed its neighbours and has no ``torch.conv2d`` to go back to. ``model`` is then as
+            it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -63,6 +65,11 @@ def _has_swaps(model: nn.Module) -> bool:
 def _restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
+            if FOLDED in module.meta:
+                raise ValueError(
+                    "model cannot be restored: BatchNorm was folded into other weights; restore "
+                    "needs the result of a swap alone, as dwswap.optimize(model, fuse=False) makes"
+                )
             for node in list(swapped_calls(module)):
                 unswap_call(module, node)
             module.recompile()

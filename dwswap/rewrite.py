@@ -15,8 +15,10 @@ from dwswap.convolution_call import ConvolutionCall, find_calls
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
 from dwswap.eligibility import Skip, inspect_modules, is_convolution
 from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
+from dwswap.fusion import fuse as fuse_graph
 from dwswap.inference_graph import InferenceGraph
 from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
+from dwswap.passes.count_calls import count_calls
 from dwswap.passes.substitution import replace_modules, swap_modules
 from dwswap.report import Report, attach
 from dwswap.selection import select_faster
@@ -50,24 +52,30 @@ def optimize(
     """``model`` with its depthwise convolutions on the dwswap operator; same outputs.
 
     In eval mode the result is a ``torch.fx.GraphModule`` for inference, where the model can be
-    traced. In train mode, with ``fuse=False``, or where it cannot be traced, modules are replaced:
-    the result has the model's class, ``state_dict`` keys, attributes and hooks, shares nothing
-    else, and trains. What cannot be rewritten safely stays; ``dwswap.report`` tells why.
+    traced: BatchNorm is folded into the layers before it, and the activations and biases beside
+    the depthwise convolutions become part of these. Folded weights are new parameters under new
+    keys (``conv_folded.weight``), and a checkpoint of the original is refused. In train mode, with
+    ``fuse=False``, or where it cannot be traced, modules are replaced: the result has the model's
+    class, ``state_dict`` keys, attributes and hooks, shares nothing else, and trains. What cannot
+    be rewritten safely stays; ``dwswap.report`` tells why.
 
     Args:
         model: ``nn.Module`` or ``torch.fx.GraphModule``, on any device.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
             Tells the report the shapes, and finds some more convolutions in functional form.
         inplace: do not copy the weights. Where modules are replaced, they are replaced in
-            ``model`` itself, which is returned; a new graph shares the weights of ``model``.
-        fuse: False replaces modules only.
+            ``model`` itself, which is returned; a new graph shares the weights of ``model`` that
+            nothing was folded into. (A ``GraphModule`` is changed itself.)
+        fuse: False swaps only: modules are replaced, or calls in a ``GraphModule``; nothing is
+            folded or absorbed, and all keys stay.
         skip: ``skip(module, path)`` is asked about every convolution that would be swapped; true
-            keeps it. For a functional call it gets the module that makes it.
+            keeps it as it is. For a functional call it gets the module that makes it.
         verify: compare every swapped layer and the whole model with a float64 run of the original
             on ``example_inputs``; put back what has more than twice PyTorch's own error.
         select: ``"always"`` swaps what can be swapped. ``"measured"`` times every layer's forward
-            on the GPU, as ``example_inputs`` reach it, and puts back where PyTorch's kernel is
-            more than 3 % faster. The times are cached on disk, so only new shapes take time.
+            on the GPU, as ``example_inputs`` reach it and without what it may absorb, and puts
+            back where PyTorch's kernel is more than 3 % faster. The times are cached on disk, so
+            only new shapes take time.
 
     Returns:
         The rewritten model, in the mode of ``model``. Without a depthwise convolution, the model
@@ -88,22 +96,27 @@ def optimize(
         raise ValueError('select="measured" needs example_inputs, got None')
     workspace = shell_model(model) if inplace else copy_model(model)
     before = modules_by_path(workspace)
-    result, report = _rewrite(model, workspace, arguments, fuse, skip)
+    result, report, context = _rewrite(model, workspace, arguments, fuse, skip)
     report.kernels = _kernels(model, load=bool(report.swapped))
-    if arguments is not None and report.mode != "unchanged":
-        if select == "measured":
-            result, report = select_faster(result, report, arguments)
-        if verify:
-            result, report = verify_result(model, result, report, arguments)
+    changed = report.mode != "unchanged"
+    if arguments is not None and changed and select == "measured":
+        # A layer that goes back to PyTorch's kernel is none that could absorb anything.
+        result, report = select_faster(result, report, arguments)
+    if fuse:
+        report = _fuse(model, result, report, context)
+    if arguments is not None and changed and verify:
+        result, report = verify_result(model, result, report, arguments)
     failed = report.verification is not None and not report.verification.passed
     if failed or not report.swapped:
         rewritten = result is not workspace or report.traced  # and then put back
         result = model if inplace else copy_model(model) if rewritten else workspace
         report.mode, report.traced = "unchanged", ()
+        report.without_changes()
     elif inplace and result is workspace:
         commit(model, before, modules_by_path(result))
         if isinstance(model, fx.GraphModule) and isinstance(result, fx.GraphModule):
             model.graph = result.graph
+            model.meta.update(result.meta)
         result = model
     attach(result, report)
     logger.info("%s", report.summary())
@@ -118,8 +131,11 @@ def explain(
     Arguments and errors are those of :func:`optimize`. Models on the meta device are fine.
     """
     arguments = _check(model, example_inputs)
-    _, report = _rewrite(model, shell_model(model), arguments, fuse, skip)
+    result, report, context = _rewrite(model, shell_model(model), arguments, fuse, skip)
     report.kernels = _kernels(model, load=False)
+    if fuse:
+        context.values = False
+        report = _fuse(model, result, report, context)
     return report
 
 
@@ -144,8 +160,8 @@ def _rewrite(
     arguments: Arguments | None,
     fuse: bool,
     skip: Skip | None,
-) -> tuple[nn.Module, Report]:
-    """Rewrite ``workspace``, a copy of ``model``; ``model`` itself is only read."""
+) -> tuple[nn.Module, Report, Context]:
+    """Swap in ``workspace``, a copy of ``model``; ``model`` itself is only read."""
     report = Report(model=type(model).__name__)
     layers = inspect_modules(model, skip)
     context = Context(layers)
@@ -164,9 +180,8 @@ def _rewrite(
         seen = observe_shapes(graph_module or model, arguments)
     context.shapes = seen.nodes
     if graph_module is not None:
+        report.calls_before = count_calls(graph_module)
         run_passes(graph_module, context, EXACT_PASSES)
-        if inference and any(layer.swapped for layer in layers.values()):
-            run_passes(graph_module, context, INFERENCE_PASSES)
         result, report.traced = graph_module, ("",)
     else:
         result = swap_modules(workspace, layers)
@@ -177,9 +192,17 @@ def _rewrite(
         for layer in layers.values()
     ]
     if not report.swapped:
-        return workspace, dataclasses.replace(report, traced=())
+        return workspace, dataclasses.replace(report, traced=()), context
     report.mode = "graph" if graph_module is not None else "substitution"
-    return result, report
+    return result, report, context
+
+
+def _fuse(model: nn.Module, result: nn.Module, report: Report, context: Context) -> Report:
+    """Run the passes for inference over ``result``, where it is a graph of ``model`` in eval."""
+    if report.mode != "graph" or not report.swapped or is_training(model):
+        return report
+    assert isinstance(result, fx.GraphModule)
+    return fuse_graph(result, report, context, INFERENCE_PASSES)
 
 
 def _nearest(model: nn.Module, path: str) -> nn.Module:

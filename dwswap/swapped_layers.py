@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from dwswap.copying import modules_by_path
 from dwswap.example_inputs import Arguments, run, runnable_copy
 from dwswap.modules import DepthwiseConv2d
 from dwswap.ops import depthwise_conv2d
+from dwswap.passes.context import PATH
 from dwswap.passes.substitution import unswap_modules
 from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.report import Report
@@ -26,6 +28,7 @@ class LayerCall:
         path: of the layer, as in its report.
         geometry: stride, padding, dilation and groups, as ``torch.conv2d`` takes them.
         output: what the dwswap operator returned.
+        input_bias, input_activation, activation: what the call has absorbed.
     """
 
     path: str
@@ -34,6 +37,9 @@ class LayerCall:
     bias: Tensor | None
     geometry: tuple[Any, ...]
     output: Tensor
+    input_bias: Tensor | None = None
+    input_activation: str = "none"
+    activation: str = "none"
 
 
 def run_watched(
@@ -45,15 +51,18 @@ def run_watched(
     twice as often. Nothing of ``model`` changes.
     """
     subject = runnable_copy(model)
+    modules = modules_by_path(subject)
     for layer in report.layers:
-        if layer.reason == "depthwise" and layer.kind == "module":
-            module = subject.get_submodule(layer.path)
+        module = modules.get(layer.path)
+        # One that has absorbed its neighbours is a call in the graph.
+        if layer.reason == "depthwise" and isinstance(module, DepthwiseConv2d):
             module.register_forward_hook(_module_hook(layer.path, watch), with_kwargs=True)
     for prefix in report.traced:
         graph_module = subject.get_submodule(prefix)
         assert isinstance(graph_module, fx.GraphModule)
-        if any("dwswap_layer" in node.meta for node in swapped_calls(graph_module)):
-            graph_module.register_forward_hook(_graph_hook(watch), with_kwargs=True)
+        ours = {layer.path for layer in report.layers if layer.reason == "depthwise"}
+        if any(node.meta.get(PATH) in ours for node in swapped_calls(graph_module)):
+            graph_module.register_forward_hook(_graph_hook(watch, ours), with_kwargs=True)
     return run(subject, arguments)
 
 
@@ -63,8 +72,8 @@ def put_back(model: nn.Module, traced: tuple[str, ...], paths: set[str]) -> nn.M
         graph_module = model.get_submodule(prefix)
         assert isinstance(graph_module, fx.GraphModule)
         for node in list(swapped_calls(graph_module)):
-            if node.meta.get("dwswap_layer") in paths:
-                unswap_call(graph_module, node)
+            if node.meta.get(PATH) in paths:
+                unswap_call(graph_module, node, expand=True)
         graph_module.recompile()
     return unswap_modules(model, paths)
 
@@ -78,15 +87,16 @@ def _module_hook(path: str, watch: Callable[[LayerCall], None]) -> Callable[...,
     return hook
 
 
-def _graph_hook(watch: Callable[[LayerCall], None]) -> Callable[..., None]:
+def _graph_hook(watch: Callable[[LayerCall], None], ours: set[str]) -> Callable[..., None]:
     class Watcher(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             output = super().run_node(n)
-            if n.target is depthwise_conv2d and "dwswap_layer" in n.meta:
+            if n.target is depthwise_conv2d and n.meta.get(PATH) in ours:
                 (x, weight, bias), given = self.fetch_args_kwargs_from_env(n)
                 names = ("stride", "padding", "dilation", "groups")
                 geometry = tuple(given[name] for name in names)
-                watch(LayerCall(n.meta["dwswap_layer"], x, weight, bias, geometry, output))
+                absorbed = {name: given[name] for name in given.keys() - set(names)}
+                watch(LayerCall(n.meta[PATH], x, weight, bias, geometry, output, **absorbed))
             return output
 
     def hook(module: fx.GraphModule, args: Any, kwargs: Any, output: Any) -> None:

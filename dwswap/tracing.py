@@ -24,7 +24,7 @@ from dwswap.convolution_call import has_depthwise_call
 from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
 from dwswap.guarded_proxy import GuardingTracer, NotTraceable
-from dwswap.inference_graph import InferenceGraph
+from dwswap.inference_graph import FOLDED, InferenceGraph
 from dwswap.ops import depthwise_conv2d
 
 __all__ = ["NotTraceable", "Tracer", "is_training", "trace", "traceable_submodules"]
@@ -170,8 +170,21 @@ def traceable_submodules(model: nn.Module) -> Iterator[tuple[str, InferenceGraph
 
 
 def is_training(model: nn.Module) -> bool:
-    """Whether any module is in train mode; the empty modules that torch.fx makes do not count."""
+    """Whether any module is in train mode; the empty modules that torch.fx makes do not count.
+
+    The graph of an exported program has its mode in its calls, and flags that mean nothing.
+    """
+    if isinstance(model, fx.GraphModule) and "train" in model.__dict__:
+        return any(_trains(node) for node in model.graph.nodes)
     return any(m.training for m in model.modules() if type(m) is not nn.Module)
+
+
+def _trains(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return any(given.get(name) is True for name in ("training", "train"))
 
 
 def check_inlined(module: nn.Module, path: str) -> None:
@@ -230,6 +243,8 @@ def _check_saving(module: nn.Module, path: str) -> None:
     cls = type(module)
     for name in _SAVING:
         own = name in module.__dict__ or getattr(cls, name) is not getattr(nn.Module, name)
+        if isinstance(module, InferenceGraph) and FOLDED not in module.meta:
+            continue
         # The one of torchvision is MNASNet's. It converts files of its first version, which a
         # graph refuses by their shapes.
         if own and _root(cls.__module__) != "torchvision":

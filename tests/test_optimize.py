@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
 import dwswap
-from dwswap import DepthwiseConv2d, build, rewrite
+from dwswap import DepthwiseConv2d, build, depthwise_conv2d, rewrite
 
 
 def test_eval_mode_gives_a_graph_for_inference() -> None:
@@ -26,11 +27,10 @@ def test_eval_mode_gives_a_graph_for_inference() -> None:
 
     assert isinstance(fast, fx.GraphModule)
     assert snapshot(model) == before
-    assert type(fast.depthwise) is DepthwiseConv2d
-    assert type(fast.expand) is nn.Conv2d
-    nodes = [n.target for n in fast.graph.nodes if n.op == "call_module"]
-    assert nodes == ["expand", "depthwise", "norm", "dropout"]
-    assert list(fast.state_dict()) == list(model.state_dict())
+    nodes = [n.target for n in fast.graph.nodes if n.op.startswith("call")]
+    assert nodes == [torch.conv2d, depthwise_conv2d, "dropout"]
+    keys = ["expand.weight", "expand.bias", "depthwise_folded.weight", "depthwise_folded.bias"]
+    assert list(fast.state_dict()) == keys
     assert fast.name == "block"
     torch.testing.assert_close(fast(x), expected, rtol=0, atol=1e-6)
 
@@ -63,7 +63,7 @@ def test_train_mode_trains() -> None:
     torch.testing.assert_close(in_eval(image()), fast(image()))
 
 
-@pytest.mark.parametrize("how", MODES)
+@pytest.mark.parametrize("how", MODES[1:])
 def test_checkpoints_load_both_ways(how: dict[str, bool]) -> None:
     model, fast = optimized(how)
     other, other_fast = optimized(how)
@@ -72,6 +72,28 @@ def test_checkpoints_load_both_ways(how: dict[str, bool]) -> None:
     for m in (other, other_fast):
         for name, value in m.state_dict().items():
             assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_checkpoints_of_what_was_folded_do_not_load(strict: bool) -> None:
+    model, fast = optimized({"train": False, "fuse": True})
+    before = {name: value.clone() for name, value in fast.state_dict().items()}
+    checkpoint = {name: value + 1 for name, value in model.state_dict().items()}
+    whole = nn.Sequential(fast)
+    prefixed = {f"0.{name}": value for name, value in checkpoint.items()}
+    again = pickle.loads(pickle.dumps(fast))
+    for target, state in ((fast, checkpoint), (whole, prefixed), (again, checkpoint)):
+        with pytest.raises(RuntimeError, match=r"depthwise\.weight cannot be loaded.*fuse=False"):
+            target.load_state_dict(state, strict=strict)
+    for name, value in fast.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    # Its own loads, and nothing of it into the original by mistake.
+    _, other = optimized({"train": False, "fuse": True})
+    other.load_state_dict(fast.state_dict(), strict=strict)
+    torch.testing.assert_close(other(image()), fast(image()), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(fast.state_dict())
+    assert "depthwise.weight" not in fast.state_dict()
 
 
 @pytest.mark.parametrize("how", MODES)
@@ -83,8 +105,10 @@ def test_inplace_shares_the_parameters(how: dict[str, bool]) -> None:
     substitution = dwswap.report(fast).mode == "substitution"
     assert (fast is model) == substitution
     assert type(model.depthwise) is (DepthwiseConv2d if substitution else nn.Conv2d)
-    assert all(p is parameters[name] for name, p in fast.named_parameters())
+    new = {name for name, p in fast.named_parameters() if p is not parameters.get(name)}
+    assert new == (set() if substitution else {"depthwise_folded.weight", "depthwise_folded.bias"})
     assert all(b is buffers[name] for name, b in fast.named_buffers())
+    assert all(p is parameters[name] for name, p in model.named_parameters())
 
 
 def test_copy_shares_nothing() -> None:
@@ -108,7 +132,7 @@ def test_autocast_reaches_the_operator() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, expected = fast(image()), model(image())
     assert output.dtype == expected.dtype
-    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_no_depthwise_convolution_leaves_the_model() -> None:
@@ -137,11 +161,20 @@ def test_graph_module_in_graph_module_out() -> None:
     fast = dwswap.optimize(traced)
     assert isinstance(fast, fx.GraphModule)
     assert dwswap.report(fast).mode == "graph"
-    assert type(fast.depthwise) is DepthwiseConv2d
+    calls = [n.target for n in fast.graph.nodes if n.op == "call_function"]
+    assert calls == [torch.conv2d, depthwise_conv2d]
     assert type(traced.depthwise) is nn.Conv2d
-    torch.testing.assert_close(fast(image()), traced(image()))
+    expected = traced(image())
+    torch.testing.assert_close(fast(image()), expected)
     assert dwswap.optimize(traced, inplace=True) is traced
-    assert type(traced.depthwise) is DepthwiseConv2d
+    assert not hasattr(traced, "norm")
+    assert list(traced.state_dict()) == list(fast.state_dict())
+    torch.testing.assert_close(traced(image()), expected)
+    with pytest.raises(ValueError, match="BatchNorm was folded"):
+        dwswap.restore(traced)
+    swapped = dwswap.optimize(fx.symbolic_trace(model), fuse=False)
+    assert type(swapped.depthwise) is DepthwiseConv2d
+    assert list(swapped.state_dict()) == list(model.state_dict())
 
 
 def test_exported_program_module() -> None:
@@ -251,6 +284,23 @@ def test_example_inputs_leave_batchnorm_statistics() -> None:
     dwswap.explain(model, image())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_example_inputs_leave_buffers_that_a_forward_changes() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = depthwise()
+            self.register_buffer("runs", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.runs.add_(1)
+            return self.conv(x)
+
+    for options in ({}, {"fuse": False}, {"verify": True}):
+        model = Counting().eval()
+        fast = dwswap.optimize(model, image(8), **options)
+        assert model.runs == fast.runs == 0
 
 
 @pytest.mark.parametrize(

@@ -429,13 +429,14 @@ def test_buffers_are_read_when_the_graph_runs() -> None:
     model = Scaled().eval()
     fast = dwswap.optimize(model)
     assert dwswap.report(fast).mode == "graph"
-    assert list(fast.state_dict()) == list(model.state_dict())
+    keys = ["scale", "expand.weight", "expand.bias", "depthwise_folded.weight"]
+    assert list(fast.state_dict()) == [*keys, "depthwise_folded.bias"]
     x = image()
     for m in (model, fast):
         m.scale.fill_(5)
     for result in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        torch.testing.assert_close(result(x), model(x))
-        assert list(result.state_dict()) == list(model.state_dict())
+        torch.testing.assert_close(result(x), model(x), rtol=0, atol=1e-4)
+        assert list(result.state_dict()) == list(fast.state_dict())
 
 
 def test_ordered_dict_outputs_stay_ordered_dicts() -> None:

@@ -12,6 +12,7 @@ from tiny_models import Block, ControlFlow, depthwise, image
 from torch import nn
 
 import dwswap
+from dwswap.changes import CHANGE_REASONS, Change
 from dwswap.report import REASONS, Layer, LayerErrors, Report, Verification
 
 
@@ -32,6 +33,11 @@ def test_layer_lines() -> None:
         groups=8,
         dtype="float32",
         input_shape=(2, 8, 9, 9),
+        changes=(
+            Change("batchnorm", "norm", True, "folded", CHANGE_REASONS["folded"]),
+            Change("activation", "relu6", True, "absorbed", CHANGE_REASONS["absorbed"], "relu6"),
+            Change("input_bias", "expand", True, "absorbed", CHANGE_REASONS["absorbed"]),
+        ),
     )
     assert (expand.decision, expand.reason) == ("kept", "not_depthwise")
     assert expand.detail == "groups 1 of 3 channels"
@@ -39,8 +45,8 @@ def test_layer_lines() -> None:
 
 def test_text() -> None:
     report = dwswap.report(dwswap.optimize(Block().eval(), image(), verify=True))
-    lines = str(report).splitlines()
-    assert len(lines) == 5
+    lines = report.render(width=200).splitlines()
+    assert len(lines) == 6
     for word in ("layer", "input", "weight", "stride", "pad", "decision", "reason", "error"):
         assert word in lines[0]
     assert "2x3x9x9" in lines[1]
@@ -52,9 +58,17 @@ def test_text() -> None:
         "Block: 1 of 2 convolutions swapped (graph; composite (CPU)); kept: 1 not_depthwise; "
         "verify passed"
     )
-    assert lines[4].startswith("verify output: error / PyTorch's ")
-    assert max(map(len, lines[:3])) <= 120
-    assert all(len(line) <= 80 for line in report.render(width=80).splitlines()[:-2])
+    assert "gave its bias to depthwise" in lines[1]
+    changes = "folded norm, absorbed relu6 after it, absorbed the bias of expand"
+    assert changes in lines[2]
+    assert lines[4] == (
+        "4 calls of operations per forward before, 2 now; folded 1 BatchNorm, absorbed 1 "
+        "activations and 1 biases"
+    )
+    assert lines[5].startswith("verify output: error / PyTorch's ")
+    summary = str(report).splitlines().index(report.summary())
+    assert max(map(len, str(report).splitlines()[:summary])) <= 120
+    assert all(len(line) <= 80 for line in report.render(width=80).splitlines()[:-3])
 
 
 def test_text_takes_paths_literally() -> None:
@@ -72,11 +86,16 @@ def test_text_of_an_untraced_model() -> None:
 def test_text_shows_failures_and_changes() -> None:
     errors = LayerErrors(1.0, 0.1, 0.3)
     layer = Layer("a", "module", "kept", "verify_failed", "put back", errors=errors)
-    other = dataclasses.replace(layer, path="b", errors=None, changes=("folded BatchNorm",))
+    changes = (
+        Change("batchnorm", "norm", True, "folded", ""),
+        Change("activation", "act", False, "other_users", "it is used elsewhere", "relu"),
+    )
+    other = dataclasses.replace(layer, path="b", errors=None, changes=changes)
     verification = Verification(False, {"output": errors}, ("a note",))
     text = str(Report("M", layers=[layer, other], verification=verification))
     assert "1 / 0.1 FAILED" in text
-    assert "folded BatchNorm" in text
+    assert "folded norm" in text
+    assert "act stays" in text
     assert "verify: a note" in text
     assert "verify FAILED" in text
 
@@ -98,6 +117,7 @@ def test_lives_with_the_model(fuse: bool) -> None:
     report = dwswap.report(fast)
     for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert dwswap.report(again) == report
+    fast = dwswap.optimize(Block().eval(), fuse=False)
     for restored in (dwswap.restore(fast), dwswap.restore(fast, inplace=True)):
         with pytest.raises(ValueError, match=r"dwswap\.explain"):
             dwswap.report(restored)

@@ -31,12 +31,14 @@ def has_swaps(model: nn.Module) -> bool:
 @pytest.mark.parametrize("kind", ["graph", "no fuse", "train", "functional", "untraceable"])
 def test_round_trip(kind: str, inplace: bool) -> None:
     model: nn.Module = Block()
-    if kind == "functional":
+    if kind == "graph":
+        model = nn.Sequential(depthwise(), nn.MaxPool2d(2))
+    elif kind == "functional":
         model = nn.Sequential(Functional(call), depthwise())
     elif kind == "untraceable":
         model = ControlFlow(nn.Sequential(Functional(call), depthwise()))
     model.train(kind == "train")
-    x = image(3 if kind in ("graph", "no fuse", "train") else 8)
+    x = image(3 if kind in ("no fuse", "train") else 8)
     fast = dwswap.optimize(model, fuse=kind != "no fuse")
     parameters = dict(fast.named_parameters())
     swapped = len(dwswap.report(fast).swapped)
@@ -127,6 +129,17 @@ def test_absorbed_neighbours_cannot_be_restored(inplace: bool) -> None:
     assert len(fast.graph.nodes) == len(before)
     assert type(fast.get_submodule("1")) is DepthwiseConv2d
     assert dwswap.report(fast).swapped
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_folded_weights_cannot_be_restored(inplace: bool) -> None:
+    fast = dwswap.optimize(nn.Sequential(depthwise(), nn.BatchNorm2d(8)).eval())
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+    for result in (fast, again, nn.Sequential(fast)):
+        with pytest.raises(ValueError, match=r"BatchNorm was folded.*fuse=False"):
+            dwswap.restore(result, inplace=inplace)
+        assert has_swaps(result)
+        assert result(image(8)).shape == (2, 8, 9, 9)
 
 
 def test_wrong_argument() -> None:

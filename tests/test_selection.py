@@ -373,3 +373,23 @@ def test_lock_that_stays_held_only_logs(
     with FileLock(f"{cache}.lock"):
         remember({"key": Times(1.0, 2.0)})
     assert "are not kept" in caplog.text
+
+
+def test_what_stays_swapped_is_fused(gpu: FakeGPU) -> None:
+    """Layers are timed alone, and one that goes back has nothing to absorb with."""
+    gpu.aten[12] = 5.0
+    model = nn.Sequential(
+        *(depthwise(8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12)),
+        *(nn.ReLU(), depthwise(12), nn.BatchNorm2d(12), nn.SiLU()),
+    ).eval()
+    fast = optimize(model, image(8), verify=True)
+    assert [problem.input.size[-3] for problem in gpu.measured] == [8, 12]
+    assert reasons(fast) == {"0": "depthwise", "3": "not_depthwise", "6": "slower_here"}
+    calls = [node.target for node in fast.graph.nodes if node.op.startswith("call")]
+    assert calls == [dwswap.depthwise_conv2d, torch.conv2d, "5", torch.conv2d, "8"]
+    report = dwswap.report(fast)
+    assert report.verification is not None
+    assert report.verification.passed
+    changes = [[str(change) for change in layer.changes] for layer in report.layers]
+    assert changes == [["folded 1", "absorbed relu after it"], ["folded 4"], ["folded 7"]]
+    torch.testing.assert_close(fast(image(8)), model(image(8)), rtol=0, atol=1e-5)

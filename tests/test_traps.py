@@ -263,14 +263,15 @@ def test_frozen_meta_channels_last_and_dtypes_survive(fuse: bool, inplace: bool)
     model.depthwise.weight.requires_grad_(False)
     strides = model.depthwise.weight.stride()
     fast = dwswap.optimize(model, fuse=fuse, inplace=inplace)
-    layer = fast.get_submodule("depthwise")
+    name = "depthwise_folded" if fuse else "depthwise"
+    layer = fast.get_submodule(name)
     assert not layer.weight.requires_grad
     assert layer.bias.requires_grad
     assert layer.weight.stride() == strides
-    assert layer.weight.dtype == torch.float16
+    assert layer.weight.dtype == layer.bias.dtype == torch.float16
 
     on_meta = dwswap.optimize(Block().to("meta").eval(), fuse=fuse, inplace=inplace)
-    assert on_meta.get_submodule("depthwise").weight.is_meta
+    assert on_meta.get_submodule(name).weight.is_meta
     assert on_meta(image().to("meta")).shape == (2, 8, 9, 9)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 import dwswap
 from dwswap import DepthwiseConv2d, registration, verify
+from dwswap.activations import ACTIVATIONS
 from dwswap.report import LayerErrors, Verification
 from dwswap.verify import compare
 
@@ -51,7 +52,7 @@ def test_passes(dtype: torch.dtype, fuse: bool) -> None:
     for errors in (layer.errors, verification.outputs["output"]):
         assert errors is not None
         assert errors.ours <= errors.limit
-        assert (errors.pytorch > 0) == (dtype != torch.float64)
+        assert errors.pytorch > 0 or dtype == torch.float64
     assert report.layers[0].errors is None
 
 
@@ -80,7 +81,11 @@ def test_failing_layer_is_put_back(wrong_layers: set[int]) -> None:
             assert bad.errors is not None
             assert bad.errors.ours > bad.errors.limit
             assert layers[prefix + "good"].decision == "swapped"
-            assert type(fast.get_submodule(prefix + "bad")) is nn.Conv2d
+            if isinstance(fast, fx.GraphModule):  # had absorbed the bias before it
+                assert torch.conv2d in [n.target for n in fast.graph.nodes]
+                assert dwswap.depthwise_conv2d not in [n.target for n in fast.graph.nodes]
+            else:
+                assert type(fast.get_submodule(prefix + "bad")) is nn.Conv2d
             assert type(fast.get_submodule(prefix + "good")) is DepthwiseConv2d
             dwswap.restore(model, inplace=True)
             torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-6)
@@ -170,9 +175,12 @@ class OneLogit(nn.Sequential):
 
 
 def tap_by_tap(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *_: Any
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *absorbed: Any
 ) -> Tensor:
     """As accurate as PyTorch, summed in another order."""
+    _, input_bias, *activations = absorbed
+    before, after = (ACTIVATIONS[name].forward for name in activations)
+    input = before(input if input_bias is None else input + input_bias.view(-1, 1, 1))
     padded = F.pad(input, (padding[1], padding[1], padding[0], padding[0]))
     rows, columns = (
         (size - k) // s + 1
@@ -185,7 +193,7 @@ def tap_by_tap(
             columns_of_tap = slice(j, j + stride[1] * (columns - 1) + 1, stride[1])
             tap = weight[:, 0, i, j].view(-1, 1, 1)
             output = output + padded[..., rows_of_tap, columns_of_tap] * tap
-    return output if bias is None else output + bias.view(-1, 1, 1)
+    return after(output if bias is None else output + bias.view(-1, 1, 1))
 
 
 def test_one_logit_is_not_judged_by_luck(monkeypatch: pytest.MonkeyPatch) -> None:

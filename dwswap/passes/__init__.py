@@ -1,23 +1,25 @@
 """The rewriting passes, in the order in which they run.
 
 A pass is a function ``(graph_module, context) -> None`` that edits the graph in place. It says in
-``context.layers`` what it did. To add one: a file of its own, its line in a list below, tests for
-what it must and must not rewrite.
+``context`` what it did. To add one: a file of its own, its line in a list below, tests for what it
+must and must not rewrite.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
+from dwswap.passes.absorb_activation import absorb_activation
 from dwswap.passes.context import Context, GraphPass
+from dwswap.passes.fold_batchnorm import fold_batchnorm
 from dwswap.passes.swap_depthwise import swap_depthwise
 
-__all__ = ["EXACT_PASSES", "INFERENCE_PASSES", "Context", "run_passes"]
+__all__ = ["EXACT_PASSES", "INFERENCE_PASSES", "Context", "GraphPass", "run_passes"]
 
 # Exact in training too: parameters, state_dict keys and gradients stay. The passes for inference
 # run only where these have swapped something.
 EXACT_PASSES: tuple[GraphPass, ...] = (swap_depthwise,)
-INFERENCE_PASSES: tuple[GraphPass, ...] = ()
+INFERENCE_PASSES: tuple[GraphPass, ...] = (fold_batchnorm, absorb_activation)
 
 
 def run_passes(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from torch import fx
+from torch import Tensor, fx
 
-from dwswap.convolution_call import Shapes
-from dwswap.report import Layer
+from dwswap.changes import CHANGE_REASONS, Change
+from dwswap.convolution_call import owner_of
+from dwswap.report import REASONS, Layer
 
-__all__ = ["Context", "GraphPass"]
+__all__ = ["PATH", "Context", "GraphPass"]
+
+PATH = "dwswap_path"
+"""Key in ``Node.meta``: path of the layer that a node computes, as in the report."""
 
 
 @dataclass
@@ -23,16 +27,77 @@ class Context:
         prefix: path of the graph module inside the model.
         shapes: shapes of values, from ``example_inputs``.
         skip: the user's predicate for calls, given the path of the module that makes them.
+        changes: what passes did to a layer and what they left, by the layer's path.
+        released: paths of modules and tensors that the graph may not need any more.
+        values: False where nobody runs the result, which then needs no new tensors.
     """
 
     layers: dict[str, Layer]
     prefix: str = ""
-    shapes: Shapes = field(default_factory=dict)
+    shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     skip: Callable[[str], bool] | None = None
+    changes: dict[str, list[Change]] = field(default_factory=dict)
+    released: list[str] = field(default_factory=list)
+    values: bool = True
 
     def path(self, name: str) -> str:
         """Path in the whole model of ``name`` in the graph module."""
         return f"{self.prefix}.{name}" if self.prefix and name else self.prefix or name
+
+    def path_of(self, node: fx.Node) -> str:
+        """Path of the layer that ``node`` computes, as in the report."""
+        if PATH in node.meta:
+            return str(node.meta[PATH])
+        if node.op == "call_module":
+            path = self.path(str(node.target))
+            aliases = (p for p, layer in self.layers.items() if path in layer.aliases)
+            return next(aliases, path)
+        return ".".join(part for part in (self.path(owner_of(node)), node.name) if part)
+
+    def keep_path(self, node: fx.Node, path: str) -> None:
+        """Remember the path of a layer whose node may be replaced; ``meta`` goes along."""
+        node.meta[PATH] = path
+
+    def rank(self, node: fx.Node) -> int | None:
+        """Number of dimensions of a value, where ``example_inputs`` or an export told."""
+        if node in self.shapes:
+            return len(self.shapes[node])
+        example = node.meta.get("val")
+        return example.dim() if isinstance(example, Tensor) else None
+
+    def replaced(self, old: fx.Node, new: fx.Node) -> None:
+        """``new`` computes what ``old`` did."""
+        if old in self.shapes:
+            self.shapes[new] = self.shapes[old]
+
+    def note(
+        self,
+        layer: fx.Node,
+        kind: str,
+        subject: fx.Node,
+        reason: str,
+        facts: dict[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        """Write down what became of ``subject``, a neighbour of ``layer``."""
+        sentence = CHANGE_REASONS.get(reason) or REASONS[reason]
+        if reason not in CHANGE_REASONS:
+            sentence = f"of the layer: {sentence}"
+        done = reason in ("folded", "absorbed")
+        detail = sentence.format(**facts or {})
+        change = Change(kind, self.path_of(subject), done, reason, detail, name)
+        known = self.changes.setdefault(self.path_of(layer), [])
+        # A layer that is called several times says it once.
+        if change not in known:
+            known.append(change)
+
+    def release(self, *operands: object) -> None:
+        """Say that a module (its call) or a tensor has one reader less."""
+        for operand in operands:
+            if isinstance(operand, fx.Node) and operand.op in ("call_module", "get_attr"):
+                operand = str(operand.target)
+            if isinstance(operand, str) and operand not in self.released:
+                self.released.append(operand)
 
 
 GraphPass: TypeAlias = Callable[[fx.GraphModule, Context], None]

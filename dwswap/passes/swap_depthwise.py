@@ -36,11 +36,12 @@ def swap_depthwise(graph_module: fx.GraphModule, context: Context) -> None:
         # A convolution module that was traced into is described by the call that it makes.
         context.layers.pop(call.owner, None)
         context.layers[call.layer.path] = call.layer
+        context.keep_path(call.node, call.layer.path)
         if call.layer.reason == "depthwise":
-            _swap_call(graph_module.graph, call)
+            context.replaced(call.node, _swap_call(graph_module.graph, call))
 
 
-def _swap_call(graph: fx.Graph, call: ConvolutionCall) -> None:
+def _swap_call(graph: fx.Graph, call: ConvolutionCall) -> fx.Node:
     node, arguments = call.node, call.arguments
     with graph.inserting_before(node):
         new = graph.call_function(
@@ -54,9 +55,10 @@ def _swap_call(graph: fx.Graph, call: ConvolutionCall) -> None:
             },
         )
     # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
-    new.meta = {**node.meta, "is_wrapped": True, "dwswap_layer": call.layer.path}
+    new.meta = {**node.meta, "is_wrapped": True}
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+    return new
 
 
 def _tuple(value: Any) -> Any:

@@ -5,14 +5,18 @@ Pattern:
 Reason:
     Without dwswap the same graph runs on ``torch.conv2d``.
 Limits:
-    A call that has absorbed neighbours has no ``torch.conv2d`` to go back to: ValueError.
+    A call that has absorbed neighbours has no ``torch.conv2d`` to go back to: ValueError, or, on
+    request, these become calls of their own again.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from dwswap.convolution_call import OPERATOR, bind
@@ -20,6 +24,16 @@ from dwswap.convolution_call import OPERATOR, bind
 __all__ = ["swapped_calls", "unswap_call"]
 
 _NEUTRAL = {"input_bias": None, "input_activation": "none", "activation": "none"}
+_FUNCTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "relu": (F.relu, {}),
+    "relu6": (F.relu6, {}),
+    "hardswish": (F.hardswish, {}),
+    "silu": (F.silu, {}),
+    "gelu": (F.gelu, {}),
+    "gelu_tanh": (F.gelu, {"approximate": "tanh"}),
+    "hardsigmoid": (F.hardsigmoid, {}),
+    "sigmoid": (torch.sigmoid, {}),
+}
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation")
 
 
@@ -30,26 +44,41 @@ def swapped_calls(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
             yield node
 
 
-def unswap_call(graph_module: fx.GraphModule, node: fx.Node) -> None:
+def unswap_call(graph_module: fx.GraphModule, node: fx.Node, *, expand: bool = False) -> None:
     """Replace ``node`` by ``torch.conv2d``; the caller recompiles.
 
+    Args:
+        expand: make calls of what ``node`` has absorbed.
+
     Raises:
-        ValueError: the call has absorbed an activation or an input bias.
+        ValueError: without ``expand``, the call has absorbed an activation or an input bias.
     """
-    given = bind(node)
-    absorbed = [name for name, value in _NEUTRAL.items() if given.get(name, value) != value]
-    if absorbed:
+    given = {**_NEUTRAL, **bind(node)}
+    absorbed = [name for name, value in _NEUTRAL.items() if given[name] != value]
+    if absorbed and not expand:
         raise ValueError(
             f"model cannot be restored: {node.name} has absorbed its neighbours "
             f"({', '.join(absorbed)}); restore needs the result of a swap alone"
         )
     graph = graph_module.graph
     with graph.inserting_before(node):
-        groups = given["groups"]
+        groups, hidden = given["groups"], given["input"]
         if groups is None:
-            groups = graph.call_method("size", (given["input"], -3))
-        args = (*(given[name] for name in _NAMES), groups)
-        new = graph.call_function(torch.conv2d, args)
-    new.meta = {k: v for k, v in node.meta.items() if k != "is_wrapped"}
+            groups = graph.call_method("size", (hidden, -3))
+        if given["input_bias"] is not None:
+            column = graph.call_method("view", (given["input_bias"], -1, 1, 1))
+            hidden = graph.call_function(operator.add, (hidden, column))
+        hidden = _activated(graph, hidden, given["input_activation"])
+        args = (hidden, *(given[name] for name in _NAMES[1:]), groups)
+        conv = graph.call_function(torch.conv2d, args)
+        conv.meta = {k: v for k, v in node.meta.items() if k != "is_wrapped"}
+        new = _activated(graph, conv, given["activation"])
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _activated(graph: fx.Graph, value: fx.Node, activation: str) -> fx.Node:
+    if activation == "none":
+        return value
+    function, options = _FUNCTIONS[activation]
+    return graph.call_function(function, (value,), options)

@@ -33,7 +33,9 @@ def test_mobilenet_v2_is_measured_once(tmp_path, monkeypatch):
         ("swapped", "depthwise"),
         ("kept", "slower_here"),
     }
-    assert list(fast.state_dict()) == list(model.state_dict())
+    swapped = sum(layer.decision == "swapped" for layer in depthwise)
+    assert sum(name.endswith("_folded.weight") for name in fast.state_dict()) == 52
+    assert sum(node.target is dwswap.depthwise_conv2d for node in fast.graph.nodes) == swapped
 
     monkeypatch.setattr(selection, "measure", lambda *_: pytest.fail("measured again"))
     again = dwswap.optimize(model, x, select="measured")

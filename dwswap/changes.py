@@ -1,0 +1,72 @@
+"""What the passes for inference did to a layer or left as it was, and why: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CHANGE_REASONS", "Change"]
+
+# Reason code -> the sentence that a change shows. As in ``dwswap.report.REASONS``, whose codes may
+# appear here as well, a code is never renamed.
+CHANGE_REASONS: dict[str, str] = {
+    # done
+    "folded": "folded into the weights",
+    "absorbed": "part of the operator's call now",
+    # stays: BatchNorm
+    "train_mode": "it is in train mode",
+    "no_statistics": "it normalizes by the statistics of each batch",
+    "no_convolution": "what it normalizes comes from no convolution or linear layer",
+    "norm_type": "{type} is none of torch.nn's own BatchNorm1d, 2d and 3d",
+    "rank_unknown": "whether its channels are those of the layer before it depends on the input's "
+    "number of dimensions; example_inputs may tell",
+    "channels": "its {norm} channels are not the {layer} of the layer before it",
+    "dtypes": "it is {norm}, the layer before it {layer}",
+    "devices": "its tensors and those of the layer before it are on different devices",
+    "not_representable": "the folded weights leave the range of {dtype}",
+    "activation_before": "the operator's call before it ends in an activation",
+    # stays: activations and biases
+    "unknown_activation": "the operator has no {activation}",
+    "in_place": "it changes a value in place that may be read elsewhere",
+    "changed_between": "a value may be changed in place before the convolution reads it",
+    "asymmetric_padding": 'padding="same" is asymmetric here and excludes a change of the input',
+    # stays: both
+    "other_users": "{value} is used elsewhere as well",
+    "call_form": "the layer is not called in a form that can be rewritten",
+    "computed": "its tensors are computed in the graph",
+    "changed_in_graph": "its tensors are changed by the model's forward",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One neighbour of a convolution or linear layer, and what became of it.
+
+    Attributes:
+        kind: ``"batchnorm"``, ``"activation"``, ``"input_activation"``, ``"input_bias"``, or
+            ``"bias"`` of a layer that gave its own to the one after it.
+        subject: what was folded, absorbed or left: the path of a module, or the name of a node.
+        done: whether it is gone from the graph.
+        reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
+            not plain.
+        detail: the reason as a sentence.
+        name: of the activation, where the operator has it.
+    """
+
+    kind: str
+    subject: str
+    done: bool
+    reason: str
+    detail: str
+    name: str | None = None
+
+    def __str__(self) -> str:
+        if not self.done:
+            return f"{self.subject} stays as it is ({self.reason}: {self.detail})"
+        if self.kind == "batchnorm":
+            return f"folded {self.subject}"
+        if self.kind == "input_bias":
+            return f"absorbed the bias of {self.subject}"
+        if self.kind == "bias":
+            return f"gave its bias to {self.subject}"
+        side = "after" if self.kind == "activation" else "before"
+        return f"absorbed {self.name} {side} it"

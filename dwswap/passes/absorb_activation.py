@@ -1,0 +1,166 @@
+"""Absorb the activations beside a depthwise convolution, and the bias before it.
+
+Pattern:
+    A call of the dwswap operator (module or function), then an activation that it has; before it
+    a convolution with a bias, an activation, or both. Nothing else reads a value in between.
+Reason:
+    The operator applies ``activation(bias + conv(input_activation(input + input_bias)))`` while it
+    loads and stores, so nothing elementwise is left; and a matrix product without a bias takes
+    half the time of one with a bias where it is narrow.
+Limits:
+    An activation that is read elsewhere stays. So does one that changes a value in place, unless
+    that value is new and read here only. A convolution keeps its bias where its output is read
+    elsewhere, and where it runs the operator itself, which adds it for nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from dwswap.checks import pair
+from dwswap.passes.activation_call import ActivationCall, activation_call
+from dwswap.passes.affine_call import AffineCall, affine_call, value_of
+from dwswap.passes.aliasing import changed_tensors, changes_between
+from dwswap.passes.context import Context
+
+__all__ = ["absorb_activation"]
+
+Refusal = tuple[str, dict[str, object]]
+
+
+def absorb_activation(graph_module: fx.GraphModule, context: Context) -> None:
+    """Absorb in place; writes what it did, and why not, to ``context.changes``."""
+    # An activation between two of them costs less on the way out: it is computed once.
+    for absorb in (_absorb_output, _absorb_input):
+        for node in list(graph_module.graph.nodes):
+            call = affine_call(graph_module, node)
+            if call is not None and call.depthwise:
+                absorb(graph_module, context, call)
+
+
+def _absorb_output(graph_module: fx.GraphModule, context: Context, call: AffineCall) -> None:
+    if call.option("activation") != "none":
+        return
+    for user in list(call.node.users):
+        found = activation_call(graph_module, user)
+        if found is None or found.input is not call.node:
+            continue
+        refusal = found.refusal or call.refusal
+        if refusal is None and len(call.node.users) > 1:
+            refusal = "other_users", {"value": call.node.name}
+        if refusal is not None:
+            context.note(call.node, "activation", user, *refusal, name=found.name)
+            continue
+        context.note(call.node, "activation", user, "absorbed", name=found.name)
+        new = _rewritten(context, call.with_options(activation=found.name))
+        context.replaced(found.node, new)
+        found.node.replace_all_uses_with(new)
+        _erase(context, found)
+        return
+
+
+def _absorb_input(graph_module: fx.GraphModule, context: Context, call: AffineCall) -> None:
+    source = call.input
+    if source is None or call.refusal is not None:
+        return
+    if call.option("input_bias") is not None or call.option("input_activation") != "none":
+        return
+    found = activation_call(graph_module, source)
+    if found is not None:
+        refusal = _activation_refusal(graph_module, call, found)
+        if refusal is not None:
+            context.note(call.node, "input_activation", found.node, *refusal, name=found.name)
+            return
+        assert found.name is not None
+        context.note(call.node, "input_activation", found.node, "absorbed", name=found.name)
+        call = call.with_options(input_activation=found.name)
+        source = found.input
+    producer = affine_call(graph_module, source)
+    if producer is not None and producer.bias is not None and not producer.depthwise:
+        refusal = _bias_refusal(graph_module, call, producer)
+        if refusal is None:
+            context.note(call.node, "input_bias", producer.node, "absorbed")
+            call = call.with_options(input_bias=producer.bias)
+            context.note(producer.node, "bias", call.node, "absorbed")
+            source = _rewritten(context, producer.with_tensors(producer.weight, None))
+        else:
+            context.note(call.node, "input_bias", producer.node, *refusal)
+    if call.option("input_bias") is None and call.option("input_activation") == "none":
+        return
+    _rewritten(context, call.with_input(source))
+    if found is not None:
+        _erase(context, found)
+
+
+def _activation_refusal(
+    graph_module: fx.GraphModule, call: AffineCall, found: ActivationCall
+) -> Refusal | None:
+    if found.refusal is not None:
+        return found.refusal
+    if len(found.node.users) > 1:
+        return "other_users", {"value": found.node.name}
+    if call.weight is found.node or call.bias is found.node:
+        return "call_form", {}
+    if not _symmetric(graph_module, call):
+        return "asymmetric_padding", {}
+    producer = affine_call(graph_module, found.input)
+    if producer is not None and len(found.input.users) == 1 and producer.refusal is None:
+        return None  # nothing else knows the value, and no hook keeps it
+    if found.in_place:
+        return "in_place", {}
+    if changes_between(graph_module, found.node, call.node):
+        return "changed_between", {}
+    return None
+
+
+def _bias_refusal(
+    graph_module: fx.GraphModule, call: AffineCall, producer: AffineCall
+) -> Refusal | None:
+    if producer.refusal is not None:
+        return producer.refusal
+    if producer.spatial != 2:
+        return "call_form", {}
+    if len(producer.node.users) > 1:
+        return "other_users", {"value": producer.node.name}
+    if not _symmetric(graph_module, call):
+        return "asymmetric_padding", {}
+    bias, weight = (value_of(graph_module, operand) for operand in (producer.bias, call.weight))
+    if bias is None or weight is None:
+        return "computed", {}
+    if id(bias) in changed_tensors(graph_module):
+        return "changed_in_graph", {}
+    if bias.dtype != weight.dtype:
+        return "dtypes", {"norm": _name(bias.dtype), "layer": _name(weight.dtype)}
+    if len({tensor.device for tensor in (bias, weight) if not tensor.is_meta}) > 1:
+        return "devices", {}
+    return None
+
+
+def _symmetric(graph_module: fx.GraphModule, call: AffineCall) -> bool:
+    """Whether the padding is the same on both sides, so that the operator can add it."""
+    if call.option("padding") != "same":
+        return True
+    weight = value_of(graph_module, call.weight)
+    if weight is None:
+        return False
+    dilation = pair("dilation", call.option("dilation"), 1)
+    return all(d * (k - 1) % 2 == 0 for d, k in zip(dilation, weight.shape[2:], strict=True))
+
+
+def _rewritten(context: Context, call: AffineCall) -> fx.Node:
+    path = context.path_of(call.node)
+    new = call.rewrite()
+    context.keep_path(new, path)
+    context.replaced(call.node, new)
+    context.release(call.node)
+    return new
+
+
+def _erase(context: Context, found: ActivationCall) -> None:
+    found.node.graph.erase_node(found.node)
+    context.release(found.node)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

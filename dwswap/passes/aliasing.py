@@ -1,0 +1,75 @@
+"""Which nodes change a tensor in place, and which tensors a graph changes."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from dwswap.passes.affine_call import value_of
+
+__all__ = ["changed_tensors", "changes_between", "is_in_place"]
+
+_OPERATORS = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
+    *(operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor),
+    *(operator.ilshift, operator.irshift, operator.setitem, operator.delitem),
+)
+
+
+def is_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` may change one of its arguments."""
+    if node.kwargs.get("out") is not None:
+        return True
+    if node.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return _is_in_place_name(str(node.target))
+    if node.op != "call_function":
+        return False
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if getattr(target, "__module__", "") == "_operator":
+        return target in _OPERATORS
+    return _is_in_place_name(getattr(target, "__name__", "")) or _asks_for_it(target, node)
+
+
+def changes_between(graph_module: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
+    """Whether a node after ``first`` and before ``last`` changes any tensor in place."""
+    node = first.next
+    while node is not last:
+        if is_in_place(graph_module, node):
+            return True
+        node = node.next
+    return False
+
+
+def changed_tensors(graph_module: fx.GraphModule) -> set[int]:
+    """``id`` of every parameter and buffer that an in-place operation of the graph is given."""
+    changed = set()
+    for node in graph_module.graph.nodes:
+        subject: Any = node if is_in_place(graph_module, node) else None
+        while isinstance(subject, fx.Node) and subject.op != "get_attr":
+            # Through views, which take what they view as the first argument.
+            subject = subject.args[0] if subject.args else None
+        if isinstance(subject, fx.Node):
+            changed.add(id(value_of(graph_module, subject)))
+    return changed
+
+
+def _is_in_place_name(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _asks_for_it(function: Callable[..., Any], node: fx.Node) -> bool:
+    try:
+        given = inspect.signature(function).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # builtins have no signature
+        return False
+    given.apply_defaults()
+    return given.arguments.get("inplace", False) is not False

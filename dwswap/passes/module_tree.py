@@ -1,0 +1,81 @@
+"""New parameters of a graph, and modules and tensors that it does not need any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, fx, nn
+
+__all__ = ["add_parameters", "remove_released"]
+
+
+def add_parameters(
+    graph_module: fx.GraphModule,
+    path: str,
+    tensors: Iterable[Tensor],
+    requires_grad: Iterable[bool],
+) -> tuple[str, str]:
+    """Make ``tensors`` the weight and the bias of a new module beside ``path``; their paths."""
+    parent_path, _, name = path.rpartition(".")
+    parent = graph_module.get_submodule(parent_path)
+    # What was folded once may be folded again.
+    name = f"{name.partition('_folded')[0]}_folded"
+    number = 0
+    while hasattr(parent, name if not number else f"{name}_{number}"):
+        number += 1
+    name = f"{name}_{number}" if number else name
+    holder = nn.Module()
+    for attribute, tensor, needed in zip(("weight", "bias"), tensors, requires_grad, strict=True):
+        holder.register_parameter(attribute, nn.Parameter(tensor, needed))
+    holder.eval()
+    parent.add_module(name, holder)
+    where = f"{parent_path}.{name}" if parent_path else name
+    return f"{where}.weight", f"{where}.bias"
+
+
+def remove_released(graph_module: fx.GraphModule, released: Iterable[str]) -> None:
+    """Remove what is at the paths ``released`` as far as the graph neither calls nor reads it.
+
+    A module that is not called but whose tensors are read becomes a plain ``nn.Module`` with
+    these, under the same keys. All names of a module are one.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users and str(node.target) in released:
+            graph.erase_node(node)
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    called = {modules[str(n.target)] for n in graph.nodes if n.op == "call_module"}
+    read = {_owner(modules, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    for path in released:
+        owner, name = _owner(modules, path)
+        if path not in modules and owner not in called and (owner, name) not in read:
+            for tensors in (owner._parameters, owner._buffers) if owner is not None else ():
+                tensors.pop(name, None)
+    replaced: dict[nn.Module, nn.Module | None] = {}
+    for path in released:
+        module = modules.get(path)
+        if module is not None and module not in called:
+            kept = any(owner is module for owner, _ in read)
+            replaced[module] = _holder(module) if kept else None
+    for parent in list(graph_module.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replaced:
+                new = replaced[child]
+                if new is None:
+                    del parent._modules[name]
+                else:
+                    parent._modules[name] = new
+
+
+def _owner(modules: dict[str, nn.Module], path: str) -> tuple[nn.Module | None, str]:
+    parent, _, name = path.rpartition(".")
+    return modules.get(parent), name
+
+
+def _holder(module: nn.Module) -> nn.Module:
+    holder = nn.Module()
+    holder._parameters.update(module._parameters)
+    holder._buffers.update(module._buffers)
+    holder._modules.update(module._modules)
+    holder._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+    return holder.train(module.training)

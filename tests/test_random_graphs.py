@@ -1,0 +1,88 @@
+"""Random graphs of convolutions, norms, activations, views and in-place changes stay the same."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fold_batchnorm import changes, norm
+from tiny_models import depthwise, image
+from torch import Tensor, nn
+
+import dwswap
+
+LAYERS: list[Callable[[], nn.Module]] = [
+    *(depthwise, depthwise, lambda: depthwise(bias=False), norm, norm),
+    *(lambda: nn.Conv2d(8, 8, 1), lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False)),
+    *(nn.ReLU, lambda: nn.ReLU6(inplace=True), lambda: nn.Hardswish(inplace=True)),
+    *(lambda: nn.Mish(inplace=True), nn.Identity),
+]
+FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
+    *(F.relu, F.relu_, torch.sigmoid, torch.tanh, lambda x: x.clamp(0, 6)),
+    *(lambda x: x.clamp_(0, 6), lambda x: F.gelu(x, approximate="tanh")),
+    *(lambda x: x.view(x.shape), lambda x: x.mul_(0.5)),
+]
+
+
+class Net(nn.Module):
+    """Steps that each take a value made before, mostly the last one; layers may be shared."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        self.layers = nn.ModuleList()
+        self.steps: list[tuple[str, int, int]] = []
+        for last in range(draw.randint(4, 14)):
+            source = last if draw.random() < 0.75 else draw.randint(0, last)
+            kind = draw.choices(["layer", "shared", "function", "add"], [6, 1, 3, 1])[0]
+            if kind == "layer" or not self.layers:
+                self.layers.append(draw.choice(LAYERS)())
+                step = "layer", len(self.layers) - 1
+            elif kind == "shared":
+                step = "layer", draw.randrange(len(self.layers))
+            else:
+                step = kind, draw.randrange(len(FUNCTIONS) if kind == "function" else last + 1)
+            self.steps.append((*step, source))
+
+    def forward(self, x: Tensor) -> Any:
+        values = [x + 0]
+        for kind, which, source in self.steps:
+            value = values[source]
+            if kind == "layer":
+                values.append(self.layers[which](value))
+            elif kind == "function":
+                values.append(FUNCTIONS[which](value))
+            else:
+                values.append(value + values[which])
+        return values[-1], values[len(values) // 2]
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_outputs_stay(first: int) -> None:
+    x = image(8, size=6).double()
+    done = 0
+    for seed in range(first, first + 50):
+        torch.manual_seed(seed)
+        model = Net(seed).eval().double()
+        with torch.no_grad():
+            expected = model(x)
+            fast = dwswap.optimize(model)
+            done += sum(c.done for k in ("batchnorm", "activation") for c in changes(fast, k))
+            results = {"optimized": fast, "pickled": pickle.loads(pickle.dumps(fast))}
+            results["again"] = dwswap.optimize(fast)
+            for how, result in results.items():
+                for own, other in zip(result(x), expected, strict=True):
+                    # aten multiplies by a float32 sixth in hardswish.
+                    torch.testing.assert_close(
+                        own,
+                        other,
+                        rtol=1e-6,
+                        atol=1e-6,
+                        msg=lambda text, what=f"seed {seed}, {how}": f"{what}: {text}",
+                    )
+    assert done > 10
