@@ -459,16 +459,16 @@ def test_fuse_false_absorbs_nothing() -> None:
 def test_layer_that_fails_verify_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from dwswap import registration
 
-    right = registration.depthwise_conv2d
+    right = registration.apply
     model, x = nn.Sequential(Block(), nn.Conv2d(4, 8, 1), dwswap.DepthwiseConv2d(8, 8, 3)), image()
     model.eval()
     expected = model(x)
 
-    def wrong(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
-        output = right(input, weight, *args)
+    def wrong(*args: Any) -> Tensor:
+        output = right(*args)
         return output + 1e-2 if args[-1] == "relu6" else output
 
-    monkeypatch.setattr(registration, "depthwise_conv2d", wrong)
+    monkeypatch.setattr(registration, "apply", wrong)
     fast = dwswap.optimize(model, x, verify=True)
     report = dwswap.report(fast)
     assert report.verification is not None

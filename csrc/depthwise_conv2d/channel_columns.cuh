@@ -10,6 +10,8 @@
 // windows hold it.
 #pragma once
 
+#include <type_traits>
+
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
@@ -116,34 +118,23 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   // sums[q] is the row of output whose window began q steps ago.
   float sums[OPEN][2 * COLUMNS];
   float taps[2][K * K], start[2];
-  int stage = 0;
-  uint32_t parity = 0;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    barrier_wait(&arrived[stage], parity);
-    if (chunk == 0) {
-      load_taps(tile_taps + 2 * (busy ? pair : 0) * (K * K), taps);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) start[e] = input_form.start(e, bias[e], taps[e]);
-#pragma unroll
-      for (int q = 0; q < OPEN; ++q) {
-#pragma unroll
-        for (int i = 0; i < 2 * COLUMNS; ++i) sums[q][i] = start[i % 2];
-      }
-    }
-    const T* row = reinterpret_cast<const T*>(shared + stage * a.chunk_bytes) +
-                   (busy ? group : 0) * COLUMNS * S * tile_channels + 2 * (busy ? pair : 0);
+  // The rows of a chunk.
+  const auto advance = [&](auto masked, int chunk, const T* row) {
+    constexpr bool MASKED = decltype(masked)::value;
     const int pitch = a.tile_w * tile_channels;
-    const int first_ih = ih + chunk * Traits::kChunkRows;
 #pragma unroll
     for (int step = 0; step < OPEN; ++step) {
 #pragma unroll
       for (int j = 0; j < S; ++j, row += pitch) {
-        const bool row_inside =
-            static_cast<unsigned>(first_ih + step * S + j) < static_cast<unsigned>(a.in_h);
         float x[2 * IN_COLUMNS];
         input_form.template apply<IN_COLUMNS>(
             [&](int pixel) { return load_words<2>(row + pixel * tile_channels); },
-            row_inside ? inside : 0, a.input_activation, x);
+            a.input_activation, x);
+        if constexpr (MASKED) {
+          const int y = ih + chunk * Traits::kChunkRows + step * S + j;
+          const bool row_inside = static_cast<unsigned>(y) < static_cast<unsigned>(a.in_h);
+          input_form.template mask<IN_COLUMNS>(row_inside ? inside : 0, x);
+        }
 #pragma unroll
         for (int q = 0; q < OPEN; ++q) {
           const int kh = S * q + j;
@@ -178,6 +169,33 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
       }
 #pragma unroll
       for (int i = 0; i < 2 * COLUMNS; ++i) sums[0][i] = start[i % 2];
+    }
+  };
+
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    barrier_wait(&arrived[stage], parity);
+    if (chunk == 0) {
+      load_taps(tile_taps + 2 * (busy ? pair : 0) * (K * K), taps);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) start[e] = input_form.start(e, bias[e], taps[e]);
+#pragma unroll
+      for (int q = 0; q < OPEN; ++q) {
+#pragma unroll
+        for (int i = 0; i < 2 * COLUMNS; ++i) sums[q][i] = start[i % 2];
+      }
+    }
+    const T* row = reinterpret_cast<const T*>(shared + stage * a.chunk_bytes) +
+                   (busy ? group : 0) * COLUMNS * S * tile_channels + 2 * (busy ? pair : 0);
+    const int first_ih = ih + chunk * Traits::kChunkRows;
+    // Two bodies, so that nothing but the border looks at what is outside.
+    const bool at_border =
+        inside != (1u << IN_COLUMNS) - 1 || first_ih < 0 || first_ih + Traits::kChunkRows > a.in_h;
+    if (Traits::kForm != Form::kPlain && at_border) {
+      advance(std::true_type(), chunk, row);
+    } else {
+      advance(std::false_type(), chunk, row);
     }
     if (chunk + a.stages < chunks) {
       __syncthreads();

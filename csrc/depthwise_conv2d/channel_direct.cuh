@@ -193,10 +193,12 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   const auto for_each_pixel = [&](const Row& row, auto&& use) {
 #pragma unroll
     for (int i = 0; i < IN_COLUMNS; ++i) {
-      const bool in_image = clamps(FORM) || (inside[i] && static_cast<unsigned>(next - 2) < end);
       float pixel[V];
-      input_form.template apply<1>([&](int) { return row[i]; }, in_image ? 1 : 0,
-                                   a.input_activation, pixel);
+      input_form.template apply<1>([&](int) { return row[i]; }, a.input_activation, pixel);
+      if constexpr (FORM == Form::kAny) {
+        const bool in_image = inside[i] && static_cast<unsigned>(next - 2) < end;
+        input_form.template mask<1>(in_image ? 1 : 0, pixel);
+      }
       use(pixel, i);
     }
   };

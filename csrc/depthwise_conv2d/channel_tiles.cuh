@@ -124,7 +124,7 @@ __device__ __forceinline__ void read_tile(T* tile, const Arguments& a, const T* 
 
 // input_activation(input + input_bias) of the tile, in place. What lies outside the image stays
 // zero: padding comes after the activation. Once per element; the result is rounded to T as it
-// would be in a tensor.
+// would be in a tensor. A thread keeps its channels.
 template <typename T, int VEC>
 __device__ __forceinline__ void transform_tile(T* tile, const Arguments& a, int first_channel,
                                                int first_row, int first_column) {
@@ -134,26 +134,36 @@ __device__ __forceinline__ void transform_tile(T* tile, const Arguments& a, int 
   for (int i = 0; i < VEC; ++i)
     lows[i] = low_of(a.input_activation), highs[i] = high_of(a.input_activation);
   const Words<T, VEC> low = narrow_all<T>(lows), high = narrow_all<T>(highs);
-  for_each_vector<VEC>(a, first_channel, first_row, first_column,
-                       [&](int element, int channel, int, int, bool inside) {
-                         if (!inside) return;
-                         Words<T, VEC> words = load_words<VEC>(tile + element);
-                         Words<T, VEC> bias{};
-                         if (a.input_bias != nullptr)
-                           bias = load_words<VEC>(static_cast<const T*>(a.input_bias) + channel);
-                         if (clamps) {
-                           // The bounds are exact in T: a sum that is rounded first is the same.
-                           words = minimum(maximum(sum(words, bias), low), high);
-                         } else {
-                           float x[VEC], b[VEC];
-                           widen_all(words, x), widen_all(bias, b);
+  const auto vectors = static_cast<int>(a.by_vectors.value);
+  const int element = static_cast<int>(threadIdx.x) % vectors * VEC;
+  const int first = static_cast<int>(threadIdx.x) / vectors;
+  const int step = static_cast<int>(blockDim.x) / vectors;
+  const int channel = first_channel + element;
+  if (first >= step || channel >= a.channels) return;
+  Words<T, VEC> bias{};
+  if (a.input_bias != nullptr)
+    bias = load_words<VEC>(static_cast<const T*>(a.input_bias) + channel);
+  for (int pixel = first; pixel < a.tile_pixels; pixel += step) {
+    uint32_t column;
+    const int row = first_row + static_cast<int>(a.by_tile_w.divide(pixel, &column));
+    if (static_cast<unsigned>(row) >= static_cast<unsigned>(a.in_h) ||
+        column + first_column >= static_cast<unsigned>(a.in_w))
+      continue;
+    T* const at = tile + pixel * vectors * VEC + element;
+    Words<T, VEC> words = load_words<VEC>(at);
+    if (clamps) {
+      // The bounds are exact in T: a sum that is rounded first is the same.
+      words = minimum(maximum(sum(words, bias), low), high);
+    } else {
+      float x[VEC], b[VEC];
+      widen_all(words, x), widen_all(bias, b);
 #pragma unroll
-                           for (int i = 0; i < VEC; ++i) x[i] += b[i];
-                           activate(x, a.input_activation);
-                           words = narrow_all<T>(x);
-                         }
-                         store_words<VEC>(tile + element, words);
-                       });
+      for (int i = 0; i < VEC; ++i) x[i] += b[i];
+      activate(x, a.input_activation);
+      words = narrow_all<T>(x);
+    }
+    store_words<VEC>(at, words);
+  }
 }
 
 template <typename Traits>

@@ -106,10 +106,10 @@ class InputForm {
     return clamps(FORM) ? output_bias + bias[i] * sum : output_bias;
   }
 
-  // Pixels of a row: x[pixel * N + channel] of what read(pixel) returns; bit i of `inside`: pixel i
-  // lies in the image.
+  // Pixels of a row: x[pixel * N + channel] of what read(pixel) returns, as if all lay in the
+  // image.
   template <int PIXELS, typename Read>
-  __device__ __forceinline__ void apply(Read&& read, uint32_t inside, Activation activation,
+  __device__ __forceinline__ void apply(Read&& read, Activation activation,
                                         float (&x)[PIXELS * N]) const {
 #pragma unroll
     for (int i = 0; i < PIXELS; ++i) {
@@ -121,13 +121,13 @@ class InputForm {
       for (int e = 0; e < N; ++e) x[i * N + e] = transform(pixel[e], e);
     }
     if constexpr (FORM == Form::kAny) activate(x, activation);
-    if constexpr (FORM != Form::kPlain) {
-      if (inside == (1u << PIXELS) - 1) return;
+  }
+
+  // Bit i of `inside`: pixel i lies in the image.
+  template <int PIXELS>
+  __device__ __forceinline__ void mask(uint32_t inside, float (&x)[PIXELS * N]) const {
 #pragma unroll
-      for (int i = 0; i < PIXELS * N; ++i) {
-        if ((inside >> i / N & 1) == 0) x[i] = outside(i % N);
-      }
-    }
+    for (int i = 0; i < PIXELS * N; ++i) x[i] = (inside >> i / N & 1) != 0 ? x[i] : outside(i % N);
   }
 
  private:

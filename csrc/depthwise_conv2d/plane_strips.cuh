@@ -55,7 +55,7 @@ struct Arguments {
   Divisor by_strips, by_images, by_lanes, by_groups;
   bool bulk;    // copies by the copy engine
   bool ragged;  // threads share columns
-  Form form;    // kPlain, kClamp or kAny
+  Form form;    // kRelu is kClamp
   bool transforms_input;
   Activation input_activation, activation;
 };
@@ -142,19 +142,47 @@ __device__ __forceinline__ void write_piece(T* target, const T* source, int coun
   }
 }
 
-// input_activation(input + input_bias) of a piece, in place; the result is rounded to T as it would
-// be in a tensor. Lanes share a row, groups share the rows.
-template <typename Traits>
-__device__ __forceinline__ void transform_plane(typename Traits::T* plane, int rows, int lane,
-                                                int lanes, int group, int groups, float input_bias,
-                                                const Arguments& a) {
-  using T = typename Traits::T;
-  for (int r = group; r < rows; r += groups) {
-    for (int column = lane; column < a.in_w; column += lanes) {
-      T* const at = plane + r * a.in_w + column;
-      float x[1] = {widen(*at) + input_bias};
-      activate(x, a.input_activation);
-      *at = narrow<T>(x[0]);
+// input_activation(input + input_bias) of a plane's part of a piece, in place, by `threads`
+// threads; the result is rounded to T as it would be in a tensor. A word at a time: the elements in
+// front of the first one and behind the last are single.
+template <typename T>
+__device__ __forceinline__ void transform_plane(T* plane, int elements, int thread, int threads,
+                                                float input_bias, const Arguments& a) {
+  constexpr int N = 4 / sizeof(T), WORDS = 4;
+  const auto transform = [&](auto& x) {
+#pragma unroll
+    for (float& value : x) value += input_bias;
+    activate(x, a.input_activation);
+  };
+  const auto transform_single = [&](T* at) {
+    float x[1] = {widen(*at)};
+    transform(x);
+    *at = narrow<T>(x[0]);
+  };
+  const auto misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(plane) % 4 / sizeof(T));
+  const int head = N == 1 ? 0 : misaligned;
+  const int words = (elements - head) / N;
+  if (head != 0 && thread == 0) transform_single(plane);
+  if (head + words * N < elements && thread == threads - 1) transform_single(plane + elements - 1);
+  T* const first = plane + head;
+  for (int i = thread; i < words; i += WORDS * threads) {
+    float x[WORDS * N] = {};
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      if (i + w * threads >= words) continue;
+      float value[N];
+      load(first + (i + w * threads) * N, value);
+#pragma unroll
+      for (int e = 0; e < N; ++e) x[w * N + e] = value[e];
+    }
+    transform(x);
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) {
+      if (i + w * threads >= words) continue;
+      float value[N];
+#pragma unroll
+      for (int e = 0; e < N; ++e) value[e] = x[w * N + e];
+      store(first + (i + w * threads) * N, value);
     }
   }
 }
@@ -197,6 +225,7 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
     for (int c = 0; c < IN_COLUMNS; ++c) {
       x[c] = widen(w.row[c]);
       if constexpr (FORM == Form::kClamp) x[c] = clamp(x[c] + input_bias, in_low, in_high);
+      if constexpr (FORM == Form::kHardswish) x[c] = hardswish_of(x[c] + input_bias);
     }
 #pragma unroll
     for (int c = 0; c < EDGE; ++c) {
@@ -234,6 +263,10 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
     if constexpr (FORM == Form::kClamp) {
 #pragma unroll
       for (int i = 0; i < COLUMNS; ++i) finished[i] = clamp(finished[i], low, high);
+    }
+    if constexpr (FORM == Form::kHardswish) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) finished[i] = hardswish_of(finished[i]);
     }
     if (!a.ragged) {
 #pragma unroll
@@ -366,10 +399,12 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 #endif
       __syncthreads();
     }
-    if (a.transforms_input && a.form != Form::kClamp) {
+    if (a.transforms_input && a.form == Form::kAny) {
       if (p < unit.planes) {
-        transform_plane<Traits>(plane, unit.in_rows, lane, a.by_lanes.value, group,
-                                a.by_groups.value, input_bias, a);
+        const auto lanes = static_cast<int>(a.by_lanes.value);
+        transform_plane(plane, unit.in_rows * a.in_w,
+                        static_cast<int>(group) * lanes + static_cast<int>(lane),
+                        lanes * static_cast<int>(a.by_groups.value), input_bias, a);
       }
       __syncthreads();
     }
@@ -386,6 +421,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         walk<Traits, Form::kPlain>(w, taps, bias, input_bias, a);
       } else if (a.form == Form::kClamp) {
         walk<Traits, Form::kClamp>(w, taps, bias, input_bias, a);
+      } else if (a.form == Form::kHardswish) {
+        walk<Traits, Form::kHardswish>(w, taps, bias, input_bias, a);
       } else {
         walk<Traits, Form::kAny>(w, taps, bias, input_bias, a);
       }
@@ -446,7 +483,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.bulk = bulk;
   a.ragged = p.out_w % Traits::kColumns != 0;
   const Form form = form_of(p);
-  a.form = clamps(form) ? Form::kClamp : form == Form::kPlain ? form : Form::kAny;
+  a.form = form == Form::kRelu ? Form::kClamp : form;
   a.transforms_input = p.transforms_input();
   a.input_activation = p.input_activation, a.activation = p.activation;
 
