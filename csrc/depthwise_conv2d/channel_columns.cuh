@@ -189,10 +189,15 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     const T* row = reinterpret_cast<const T*>(shared + stage * a.chunk_bytes) +
                    (busy ? group : 0) * COLUMNS * S * tile_channels + 2 * (busy ? pair : 0);
     const int first_ih = ih + chunk * Traits::kChunkRows;
-    // Two bodies, so that nothing but the border looks at what is outside.
+    // Two bodies, so that nothing but the border looks at what is outside; the switches of kAny are
+    // long enough in one.
     const bool at_border =
         inside != (1u << IN_COLUMNS) - 1 || first_ih < 0 || first_ih + Traits::kChunkRows > a.in_h;
-    if (Traits::kForm != Form::kPlain && at_border) {
+    if constexpr (Traits::kForm == Form::kPlain) {
+      advance(std::false_type(), chunk, row);
+    } else if constexpr (Traits::kForm == Form::kAny) {
+      advance(std::true_type(), chunk, row);
+    } else if (at_border) {
       advance(std::true_type(), chunk, row);
     } else {
       advance(std::false_type(), chunk, row);

@@ -29,16 +29,19 @@ namespace channel_tiles {
 
 constexpr int kMaxThreads = 128;
 
-template <typename T_, int K_, int STRIDE_, Depth DEPTH_>
+template <typename T_, int K_, int STRIDE_, Depth DEPTH_, Form FORM_>
 struct Traits {
   using T = T_;
   static constexpr int kKernel = K_;
   static constexpr int kStride = STRIDE_;
+  // kClamp, or kAny: the input is transformed in place, before it is used.
+  static constexpr Form kForm = FORM_;
   // An odd number of columns keeps groups of lanes in different shared-memory banks; 7 divides the
   // image widths of most networks (7, 14, 28, 56, 112).
   static constexpr int kColumns = 7;
   // Accumulators (2 * 7 * kRows) and weights (2 * K * K) share the registers.
-  static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1 : K_ <= 5 ? 4 : 2;
+  static constexpr bool kTight = K_ == 5 && STRIDE_ == 2 && FORM_ == Form::kClamp;
+  static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1 : K_ == 7 || kTight ? 2 : 4;
   static constexpr int kMinBlocks = K_ == 3 ? 4 : 3;
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + K_;
   static constexpr int kInputRows = (kRows - 1) * STRIDE_ + K_;
@@ -232,7 +235,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
     wait_for_copies();
     __syncthreads();
   }
-  if (a.transforms_input) {
+  if (Traits::kForm == Form::kAny && a.transforms_input) {
     const auto transform = [&](auto bytes) {
       transform_tile<T, bytes.value / sizeof(T)>(tile, a, first_channel, first_row, first_column);
     };
@@ -241,34 +244,69 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   }
   if (idle) return;
 
+  float taps[2][K * K];
+  load_taps(tile_taps + 2 * pair * (K * K), taps);
+  constexpr Form IN_LOADS = Traits::kForm == Form::kAny ? Form::kPlain : Traits::kForm;
+  float input_bias[2] = {};
+  if (IN_LOADS != Form::kPlain && a.input_bias != nullptr)
+    load(static_cast<const T*>(a.input_bias) + c, input_bias);
+  const InputForm<IN_LOADS, T, 2> input_form(input_bias, a.input_activation);
+  const OutputForm<Traits::kForm, T, 2> output_form(a.activation);
+  const int iw = ow * S - a.padding_w, ih = oh * S - a.padding_h;
+  const uint32_t inside =
+      columns_inside<IN_COLUMNS>(iw, a.in_w, (min(COLUMNS, a.out_w - ow) - 1) * S + K);
+
   float sums[ROWS][2 * COLUMNS];
+  const float start[2] = {input_form.start(0, bias[0], taps[0]),
+                          input_form.start(1, bias[1], taps[1])};
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-    for (int j = 0; j < 2 * COLUMNS; ++j) sums[r][j] = bias[j % 2];
+    for (int j = 0; j < 2 * COLUMNS; ++j) sums[r][j] = start[j % 2];
   }
-
-  float taps[2][K * K];
-  load_taps(tile_taps + 2 * pair * (K * K), taps);
-
-  const T* source =
-      tile + (group_h * ROWS * S * a.tile_w + group_w * COLUMNS * S) * tile_channels + 2 * pair;
+  const auto convolve = [&](auto masked) {
+    const T* source =
+        tile + (group_h * ROWS * S * a.tile_w + group_w * COLUMNS * S) * tile_channels + 2 * pair;
 #pragma unroll
-  for (int i = 0; i < IN_ROWS; ++i, source += a.tile_w * tile_channels) {
-    float x[2 * IN_COLUMNS];
-    load_pairs(source, tile_channels, x);
+    for (int i = 0; i < IN_ROWS; ++i, source += a.tile_w * tile_channels) {
+      float x[2 * IN_COLUMNS];
+      input_form.template apply<IN_COLUMNS>(
+          [&](int pixel) { return load_words<2>(source + pixel * tile_channels); },
+          a.input_activation, x);
+      if constexpr (decltype(masked)::value) {
+        const bool row_inside = static_cast<unsigned>(ih + i) < static_cast<unsigned>(a.in_h);
+        input_form.template mask<IN_COLUMNS>(row_inside ? inside : 0, x);
+      }
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const int kh = i - r * S;
-      if (kh < 0 || kh >= K) continue;
+      for (int r = 0; r < ROWS; ++r) {
+        const int kh = i - r * S;
+        if (kh < 0 || kh >= K) continue;
 #pragma unroll
-      for (int kw = 0; kw < K; ++kw) {
+        for (int kw = 0; kw < K; ++kw) {
 #pragma unroll
-        for (int j = 0; j < 2 * COLUMNS; ++j) {
-          sums[r][j] += x[2 * (j / 2 * S + kw) + j % 2] * taps[j % 2][kh * K + kw];
+          for (int j = 0; j < 2 * COLUMNS; ++j) {
+            sums[r][j] += x[2 * (j / 2 * S + kw) + j % 2] * taps[j % 2][kh * K + kw];
+          }
         }
       }
     }
+  };
+  if constexpr (IN_LOADS == Form::kPlain) {
+    convolve(std::false_type());
+  } else {
+    const bool whole = inside == (1u << IN_COLUMNS) - 1 && ih >= 0 && ih + IN_ROWS <= a.in_h;
+    if (whole) {
+      convolve(std::false_type());
+    } else {
+      convolve(std::true_type());
+    }
+  }
+  // Else the multiply-adds of the lower rows sink below the branches around their stores, and all
+  // of the input waits in registers.
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+    for (int j = 0; j < 2 * COLUMNS; ++j) asm volatile("" : "+f"(sums[r][j]));
   }
 
   const int64_t out_row = static_cast<int64_t>(a.out_w) * a.channels;
@@ -277,13 +315,13 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
 #pragma unroll
   for (int r = 0; r < ROWS; ++r, target += out_row) {
     if (oh + r >= a.out_h) break;
-    activate(sums[r], a.activation);
+    if constexpr (Traits::kForm == Form::kAny) activate(sums[r], a.activation);
     T* element = target;
 #pragma unroll
     for (int j = 0; j < COLUMNS; ++j, element += a.channels) {
       if (ow + j < a.out_w) {
-        const float value[2] = {sums[r][2 * j], sums[r][2 * j + 1]};
-        store(element, value);
+        float value[2] = {sums[r][2 * j], sums[r][2 * j + 1]};
+        store_words<2>(element, output_form.apply(value));
       }
     }
   }
@@ -344,11 +382,18 @@ template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, int multiprocessors,
                          cudaStream_t stream) {
   const Depth depth = choose_depth(p, multiprocessors);
-#define DWSWAP_CASE(K, S)                                                                   \
-  if (p.kernel_h == K && p.stride_h == S) {                                                 \
-    return depth == Depth::kDeep                                                            \
-               ? launch<Traits<T, K, S, Depth::kDeep>>(p, reader, multiprocessors, stream)  \
-               : launch<Traits<T, K, S, Depth::kFlat>>(p, reader, multiprocessors, stream); \
+  const bool clamped = clamps(form_of(p));
+  const auto run = [&]<typename Clamp, typename Any>() {
+    return clamped ? launch<Clamp>(p, reader, multiprocessors, stream)
+                   : launch<Any>(p, reader, multiprocessors, stream);
+  };
+// Networks have no activation between their large kernels.
+#define DWSWAP_TRAITS(K, S, DEPTH) \
+  Traits<T, K, S, DEPTH, K == 7 ? Form::kAny : Form::kClamp>, Traits<T, K, S, DEPTH, Form::kAny>
+#define DWSWAP_CASE(K, S)                                                                        \
+  if (p.kernel_h == K && p.stride_h == S) {                                                      \
+    return depth == Depth::kDeep ? run.template operator()<DWSWAP_TRAITS(K, S, Depth::kDeep)>()  \
+                                 : run.template operator()<DWSWAP_TRAITS(K, S, Depth::kFlat)>(); \
   }
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)
@@ -357,6 +402,7 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
   DWSWAP_CASE(7, 1)
   DWSWAP_CASE(7, 2)
 #undef DWSWAP_CASE
+#undef DWSWAP_TRAITS
   return cudaErrorInvalidValue;
 }
 

@@ -9,16 +9,17 @@
 
 namespace dwswap {
 
-// Both sides alike: nothing; none or relu; none, relu or relu6; hardswish; whatever else.
-enum class Form { kPlain, kRelu, kClamp, kHardswish, kAny };
+// Both sides alike: nothing; none or relu; none, relu or relu6; hardswish; silu; whatever else.
+enum class Form { kPlain, kRelu, kClamp, kHardswish, kSilu, kAny };
 
 inline Form form_of(const DepthwiseConv2dParams& p) {
   const Activation most = p.input_activation > p.activation ? p.input_activation : p.activation;
   if (!p.transforms_input() && most == Activation::kNone) return Form::kPlain;
   if (most <= Activation::kRelu) return Form::kRelu;
   if (most <= Activation::kRelu6) return Form::kClamp;
-  const bool hardswish = p.input_activation == p.activation && most == Activation::kHardswish;
-  return hardswish ? Form::kHardswish : Form::kAny;
+  if (p.input_activation != p.activation) return Form::kAny;
+  if (most == Activation::kHardswish) return Form::kHardswish;
+  return most == Activation::kSilu ? Form::kSilu : Form::kAny;
 }
 static_assert(Activation::kNone < Activation::kRelu && Activation::kRelu < Activation::kRelu6);
 
@@ -34,6 +35,8 @@ auto visit_form(Form form, Visit&& visit) {
       return visit(std::integral_constant<Form, Form::kClamp>());
     case Form::kHardswish:
       return visit(std::integral_constant<Form, Form::kHardswish>());
+    case Form::kSilu:
+      return visit(std::integral_constant<Form, Form::kSilu>());
     case Form::kAny:
       break;
   }
@@ -134,6 +137,7 @@ class InputForm {
   __device__ __forceinline__ float transform(float x, int i) const {
     if constexpr (FORM == Form::kClamp) return minimum(x, high[i]);
     if constexpr (FORM == Form::kHardswish) return hardswish_of(x + bias[i]);
+    if constexpr (FORM == Form::kSilu) return silu_of(x + bias[i]);
     if constexpr (FORM == Form::kAny) return x + bias[i];
     return x;
   }
@@ -156,6 +160,10 @@ struct OutputForm {
     if constexpr (FORM == Form::kHardswish) {
 #pragma unroll
       for (int i = 0; i < N; ++i) sums[i] = hardswish_of(sums[i]);
+    }
+    if constexpr (FORM == Form::kSilu) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) sums[i] = silu_of(sums[i]);
     }
     Words<T, N> words = narrow_all<T>(sums);
     if constexpr (clamps(FORM)) words = maximum(words, low);

@@ -226,6 +226,7 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
       x[c] = widen(w.row[c]);
       if constexpr (FORM == Form::kClamp) x[c] = clamp(x[c] + input_bias, in_low, in_high);
       if constexpr (FORM == Form::kHardswish) x[c] = hardswish_of(x[c] + input_bias);
+      if constexpr (FORM == Form::kSilu) x[c] = silu_of(x[c] + input_bias);
     }
 #pragma unroll
     for (int c = 0; c < EDGE; ++c) {
@@ -267,6 +268,10 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
     if constexpr (FORM == Form::kHardswish) {
 #pragma unroll
       for (int i = 0; i < COLUMNS; ++i) finished[i] = hardswish_of(finished[i]);
+    }
+    if constexpr (FORM == Form::kSilu) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) finished[i] = silu_of(finished[i]);
     }
     if (!a.ragged) {
 #pragma unroll
@@ -423,6 +428,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
         walk<Traits, Form::kClamp>(w, taps, bias, input_bias, a);
       } else if (a.form == Form::kHardswish) {
         walk<Traits, Form::kHardswish>(w, taps, bias, input_bias, a);
+      } else if (a.form == Form::kSilu) {
+        walk<Traits, Form::kSilu>(w, taps, bias, input_bias, a);
       } else {
         walk<Traits, Form::kAny>(w, taps, bias, input_bias, a);
       }
