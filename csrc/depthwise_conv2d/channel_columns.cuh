@@ -120,21 +120,17 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   float taps[2][K * K], start[2];
   // The rows of a chunk.
   const auto advance = [&](auto masked, int chunk, const T* row) {
-    constexpr bool MASKED = decltype(masked)::value;
     const int pitch = a.tile_w * tile_channels;
 #pragma unroll
     for (int step = 0; step < OPEN; ++step) {
 #pragma unroll
       for (int j = 0; j < S; ++j, row += pitch) {
+        const int y = ih + chunk * Traits::kChunkRows + step * S + j;
+        const bool row_inside = static_cast<unsigned>(y) < static_cast<unsigned>(a.in_h);
         float x[2 * IN_COLUMNS];
-        input_form.template apply<IN_COLUMNS>(
+        input_form.template apply<IN_COLUMNS, decltype(masked)::value>(
             [&](int pixel) { return load_words<2>(row + pixel * tile_channels); },
-            a.input_activation, x);
-        if constexpr (MASKED) {
-          const int y = ih + chunk * Traits::kChunkRows + step * S + j;
-          const bool row_inside = static_cast<unsigned>(y) < static_cast<unsigned>(a.in_h);
-          input_form.template mask<IN_COLUMNS>(row_inside ? inside : 0, x);
-        }
+            row_inside ? inside : 0, a.input_activation, x);
 #pragma unroll
         for (int q = 0; q < OPEN; ++q) {
           const int kh = S * q + j;
@@ -189,15 +185,15 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
     const T* row = reinterpret_cast<const T*>(shared + stage * a.chunk_bytes) +
                    (busy ? group : 0) * COLUMNS * S * tile_channels + 2 * (busy ? pair : 0);
     const int first_ih = ih + chunk * Traits::kChunkRows;
-    // Two bodies, so that nothing but the border looks at what is outside; the switches of kAny are
-    // long enough in one.
+    // Two bodies, so that only warps at the border look at what is outside; the switches of kAny
+    // are long enough in one.
     const bool at_border =
         inside != (1u << IN_COLUMNS) - 1 || first_ih < 0 || first_ih + Traits::kChunkRows > a.in_h;
     if constexpr (Traits::kForm == Form::kPlain) {
       advance(std::false_type(), chunk, row);
     } else if constexpr (Traits::kForm == Form::kAny) {
       advance(std::true_type(), chunk, row);
-    } else if (at_border) {
+    } else if (__any_sync(~0u, at_border)) {
       advance(std::true_type(), chunk, row);
     } else {
       advance(std::false_type(), chunk, row);

@@ -28,7 +28,7 @@ struct Traits {
   static constexpr int kChannels = CHANNELS_;
   static constexpr int kColumns = columns_of(STRIDE_);
   static constexpr int kStride = STRIDE_;
-  static constexpr Form kForm = FORM_;  // kPlain, kClamp or kAny
+  static constexpr Form kForm = FORM_;  // kRelu is kClamp
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + kKernel;
   static constexpr int kMinBlocks = FORM_ == Form::kPlain ? 5 : 4;  // activations want registers
 };
@@ -167,12 +167,9 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   float start[V];
 #pragma unroll
   for (int v = 0; v < V; ++v) start[v] = input_form.start(v, bias[v], taps[v]);
-  if constexpr (clamps(FORM)) {
+  if constexpr (FORM != Form::kPlain && FORM != Form::kAny) {
     // The loads of the first rows did not wait for input_bias.
-    float values[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) values[v] = input_form.outside(v);
-    outside = narrow_all<T>(values);
+    outside = input_form.outside();
 #pragma unroll
     for (int i = 0; i < IN_COLUMNS; ++i) {
       if (!inside[i] || static_cast<unsigned>(ih) >= end) even[i] = outside;
@@ -193,12 +190,11 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   const auto for_each_pixel = [&](const Row& row, auto&& use) {
 #pragma unroll
     for (int i = 0; i < IN_COLUMNS; ++i) {
+      // Registers of what is outside have what is zero after the activation, but for kAny.
+      const bool in_image = inside[i] && static_cast<unsigned>(next - 2) < end;
       float pixel[V];
-      input_form.template apply<1>([&](int) { return row[i]; }, a.input_activation, pixel);
-      if constexpr (FORM == Form::kAny) {
-        const bool in_image = inside[i] && static_cast<unsigned>(next - 2) < end;
-        input_form.template mask<1>(in_image ? 1 : 0, pixel);
-      }
+      input_form.template apply<1, FORM == Form::kAny>([&](int) { return row[i]; },
+                                                       in_image ? 1 : 0, a.input_activation, pixel);
       use(pixel, i);
     }
   };
@@ -287,13 +283,13 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
   const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
-  const Form form = form_of(p);
-#define DWSWAP_DIRECT_CASE(CHANNELS, STRIDE)                                                \
-  if (cut.channels == CHANNELS && p.stride_h == STRIDE) {                                   \
-    if (form == Form::kPlain)                                                               \
-      return launch<Traits<T, CHANNELS, STRIDE, Form::kPlain>>(p, cut, stream);             \
-    return clamps(form) ? launch<Traits<T, CHANNELS, STRIDE, Form::kClamp>>(p, cut, stream) \
-                        : launch<Traits<T, CHANNELS, STRIDE, Form::kAny>>(p, cut, stream);  \
+#define DWSWAP_DIRECT_CASE(CHANNELS, STRIDE)                             \
+  if (cut.channels == CHANNELS && p.stride_h == STRIDE) {                \
+    return visit_form(form_of(p), [&](auto form) {                       \
+      constexpr Form FOUND = decltype(form)::value;                      \
+      constexpr Form FORM = FOUND == Form::kRelu ? Form::kClamp : FOUND; \
+      return launch<Traits<T, CHANNELS, STRIDE, FORM>>(p, cut, stream);  \
+    });                                                                  \
   }
   DWSWAP_DIRECT_CASE(2, 1)
   DWSWAP_DIRECT_CASE(2, 2)

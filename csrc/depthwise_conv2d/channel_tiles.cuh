@@ -34,13 +34,13 @@ struct Traits {
   using T = T_;
   static constexpr int kKernel = K_;
   static constexpr int kStride = STRIDE_;
-  // kClamp, or kAny: the input is transformed in place, before it is used.
+  // kClamp, kHardswish, or kAny: the input is transformed in place, before it is used.
   static constexpr Form kForm = FORM_;
   // An odd number of columns keeps groups of lanes in different shared-memory banks; 7 divides the
   // image widths of most networks (7, 14, 28, 56, 112).
   static constexpr int kColumns = 7;
   // Accumulators (2 * 7 * kRows) and weights (2 * K * K) share the registers.
-  static constexpr bool kTight = K_ == 5 && STRIDE_ == 2 && FORM_ == Form::kClamp;
+  static constexpr bool kTight = K_ == 5 && STRIDE_ == 2 && FORM_ != Form::kAny;
   static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1 : K_ == 7 || kTight ? 2 : 4;
   static constexpr int kMinBlocks = K_ == 3 ? 4 : 3;
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + K_;
@@ -269,14 +269,11 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
         tile + (group_h * ROWS * S * a.tile_w + group_w * COLUMNS * S) * tile_channels + 2 * pair;
 #pragma unroll
     for (int i = 0; i < IN_ROWS; ++i, source += a.tile_w * tile_channels) {
+      const bool row_inside = static_cast<unsigned>(ih + i) < static_cast<unsigned>(a.in_h);
       float x[2 * IN_COLUMNS];
-      input_form.template apply<IN_COLUMNS>(
+      input_form.template apply<IN_COLUMNS, decltype(masked)::value>(
           [&](int pixel) { return load_words<2>(source + pixel * tile_channels); },
-          a.input_activation, x);
-      if constexpr (decltype(masked)::value) {
-        const bool row_inside = static_cast<unsigned>(ih + i) < static_cast<unsigned>(a.in_h);
-        input_form.template mask<IN_COLUMNS>(row_inside ? inside : 0, x);
-      }
+          row_inside ? inside : 0, a.input_activation, x);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         const int kh = i - r * S;
@@ -295,10 +292,10 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
     convolve(std::false_type());
   } else {
     const bool whole = inside == (1u << IN_COLUMNS) - 1 && ih >= 0 && ih + IN_ROWS <= a.in_h;
-    if (whole) {
-      convolve(std::false_type());
-    } else {
+    if (__any_sync(__activemask(), !whole)) {
       convolve(std::true_type());
+    } else {
+      convolve(std::false_type());
     }
   }
   // Else the multiply-adds of the lower rows sink below the branches around their stores, and all
@@ -382,14 +379,17 @@ template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, int multiprocessors,
                          cudaStream_t stream) {
   const Depth depth = choose_depth(p, multiprocessors);
-  const bool clamped = clamps(form_of(p));
-  const auto run = [&]<typename Clamp, typename Any>() {
-    return clamped ? launch<Clamp>(p, reader, multiprocessors, stream)
-                   : launch<Any>(p, reader, multiprocessors, stream);
+  const Form form = form_of(p);
+  const auto run = [&]<typename Clamp, typename Hardswish, typename Any>() {
+    if (clamps(form)) return launch<Clamp>(p, reader, multiprocessors, stream);
+    return form == Form::kHardswish ? launch<Hardswish>(p, reader, multiprocessors, stream)
+                                    : launch<Any>(p, reader, multiprocessors, stream);
   };
 // Networks have no activation between their large kernels.
-#define DWSWAP_TRAITS(K, S, DEPTH) \
-  Traits<T, K, S, DEPTH, K == 7 ? Form::kAny : Form::kClamp>, Traits<T, K, S, DEPTH, Form::kAny>
+#define DWSWAP_TRAITS(K, S, DEPTH)                                    \
+  Traits<T, K, S, DEPTH, K == 7 ? Form::kAny : Form::kClamp>,         \
+      Traits<T, K, S, DEPTH, K == 7 ? Form::kAny : Form::kHardswish>, \
+      Traits<T, K, S, DEPTH, Form::kAny>
 #define DWSWAP_CASE(K, S)                                                                        \
   if (p.kernel_h == K && p.stride_h == S) {                                                      \
     return depth == Depth::kDeep ? run.template operator()<DWSWAP_TRAITS(K, S, Depth::kDeep)>()  \

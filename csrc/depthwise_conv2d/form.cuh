@@ -79,25 +79,28 @@ __device__ __forceinline__ Words<T, N> sum(Words<T, N> x, const Words<T, N>& y) 
 //
 // Where it is a clamp, clamp(x + b) = max(x, low - b) + b, of which the lower bound is exact and in
 // half precision takes a pair of channels at once; the sums get b times all taps instead of an
-// addition per element, and what lies outside the image, zero after the activation, is -b.
+// addition per element. What lies outside the image, zero after the activation, is -b before it:
+// the activation of 0 is 0, but for those of kAny.
 template <Form FORM, typename T, int N>
 class InputForm {
-  Words<T, N> low;
+  Words<T, N> low, outside_;
   float high[N], bias[N];
 
  public:
   __device__ __forceinline__ InputForm(const float (&input_bias)[N], Activation activation) {
-    float lows[N];
+    float lows[N], outsides[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       bias[i] = input_bias[i];
+      outsides[i] = -input_bias[i];
       lows[i] = low_of(activation) - input_bias[i];
       high[i] = high_of(activation) - input_bias[i];
     }
-    low = narrow_all<T>(lows);
+    low = narrow_all<T>(lows), outside_ = narrow_all<T>(outsides);
   }
 
-  __device__ __forceinline__ float outside(int i) const { return clamps(FORM) ? -bias[i] : 0.0f; }
+  // Not for kAny.
+  __device__ __forceinline__ const Words<T, N>& outside() const { return outside_; }
 
   // What a sum of channel i begins with.
   template <int TAPS>
@@ -109,28 +112,32 @@ class InputForm {
     return clamps(FORM) ? output_bias + bias[i] * sum : output_bias;
   }
 
-  // Pixels of a row: x[pixel * N + channel] of what read(pixel) returns, as if all lay in the
-  // image.
-  template <int PIXELS, typename Read>
-  __device__ __forceinline__ void apply(Read&& read, Activation activation,
+  // Pixels of a row: x[pixel * N + channel] of what read(pixel) returns. MASKED: bit i of `inside`
+  // says that pixel i lies in the image; else all do.
+  template <int PIXELS, bool MASKED, typename Read>
+  __device__ __forceinline__ void apply(Read&& read, uint32_t inside, Activation activation,
                                         float (&x)[PIXELS * N]) const {
 #pragma unroll
     for (int i = 0; i < PIXELS; ++i) {
       Words<T, N> words = read(i);
+      if constexpr (MASKED && FORM != Form::kAny) {
+#pragma unroll
+        for (int w = 0; w < Words<T, N>::kWords; ++w)
+          words.data[w] = (inside >> i & 1) != 0 ? words.data[w] : outside_.data[w];
+      }
       if constexpr (clamps(FORM)) words = maximum(words, low);
       float pixel[N];
       widen_all(words, pixel);
 #pragma unroll
       for (int e = 0; e < N; ++e) x[i * N + e] = transform(pixel[e], e);
     }
-    if constexpr (FORM == Form::kAny) activate(x, activation);
-  }
-
-  // Bit i of `inside`: pixel i lies in the image.
-  template <int PIXELS>
-  __device__ __forceinline__ void mask(uint32_t inside, float (&x)[PIXELS * N]) const {
+    if constexpr (FORM == Form::kAny) {
+      activate(x, activation);
+      if constexpr (MASKED) {
 #pragma unroll
-    for (int i = 0; i < PIXELS * N; ++i) x[i] = (inside >> i / N & 1) != 0 ? x[i] : outside(i % N);
+        for (int i = 0; i < PIXELS * N; ++i) x[i] = (inside >> i / N & 1) != 0 ? x[i] : 0.0f;
+      }
+    }
   }
 
  private:
