@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,10 +24,10 @@ from rich.table import Table
 
 from dwswap import build
 from dwswap.bench.run_record import RunRecord, switches
+from dwswap.bench.tables import Cells
 from dwswap.cli.common import CliError, output_folder
 
 __all__ = [
-    "Cells",
     "add_run_options",
     "bench_device",
     "device_name",
@@ -40,9 +41,6 @@ __all__ = [
 ]
 
 FOLDER = "benchmarks/results"
-
-Cells = tuple[list[str], list[list[tuple[str, bool]]]]
-"""Heads, and rows of cells, each with whether it misses its target."""
 
 
 def add_run_options(parser: argparse.ArgumentParser, *, budget: float, measurements: str) -> None:
@@ -169,11 +167,13 @@ def print_table(out: Console, title: str, cells: Cells, left: Iterable[str]) -> 
         left: heads of the columns of text, which go to the left.
     """
     heads, rows = cells
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for head in heads:
         table.add_column(head, justify="left" if head in left else "right")
     for row in rows:
-        table.add_row(*(f"[red]{text}[/]" if missed else text for text, missed in row))
+        table.add_row(
+            *(f"[red]{escape(text)}[/]" if missed else escape(text) for text, missed in row)
+        )
     if rows:
         out.print(table)
 
