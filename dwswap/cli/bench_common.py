@@ -169,7 +169,7 @@ def print_table(out: Console, title: str, cells: Cells, left: Iterable[str]) -> 
     heads, rows = cells
     table = Table(title=escape(title))
     for head in heads:
-        table.add_column(head, justify="left" if head in left else "right")
+        table.add_column(head, justify="left" if head in left else "right", overflow="fold")
     for row in rows:
         table.add_row(
             *(f"[red]{escape(text)}[/]" if missed else escape(text) for text, missed in row)

@@ -99,7 +99,10 @@ def add_parser(targets: Any) -> None:
         "--max-autotune", action="store_true", help="add max_autotune: minutes per case"
     )
     parser.add_argument(
-        "--profile", action="store_true", help="time per kernel family of ours, by torch.profiler"
+        "--profile",
+        action="store_true",
+        help="time per kernel family of ours, by torch.profiler; it stays loaded and may slow the "
+        "launches of later cases, so best with --peers none",
     )
     parser.add_argument(
         "--limit",
