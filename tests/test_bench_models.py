@@ -195,8 +195,12 @@ def test_time_stream(monkeypatch):
     timing = time_stream(lambda: calls.append(1), "cpu", budget=5.0)
     # Half a second per stream of calls, so 0.25 per call: 4 calls fill a fifth of the budget.
     assert timing.method == "wall clock over 4 calls"
-    assert len(calls) == 2 + 2 + 5 * 4
+    assert len(calls) == 1 + 2 + 5 * 4
     assert timing.microseconds == 0.5e6 / 4
+    # A call that takes as long as the budget is timed once.
+    calls.clear()
+    assert time_stream(lambda: calls.append(1), "cpu", budget=0.5).samples == 1
+    assert len(calls) == 1 + 1
 
 
 def test_time_stream_records_no_graph():
@@ -205,6 +209,21 @@ def test_time_stream_records_no_graph():
     timing = time_stream(lambda: outputs.append(x * 2), "cpu", budget=0.0)
     assert not any(y.requires_grad for y in outputs)
     assert 0 < timing.fastest <= timing.microseconds <= timing.slowest
+
+
+def test_slow_calls_get_one_round(monkeypatch):
+    rounds = []
+    original = models.time_side_by_side
+
+    def spy(*args, **kwargs):
+        rounds.append(kwargs["rounds"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(models, "time_side_by_side", spy)
+    bench().measure(CASE, ["eager_nchw"])
+    monkeypatch.setattr(models, "SLOW", 0.0)
+    bench().measure(CASE, ["eager_nchw"])
+    assert rounds == [3, 1]
 
 
 def test_peak_memory_counts_the_idle_part_of_graphs(monkeypatch):
@@ -326,7 +345,7 @@ def test_a_peer_that_fails_while_it_is_timed(monkeypatch):
     calls = []
 
     def build(model, argument):
-        return lambda x: raises() if len(calls) > 4 else calls.append(1) or model(x)
+        return lambda x: raises() if len(calls) > 3 else calls.append(1) or model(x)
 
     monkeypatch.setitem(RUNNERS, "compile", Runner("compile", build))
     found = bench().measure(CASE, ["compile"])

@@ -34,7 +34,8 @@ def time_stream(
     Args:
         call: a callable without arguments.
         device: where it runs.
-        budget: seconds to spend on samples, about; at least ``SAMPLES`` samples of a call.
+        budget: seconds to spend on samples, about: up to ``SAMPLES`` of as many calls as fit, at
+            least one of one call.
 
     Returns:
         Microseconds per call: the median over the samples.
@@ -42,10 +43,12 @@ def time_stream(
     device = torch.device(device)
     with torch.no_grad():
         # Another model ran before this one: caches, clocks and the allocator settle.
-        estimate = max(_stream(call, device, 2), 1e-7)
-        estimate = min(estimate, max(_stream(call, device, 2), 1e-7))
-        calls = max(1, min(MOST_CALLS, int(budget / SAMPLES / estimate)))
-        times = [_stream(call, device, calls) * 1e6 for _ in range(SAMPLES)]
+        estimate = max(_stream(call, device, 1), 1e-7)
+        if estimate < budget:
+            estimate = max(_stream(call, device, 2), 1e-7)
+        samples = max(1, min(SAMPLES, int(budget / estimate)))
+        calls = max(1, min(MOST_CALLS, int(budget / samples / estimate)))
+        times = [_stream(call, device, calls) * 1e6 for _ in range(samples)]
     method = f"wall clock over {calls} calls"
     return Timing(statistics.median(times), min(times), max(times), len(times), method)
 

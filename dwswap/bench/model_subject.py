@@ -124,6 +124,7 @@ class Run:
     first_call_s: float | None = None
     peak_bytes: int | None = None
     error: float | None = None
+    slow: bool = False
     summary: str = ""
     note: str | None = None
     reason: str | None = None

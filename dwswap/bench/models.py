@@ -29,8 +29,11 @@ STATISTICS_OF = 16
 """Random images whose statistics BatchNorm gets: enough where a feature map is one pixel."""
 
 ROUNDS = 3
-WARM_UP = 5
-"""Calls. With ``reduce-overhead`` the second warms up and the third captures."""
+SLOW = 1.0
+"""Seconds of a call from which on one round must do: detection of many images loops in Python."""
+
+WARM_UP = 4
+"""Calls after the first two. With ``reduce-overhead`` the second warms up, the third captures."""
 
 
 class ModelBench:
@@ -133,9 +136,14 @@ class ModelBench:
             call()
             synchronize(self.device)
             called = time.perf_counter()
-            for _ in range(WARM_UP if self.device.type == "cuda" else 0):
-                call()
-            run = Run(name, call, built - start, called - built, meter.peak(call))
+            peak = meter.peak(call)
+            # A compiled model may capture its graphs in the second call.
+            slow = not runner.compiled and time.perf_counter() - called > SLOW
+            if self.device.type == "cuda" and not slow:
+                for _ in range(WARM_UP):
+                    call()
+                peak = meter.peak(call)
+            run = Run(name, call, built - start, called - built, peak, slow=slow)
             run.error = subject.error(forward, call)
         except Exception as error:
             return Run(name, reason=_reason(error))
@@ -167,7 +175,7 @@ class ModelBench:
             [call for _, call in ready],
             self.device,
             budget=self.budget,
-            rounds=ROUNDS,
+            rounds=1 if any(run.slow for run in runs) else ROUNDS,
             measure=time_stream,
         )
         for (name, _), timing in zip(ready, timings, strict=True):
