@@ -379,7 +379,7 @@ def test_a_model_that_fails_is_recorded():
 
 
 @pytest.mark.slow
-def test_detection_is_compared_by_its_features():
+def test_detection_is_compared_by_its_features(monkeypatch):
     from dwswap.cli.models import construct, find
 
     name = "ssdlite320_mobilenet_v3_large"
@@ -389,6 +389,12 @@ def test_detection_is_compared_by_its_features():
     assert found.run("dwswap").error > 0
     assert found.run("eager_nchw").error_ratio == 1.0
     assert "TraceError" in found.run("fx_fuse").reason
+    # Of what has no features to show, only the time is known.
+    hidden = Runner("hidden", lambda model, argument: lambda images: model(images))
+    monkeypatch.setitem(RUNNERS, "compile", hidden)
+    found = subject.measure(found.case, ["compile"])
+    assert found.run("compile").us > 0
+    assert found.run("compile").error is None
 
 
 # the record and the tables

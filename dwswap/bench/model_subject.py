@@ -72,9 +72,9 @@ class Subject:
         """The rule for numbers: twice eager's error, and a unit in the last place."""
         return 2 * self.eager_error + torch.finfo(DTYPES[self.case.dtype]).eps
 
-    def compared(self, forward: nn.Module) -> Any:
+    def compared(self, forward: Any) -> Any:
         """What is compared of a way to run the model: all of it, or the features."""
-        return getattr(forward, "backbone", forward) if self.detects else forward
+        return forward.backbone if self.detects else forward
 
     def error(self, forward: Callable[[Any], Any], call: Callable[[], Any]) -> float | None:
         """The error of a way to run the model; None where its features cannot be had.
@@ -87,7 +87,7 @@ class Subject:
             return self.deviation(call())
         # A compiled model has the original's features as an attribute: not what it computes.
         compiled = type(forward).__module__.startswith("torch._dynamo")
-        if compiled or not isinstance(forward, nn.Module):
+        if compiled or not isinstance(getattr(forward, "backbone", None), nn.Module):
             return None
         return self.deviation(self.compared(forward)(self.images))
 

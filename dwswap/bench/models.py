@@ -71,7 +71,9 @@ class ModelBench:
         except Exception as error:
             problem = f"the model itself: {_reason(error)}"
             return ModelResult(*case, "", None, [], [], problem, passed=False)
-        names = [name for name in OURS if self.device.type == "cuda" or not RUNNERS[name].cuda]
+        # Only optimize itself can fall back where boxes are counted: a graph cannot.
+        graph = self.device.type == "cuda" and (takes("cuda_graph") or not subject.detects)
+        names = [name for name in OURS if graph or not RUNNERS[name].cuda]
         ours = [self._prepare(subject, name) for name in names]
         times: dict[str, list[float]] = {run.name: [] for run in ours if run.call is not None}
         found = []
