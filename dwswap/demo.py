@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dwswap.bench.random_weights import randomize
 from dwswap.bench.timing import Timing, time_side_by_side
 from dwswap.precision import float32_convolutions
 from dwswap.report import LayerErrors, Report, report
@@ -98,32 +99,6 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"weights must hold a state_dict, got {type(state).__name__}")
     model.load_state_dict(state)
-
-
-def randomize(model: nn.Module, images: Tensor, seed: int = 0) -> None:
-    """Give a model without trained weights normalization layers as trained ones have them.
-
-    At initialization BatchNorm is the identity in eval mode, and what a picture changes fades from
-    layer to layer. Here each gets a random scale and shift, and the statistics of ``images``.
-
-    Args:
-        model: changed in place, and left in eval mode.
-        images: ``(N, 3, H, W)``, at least two.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for norm in norms:
-            norm.momentum = 1.0
-            if norm.affine:
-                norm.weight.uniform_(0.5, 1.5)
-                norm.bias.normal_(0.0, 0.2)
-        model.train()
-        model(images)
-    model.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def views(image: Tensor, count: int) -> Tensor:

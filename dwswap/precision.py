@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["float32_convolutions"]
+__all__ = ["float32_convolutions", "precision"]
 
 
 @contextmanager
@@ -29,3 +29,10 @@ def float32_convolutions() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+def precision() -> dict[str, str]:
+    """For a record: what float32 is computed with now, such as ``ieee`` or ``tf32``."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    return {"convolutions": cudnn.conv.fp32_precision, "products": matmul.fp32_precision}

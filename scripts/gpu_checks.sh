@@ -53,6 +53,7 @@ done
 tests others "${others[@]}" &
 tests torchvision tests/test_torchvision.py &
 wait
+tests bench-models tests/gpu/test_gpu_bench_models.py tests/test_bench_families.py
 tests timing tests/gpu/test_timing.py # alone: it compares times
 
 grep -hE '^(FAILED|ERROR)' "$logs"/*.log | cut -c1-200

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from dwswap import build
 from dwswap.activations import ACTIVATIONS
-from dwswap.bench import layer_record, layers
+from dwswap.bench import layers, run_record
 from dwswap.bench.layer_record import LayerRecord
 from dwswap.bench.layer_results import LayerResult, Skipped
 from dwswap.bench.layer_summary import copy_target, markdown, speedup_target, summarize
@@ -301,7 +301,7 @@ def record(path, **changes) -> LayerRecord:
 
 
 def test_record_is_saved_as_it_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(layer_record, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(run_record, "SAVE_SECONDS", 0.0)
     made = record(tmp_path / "a.json")
     for index in range(3):
         made.add(row(index=index))
@@ -325,7 +325,7 @@ def test_record_is_saved_as_it_grows(tmp_path, monkeypatch):
 
 
 def test_record_is_not_saved_for_every_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(layer_record, "SAVE_SECONDS", 3600.0)
+    monkeypatch.setattr(run_record, "SAVE_SECONDS", 3600.0)
     made = record(tmp_path / "a.json")
     made.add(row())
     assert list(tmp_path.iterdir()) == []

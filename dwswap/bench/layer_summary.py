@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dwswap.bench.layer_results import LayerResult
+from dwswap.bench.tables import Cells, markdown_table
 
 __all__ = [
     "LARGE_BYTES",
@@ -126,7 +127,7 @@ def describe(row: LayerResult) -> str:
     return text if set(row.dilation) == {1} else f"{text} d{_by(row.dilation)}"
 
 
-def speedup_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+def speedup_rows(summary: dict[str, Any]) -> Cells:
     """Heads and cells of the table of speedups; each cell with whether it misses its target."""
     heads = ["dtype", "layout", "shapes", "geometric mean", "worst", "shape of the worst"]
     heads += [f"below {SLOWER}", "failed checks"]
@@ -150,7 +151,7 @@ def speedup_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[tuple[st
     return heads + ["cost of the activations"] * costs, rows
 
 
-def copy_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+def copy_rows(summary: dict[str, Any]) -> Cells:
     """Heads and cells of the table of percentages; each cell with whether it misses its target."""
     names = [(group["dtype"], group["layout"]) for group in summary["groups"]]
     cells = {
@@ -175,20 +176,9 @@ def markdown(summary: dict[str, Any]) -> list[str]:
     if not summary["groups"]:
         return ["Nothing was measured."]
     lines = ["Speedup over PyTorch's own convolution in the same layout:", ""]
-    lines += _table(*speedup_rows(summary), left=("dtype", "layout", "shape of the worst"))
+    lines += markdown_table(speedup_rows(summary), left=("dtype", "layout", "shape of the worst"))
     lines += ["", "Copy time / our time in percent, median:", ""]
-    return lines + _table(*copy_rows(summary), left=("kernel", "input + output"))
-
-
-def _table(heads: list[str], rows: list[list[tuple[str, bool]]], left: Sequence[str]) -> list[str]:
-    lines = [
-        f"| {' | '.join(heads)} |",
-        f"| {' | '.join('---' if head in left else '---:' for head in heads)} |",
-    ]
-    for row in rows:
-        texts = [f"**{text}**" if missed else text for text, missed in row]
-        lines.append(f"| {' | '.join(texts)} |")
-    return lines
+    return lines + markdown_table(copy_rows(summary), left=("kernel", "input + output"))
 
 
 def _aimed(value: float, target: float | None, form: str) -> tuple[str, bool]:

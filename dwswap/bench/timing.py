@@ -113,8 +113,9 @@ def time_side_by_side(
     *,
     budget: float = 0.5,
     rounds: int = 3,
+    measure: Callable[..., Timing] = time_calls,
 ) -> list[Timing]:
-    """Time several calls for comparison, as ``time_calls`` does, in turn and more than once.
+    """Time several calls for comparison, in turn and more than once.
 
     What slows the machine down for a moment then does not count against one of them only: each gets
     its best round.
@@ -124,9 +125,10 @@ def time_side_by_side(
         device: where they run.
         budget: seconds to spend on each, about, over all rounds.
         rounds: how often each has its turn.
+        measure: times one call, with the arguments of ``time_calls``.
     """
     timings = [
-        [time_calls(call, device, budget=budget / rounds) for call in calls] for _ in range(rounds)
+        [measure(call, device, budget=budget / rounds) for call in calls] for _ in range(rounds)
     ]
     return [
         min((turn[index] for turn in timings), key=lambda timing: timing.microseconds)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from dwswap.bench.overhead import overheads
+from dwswap.cli.bench_common import bench_device
 from dwswap.cli.common import console
 
 __all__ = ["add_parser"]
 
-Device = Callable[[str | None], torch.device]
 
-
-def add_parser(targets: Any, device: Device) -> None:
-    """Add the command to the subparsers ``targets``; ``device`` resolves ``--device``."""
+def add_parser(targets: Any) -> None:
+    """Add the command to the subparsers ``targets``."""
     parser = targets.add_parser(
         "overhead",
         help="the time that a layer takes of the host, next to nn.Conv2d",
@@ -28,11 +25,11 @@ def add_parser(targets: Any, device: Device) -> None:
     )
     parser.add_argument("--device", help="default: cuda; on the CPU aten computes on both sides")
     parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
-    parser.set_defaults(run=partial(_run, device))
+    parser.set_defaults(run=run)
 
 
-def _run(device: Device, args: argparse.Namespace) -> int:
-    where = device(args.device)
+def run(args: argparse.Namespace) -> int:
+    where = bench_device(args.device)
     dtypes = [torch.float32] if where.type == "cpu" else [torch.float32, torch.float16]
     table = Table("dtype", "layout", "mode", title="host microseconds per call")
     for name in ("nn.Conv2d", "ours", "more"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from dwswap.bench.records import write_json
 
-__all__ = ["CliError", "console", "missing_extra", "output_folder", "save_json"]
+__all__ = ["CliError", "console", "missing_extra", "output_folder", "positive", "save_json"]
 
 PIPE_WIDTH = 160
 
@@ -65,3 +66,10 @@ def save_json(path: str | os.PathLike[str], value: Any) -> Path:
         return write_json(path, value)
     except OSError as error:
         raise CliError(f"cannot write {os.fspath(path)}: {error.strerror}") from error
+
+
+def positive(text: str) -> int:
+    """The integer of at least 1 that a command line argument gives."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)

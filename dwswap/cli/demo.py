@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dwswap
 from dwswap import build, demo
 from dwswap.bench.records import record
-from dwswap.cli.common import CliError, console, missing_extra, output_folder, save_json
+from dwswap.cli.common import CliError, console, missing_extra, output_folder, positive, save_json
 from dwswap.cli.models import find
 from dwswap.precision import float32_convolutions
 from dwswap.report import Report
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar="N",
         help="batch sizes to time (default: 1 and 32 on a GPU, 1 and 4 on the CPU)",
@@ -240,13 +240,3 @@ def _device_text(device: torch.device) -> str:
 
 def _say(out: Console, label: str, text: str) -> None:
     out.print(f"{label + ':':<11}{text}", markup=False, soft_wrap=True)
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return value

@@ -1,0 +1,101 @@
+"""What a caller of a whole model waits, and what memory that takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from dwswap.bench.timing import Timing
+
+__all__ = ["MemoryMeter", "synchronize", "time_stream"]
+
+SAMPLES = 5
+MOST_CALLS = 1000
+"""Per sample. Beyond about as many launches the host waits for the stream anyway."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work on ``device``."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_stream(
+    call: Callable[[], object], device: torch.device | str, *, budget: float = 0.5
+) -> Timing:
+    """Time calls back to back by the wall clock, one synchronization at the end of each sample.
+
+    That is what a user sees who runs one batch after the other: the host's time where the host is
+    slower, the GPU's where the GPU is, and the larger of both where they overlap.
+
+    Args:
+        call: a callable without arguments.
+        device: where it runs.
+        budget: seconds to spend on samples, about: up to ``SAMPLES`` of as many calls as fit, at
+            least one of one call.
+
+    Returns:
+        Microseconds per call: the median over the samples.
+    """
+    device = torch.device(device)
+    with torch.no_grad():
+        # Another model ran before this one: caches, clocks and the allocator settle.
+        estimate = max(_stream(call, device, 1), 1e-7)
+        if estimate < budget:
+            estimate = max(_stream(call, device, 2), 1e-7)
+        samples = max(1, min(SAMPLES, int(budget / estimate)))
+        calls = max(1, min(MOST_CALLS, int(budget / samples / estimate)))
+        times = [_stream(call, device, calls) * 1e6 for _ in range(samples)]
+    method = f"wall clock over {calls} calls"
+    return Timing(statistics.median(times), min(times), max(times), len(times), method)
+
+
+def _stream(call: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Seconds per call."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+class MemoryMeter:
+    """Peak memory of something that is built after the meter, on CUDA: its weights, and a call.
+
+    What a CUDA graph works in belongs to it between replays too, though the allocator counts it as
+    free: the idle part of private pools is added.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._held()
+
+    def peak(self, call: Callable[[], object]) -> int | None:
+        """Bytes while ``call`` runs, over what there was when the meter was made; None on the CPU.
+
+        The output counts, the input does not.
+        """
+        if self._device.type != "cuda":
+            return None
+        synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        call()
+        synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device)
+        return peak + self._idle() - self._before
+
+    def _held(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        return torch.cuda.memory_allocated(self._device) + self._idle()
+
+    def _idle(self) -> int:
+        return sum(
+            segment["total_size"] - segment["allocated_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if tuple(segment["segment_pool_id"]) != (0, 0)
+        )

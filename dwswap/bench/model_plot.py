@@ -1,0 +1,109 @@
+"""The picture of a run of ``dwswap bench models``; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dwswap.bench.model_peers import OURS, RUNNERS
+from dwswap.bench.model_results import ModelResult
+from dwswap.bench.model_summary import LAYOUT_NAMES
+from dwswap.bench.model_targets import target
+
+__all__ = ["plot"]
+
+# Okabe and Ito's colours, told apart by colour-blind eyes too.
+COLOURS = {
+    "eager_nchw": "#999999",
+    "eager_channels_last": "#000000",
+    "eager_graph": "#56b4e9",
+    "fx_fuse": "#f0e442",
+    "compile": "#0072b2",
+    "reduce_overhead": "#e69f00",
+    "max_autotune": "#009e73",
+    "dwswap_compile": "#cc79a7",
+}
+TARGET = "#cc3311"
+
+
+def plot(results: Sequence[ModelResult], path: Path, title: str) -> Path:
+    """Draw the speed-up of the better of ours over each peer, and save it as PNG.
+
+    A panel per batch size, dtype and layout; a group of bars per model; a red mark where a target
+    is.
+
+    Args:
+        results: at least one with a peer that ran.
+        path: the file, replaced where it exists.
+        title: a line on top.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        OSError: the place cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[ModelResult]] = {}
+    for result in sorted(results, key=lambda r: (r.dtype, r.layout, r.batch)):
+        name = f"{result.dtype} {LAYOUT_NAMES[result.layout]}, batch {result.batch}"
+        panels.setdefault(name, []).append(result)
+    peers = [p for p in COLOURS if any(r.best_speedup(p) is not None for r in results)]
+    bars = max(len(rows) for rows in panels.values()) * (len(peers) + 1)
+    figure = Figure(figsize=(max(8.0, 3 + 0.17 * bars), 1 + 3.4 * len(panels)))
+    figure.set_layout_engine("constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, squeeze=False)
+    for (name, rows), (panel,) in zip(panels.items(), axes, strict=True):
+        _bars(panel, rows, peers)
+        panel.set_title(name, fontsize=10)
+    figure.suptitle(title, fontsize=13)
+    _legend(figure, peers)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, format="png")
+    return path
+
+
+def _bars(panel: Any, rows: list[ModelResult], peers: list[str]) -> None:
+    width = 0.85 / max(1, len(peers))
+    for index, peer in enumerate(peers):
+        shift = (index - (len(peers) - 1) / 2) * width
+        for place, result in enumerate(rows):
+            height, goal = result.best_speedup(peer), target(result.case, peer)
+            x = place + shift
+            if height is not None:
+                panel.bar(x, height, width, color=COLOURS[peer], edgecolor="white", linewidth=0.4)
+                panel.text(x, height, f"{height:.1f}", ha="center", va="bottom", fontsize=6)
+            if goal is not None:
+                panel.plot([x - width / 2, x + width / 2], [goal, goal], color=TARGET)
+    panel.axhline(1.0, color="black", linewidth=1.0)
+    panel.set_ylabel("times faster")
+    panel.margins(y=0.12)
+    crowded = len(rows) > 10
+    panel.set_xticks(
+        range(len(rows)),
+        [result.model for result in rows],
+        rotation=60 if crowded else 0,
+        ha="right" if crowded else "center",
+        fontsize=8,
+    )
+    panel.grid(True, axis="y", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+
+
+def _legend(figure: Any, peers: list[str]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    ours = " or ".join(RUNNERS[name].title for name in OURS)
+    handles: list[Any] = [
+        Patch(color=COLOURS[peer], label=f"over {RUNNERS[peer].title}") for peer in peers
+    ]
+    handles.append(Line2D([], [], color=TARGET, label="target"))
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(5, len(handles)),
+        title=f"the faster of {ours}",
+    )

@@ -1,0 +1,115 @@
+"""One line of the record of ``dwswap bench models``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dwswap.bench.kernel_families import FamilyTime
+from dwswap.bench.model_cases import Case
+from dwswap.bench.model_peers import EAGER, OURS
+
+__all__ = ["Measured", "ModelResult"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way to run a model; all None but ``reason`` where it failed.
+
+    Attributes:
+        name: see ``dwswap.bench.model_peers.RUNNERS``.
+        us: microseconds per forward, as ``dwswap.bench.latency.time_stream`` has them.
+        images_per_second: batch size / time.
+        speedups: how many times faster each of ours is, measured in turns with this one.
+        build_s: seconds that ``optimize``, ``fuse`` or a capture took.
+        first_call_s: seconds of the first call, in which ``torch.compile`` compiles.
+        peak_bytes: weights, temporaries and output of a call; None on the CPU.
+        error: largest deviation from float64, relative to the largest value; None where the number
+            of outputs depends on the data.
+        error_ratio: to the error of the eager model in the user's layout.
+        note: what a reader must know.
+        reason: why it failed.
+    """
+
+    name: str
+    us: float | None = None
+    images_per_second: float | None = None
+    speedups: dict[str, float] = field(default_factory=dict)
+    build_s: float | None = None
+    first_call_s: float | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    error_ratio: float | None = None
+    note: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model at one batch size, dtype and layout.
+
+    Attributes:
+        summary: of the report of ``optimize``.
+        error_limit: twice eager's error and a unit in the last place.
+        runs: ours first, then the peers.
+        profile: of ours without a CUDA graph; empty without ``--profile``.
+        problem: why nothing could be measured.
+        passed: ours ran, with errors within the limit.
+    """
+
+    model: str
+    batch: int
+    dtype: str
+    layout: str
+    size: int
+    summary: str
+    error_limit: float | None
+    runs: list[Measured]
+    profile: list[FamilyTime]
+    problem: str | None
+    passed: bool
+
+    @classmethod
+    def from_dict(
+        cls, *, runs: Iterable[dict[str, Any]], profile: Iterable[dict[str, Any]], **row: Any
+    ) -> ModelResult:
+        """From the keyword arguments that ``to_dict`` made."""
+        return cls(
+            runs=[Measured(**run) for run in runs],
+            profile=[FamilyTime(**time) for time in profile],
+            **row,
+        )
+
+    @property
+    def case(self) -> Case:
+        return Case(self.model, self.batch, self.dtype, self.layout, self.size)
+
+    @property
+    def key(self) -> Case:
+        return self.case
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def run(self, name: str) -> Measured | None:
+        """The measurement called ``name``; None where there is none."""
+        return next((run for run in self.runs if run.name == name), None)
+
+    def speedups(self, peer: str) -> dict[str, float]:
+        """By which factor each of ours is faster than ``peer``, or than the better eager layout.
+
+        Args:
+            peer: a name, or ``"eager"``.
+        """
+        names = EAGER if peer == "eager" else (peer,)
+        found = [run.speedups for run in self.runs if run.name in names and run.us is not None]
+        return {
+            ours: min(speedups[ours] for speedups in found)
+            for ours in OURS
+            if found and all(ours in speedups for speedups in found)
+        }
+
+    def best_speedup(self, peer: str) -> float | None:
+        """That of the faster of ours."""
+        return max(self.speedups(peer).values(), default=None)

@@ -1,0 +1,161 @@
+"""The model that a case is about: the weights as the user has them, an input, exact outputs."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dwswap.bench.layers import DTYPES, LAYOUTS
+from dwswap.bench.model_cases import Case
+from dwswap.bench.model_results import Measured
+
+__all__ = ["Run", "Subject", "collect", "detects"]
+
+CHECKED = 8
+"""Images of a batch whose outputs are compared with float64."""
+
+
+@dataclass
+class Subject:
+    """Do not change ``model``: every way to run it gets a copy.
+
+    Attributes:
+        images: ``(batch, 3, size, size)``, in the dtype and the layout of the case.
+        exact: outputs for some of the images, in float64, of the weights as rounded to the dtype:
+            only the arithmetic counts as error.
+        eager_error: of the model as it is; see ``Measured.error``.
+    """
+
+    case: Case
+    model: nn.Module
+    images: Tensor
+    exact: list[Tensor]
+    eager_error: float
+
+    @classmethod
+    def make(cls, model: nn.Module, case: Case, device: torch.device) -> Subject:
+        """Make up the images and compute the outputs; raises what the model raises."""
+        generator = torch.Generator(device).manual_seed(case.batch)
+        shape = (case.batch, 3, case.size, case.size)
+        images = torch.randn(shape, device=device, generator=generator).to(DTYPES[case.dtype])
+        images = images.contiguous(memory_format=LAYOUTS[case.layout])
+        subject = cls(case, model, images, [], 0.0)
+        # A detection model finds other boxes after every rounding: its features are compared.
+        part = subject.compared(model)
+        wide = copy.deepcopy(part).double()
+        subject.exact = subject._outputs(wide(images[subject.checked].double()))
+        del wide
+        collect(device)
+        subject.eager_error = subject.deviation(part(images))
+        return subject
+
+    @property
+    def detects(self) -> bool:
+        return detects(self.model)
+
+    @property
+    def checked(self) -> slice:
+        """Some images, the last among them."""
+        step = -(-self.case.batch // CHECKED)
+        return slice((self.case.batch - 1) % step, None, step)
+
+    @property
+    def limit(self) -> float:
+        """The rule for numbers: twice eager's error, and a unit in the last place."""
+        return 2 * self.eager_error + torch.finfo(DTYPES[self.case.dtype]).eps
+
+    def compared(self, forward: Any) -> Any:
+        """What is compared of a way to run the model: all of it, or the features."""
+        return forward.backbone if self.detects else forward
+
+    def error(self, forward: Callable[[Any], Any], call: Callable[[], Any]) -> float | None:
+        """The error of a way to run the model; None where its features cannot be had.
+
+        Args:
+            forward: what was built.
+            call: runs it on the images.
+        """
+        if not self.detects:
+            return self.deviation(call())
+        # A compiled model has the original's features as an attribute: not what it computes.
+        compiled = type(forward).__module__.startswith("torch._dynamo")
+        if compiled or not isinstance(getattr(forward, "backbone", None), nn.Module):
+            return None
+        return self.deviation(self.compared(forward)(self.images))
+
+    def deviation(self, output: Any) -> float:
+        """The largest deviation of any output, relative to that output's largest value.
+
+        Raises:
+            ValueError: the outputs are of another number or shape, or not finite.
+        """
+        found = [leaf[self.checked] for leaf in self._outputs(output)]
+        if [leaf.shape for leaf in found] != [leaf.shape for leaf in self.exact]:
+            shapes = [tuple(leaf.shape) for leaf in found]
+            raise ValueError(f"outputs of other shapes than the model's: {shapes}")
+        worst = [
+            (ours.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)
+            for ours, exact in zip(found, self.exact, strict=True)
+        ]
+        largest = float(torch.stack(worst).max())
+        if not math.isfinite(largest):
+            raise ValueError("outputs that are not finite, unlike those in float64")
+        return largest
+
+    def _outputs(self, output: Any) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@dataclass
+class Run:
+    """One way to run a model, ready to be timed, or the reason why it is not."""
+
+    name: str
+    call: Callable[[], Any] | None = None
+    build_s: float | None = None
+    first_call_s: float | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    slow: bool = False
+    summary: str = ""
+    note: str | None = None
+    reason: str | None = None
+
+    def measured(
+        self, subject: Subject, us: float | None, speedups: dict[str, float] | None = None
+    ) -> Measured:
+        """With the time per forward, where it has one, in microseconds."""
+        eager = subject.eager_error
+        return Measured(
+            self.name,
+            us=us,
+            images_per_second=None if us is None else subject.case.batch / us * 1e6,
+            speedups=speedups or {},
+            build_s=self.build_s,
+            first_call_s=self.first_call_s,
+            peak_bytes=self.peak_bytes,
+            error=self.error,
+            error_ratio=None if self.error is None or not eager else self.error / eager,
+            note=self.note,
+            reason=self.reason,
+        )
+
+
+def detects(model: nn.Module) -> bool:
+    """Whether it takes a list of images, and returns as many boxes as it finds."""
+    return type(model).__module__.startswith("torchvision.models.detection")
+
+
+def collect(device: torch.device) -> None:
+    """Give back what nothing uses any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,189 @@
+"""Whole models: ours next to PyTorch's ways to run them, in turns in one process."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dwswap.bench.kernel_families import profile
+from dwswap.bench.latency import MemoryMeter, synchronize, time_stream
+from dwswap.bench.layers import DTYPES, LAYOUTS
+from dwswap.bench.model_cases import Case
+from dwswap.bench.model_peers import OURS, RUNNERS, takes
+from dwswap.bench.model_results import Measured, ModelResult
+from dwswap.bench.model_subject import Run, Subject, collect, detects
+from dwswap.bench.random_weights import randomize
+from dwswap.bench.timing import time_side_by_side
+from dwswap.report import report
+
+__all__ = ["ModelBench"]
+
+STATISTICS_OF = 16
+"""Random images whose statistics BatchNorm gets: enough where a feature map is one pixel."""
+
+ROUNDS = 3
+SLOW = 1.0
+"""Seconds of a call from which on one round must do: detection of many images loops in Python."""
+
+WARM_UP = 4
+"""Calls after the first two. With ``reduce-overhead`` the second warms up, the third captures."""
+
+
+class ModelBench:
+    """Measures cases on one device; keeps the last model's random weights between them.
+
+    Args:
+        device: ``cpu`` is for trying the path out.
+        construct: makes a model of a name, in float32 on the CPU.
+        budget: seconds of samples per measurement; each peer costs one, and one of each of ours.
+        profiled: measure the time per kernel family of ours too.
+        step: called with the name of what comes next.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        construct: Callable[[str], nn.Module],
+        *,
+        budget: float,
+        profiled: bool = False,
+        step: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.device = device
+        self.budget = budget
+        self.profiled = profiled
+        self.step = step
+        self._construct = construct
+        self._last: tuple[str, nn.Module] | None = None
+
+    @torch.no_grad()
+    def measure(self, case: Case, peers: Sequence[str]) -> ModelResult:
+        """Measure ours and ``peers``; whatever fails is in the result with its reason."""
+        try:
+            subject = self._subject(case)
+        except Exception as error:
+            problem = f"the model itself: {_reason(error)}"
+            return ModelResult(*case, "", None, [], [], problem, passed=False)
+        # Only optimize itself can fall back where boxes are counted: a graph cannot.
+        graph = self.device.type == "cuda" and (takes("cuda_graph") or not subject.detects)
+        names = [name for name in OURS if graph or not RUNNERS[name].cuda]
+        ours = [self._prepare(subject, name) for name in names]
+        times: dict[str, list[float]] = {run.name: [] for run in ours if run.call is not None}
+        found = []
+        for name in peers:
+            found.append(self._against(subject, name, ours, times))
+            if RUNNERS[name].compiled:
+                # Dynamo would keep the model and its graphs for a later call.
+                torch.compiler.reset()
+        if not any(times.values()):
+            self._time(ours, times)
+        runs = [
+            run.measured(subject, us=statistics.median(times[run.name]))
+            if times.get(run.name)
+            else run.measured(subject, us=None)
+            for run in ours
+        ]
+        first = ours[0].call
+        families = profile(first, self.device) if self.profiled and first is not None else []
+        runs += found
+        passed = all(run.reason is None for run in runs if run.name in OURS) and all(
+            run.error <= subject.limit
+            for run in runs
+            if run.name.startswith("dwswap") and run.error is not None
+        )
+        return ModelResult(
+            *case, ours[0].summary, subject.limit, runs, families, None, passed=passed
+        )
+
+    def _subject(self, case: Case) -> Subject:
+        self.step(f"{case.model}: weights, float64")
+        if self._last is None or self._last[0] != case.model:
+            torch.manual_seed(0)
+            base = self._construct(case.model).to(self.device).eval()
+            generator = torch.Generator(self.device).manual_seed(0)
+            size = (STATISTICS_OF, 3, case.size, case.size)
+            images = torch.randn(size, device=self.device, generator=generator)
+            # In train mode a detection model wants targets.
+            part: Any = base.backbone if detects(base) else base
+            randomize(part, images)
+            self._last = (case.model, base)
+        model = copy.deepcopy(self._last[1]).to(DTYPES[case.dtype])
+        return Subject.make(model.to(memory_format=LAYOUTS[case.layout]), case, self.device)
+
+    def _prepare(self, subject: Subject, name: str) -> Run:
+        """Build and warm up one way to run the model, and take its figures but the time."""
+        runner, case = RUNNERS[name], subject.case
+        self.step(f"{case.model} {case.batch} {case.dtype}: {runner.title}")
+        layout = LAYOUTS[runner.layout or case.layout]
+        collect(self.device)
+        try:
+            images = subject.images.contiguous(memory_format=layout)
+            argument = list(images) if subject.detects else images
+            meter = MemoryMeter(self.device)
+            model = copy.deepcopy(subject.model).to(memory_format=layout)
+            synchronize(self.device)
+            start = time.perf_counter()
+            forward = runner.build(model, argument)
+            synchronize(self.device)
+            built = time.perf_counter()
+            del model
+            call = partial(forward, argument)
+            call()
+            synchronize(self.device)
+            called = time.perf_counter()
+            peak = meter.peak(call)
+            # A compiled model may capture its graphs in the second call.
+            slow = not runner.compiled and time.perf_counter() - called > SLOW
+            if self.device.type == "cuda" and not slow:
+                for _ in range(WARM_UP):
+                    call()
+                peak = meter.peak(call)
+            run = Run(name, call, built - start, called - built, peak, slow=slow)
+            run.error = subject.error(forward, call)
+        except Exception as error:
+            return Run(name, reason=_reason(error))
+        if name in OURS and isinstance(forward, nn.Module):
+            run.summary = report(forward).summary()
+        if name == "dwswap_graph" and not takes("cuda_graph"):
+            run.note = "captured by the benchmark: optimize has no cuda_graph yet"
+        return run
+
+    def _against(
+        self, subject: Subject, name: str, ours: list[Run], times: dict[str, list[float]]
+    ) -> Measured:
+        """Prepare a peer, and time it in turns with ours."""
+        run = self._prepare(subject, name)
+        if run.call is None:
+            return run.measured(subject, us=None)
+        mine: dict[str, list[float]] = {**times, name: []}
+        try:
+            self._time([*ours, run], mine)
+        except Exception as error:
+            return Measured(name, reason=_reason(error))
+        us = mine[name][-1]
+        return run.measured(subject, us, {ours: us / times[ours][-1] for ours in times})
+
+    def _time(self, runs: list[Run], times: dict[str, list[float]]) -> None:
+        """Add the time of each in turns with the others, in microseconds, to ``times``."""
+        ready = [(run.name, run.call) for run in runs if run.call is not None]
+        timings = time_side_by_side(
+            [call for _, call in ready],
+            self.device,
+            budget=self.budget,
+            rounds=1 if any(run.slow for run in runs) else ROUNDS,
+            measure=time_stream,
+        )
+        for (name, _), timing in zip(ready, timings, strict=True):
+            times[name].append(timing.microseconds)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

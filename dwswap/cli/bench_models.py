@@ -1,0 +1,238 @@
+"""``dwswap bench models``: whole models, next to PyTorch's ways to run them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from rich.console import Console
+
+from dwswap.bench.layers import DTYPES, LAYOUTS
+from dwswap.bench.model_cases import (
+    ACCEPTED,
+    BATCHES,
+    SIZE,
+    Case,
+    choose,
+    defaults,
+    depthwise_models,
+    product,
+)
+from dwswap.bench.model_peers import EAGER, OURS, RUNNERS, chosen_peers
+from dwswap.bench.model_plot import plot
+from dwswap.bench.model_record import ModelRecord
+from dwswap.bench.model_results import ModelResult
+from dwswap.bench.model_summary import case_rows, profile_rows, speedup_rows
+from dwswap.bench.models import ModelBench
+from dwswap.bench.run_record import switches
+from dwswap.cli.bench_common import (
+    add_run_options,
+    bench_device,
+    device_name,
+    introduce,
+    print_table,
+    record_file,
+    run_saved,
+    save_picture,
+    say,
+    start_or_resume,
+)
+from dwswap.cli.common import CliError, console, positive
+from dwswap.cli.models import construct, find
+from dwswap.precision import precision
+
+__all__ = ["add_parser"]
+
+SETS = ("auto", "all", "eager", "none")
+TEXTS = ("run by", "note", "kernels", "largest", "model", "dtype", "layout")
+
+
+def add_parser(targets: Any) -> None:
+    """Add the command to the subparsers ``targets``."""
+    peers = [name for name in RUNNERS if name not in OURS]
+    parser = targets.add_parser(
+        "models",
+        help="whole models, next to eager PyTorch, CUDA graphs, fx fusion and torch.compile",
+        description="Time forwards of models with random weights, ours in turns with each peer: "
+        "speed-ups, images per second, the time to optimize and to compile, peak memory, errors "
+        "against float64. Saves a record (JSON) and a picture (PNG). Without --models, --dtype and "
+        f"--layout: {', '.join(ACCEPTED)} in float16 channels_last, and mobilenet_v2 in float32 "
+        "NCHW. Exit code 1 where ours fails or is less accurate than the rule allows.",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="names of torchvision or timm, package.module:callable, or all: torchvision's 38 with "
+        "depthwise convolutions, against eager only unless --peers says otherwise",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="default: 1, 32 and 256 on a GPU, 1 on the CPU",
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: see above")
+    parser.add_argument(
+        "--layout", nargs="+", choices=LAYOUTS, help="of the user's model; default: see above"
+    )
+    parser.add_argument(
+        "--size", type=positive, default=SIZE, metavar="PIXELS", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--select",
+        metavar="PATTERN",
+        help="only the cases whose name fits a shell pattern: 'v3_large-n1-', 'n256-float32'",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=[*SETS, *peers],
+        metavar="PEER",
+        help=f"{', '.join(peers)}; all: these without max_autotune; eager: {' and '.join(EAGER)}; "
+        "auto (default): one mode of torch.compile per batch size, as compiling takes most of the "
+        "time; none",
+    )
+    parser.add_argument(
+        "--max-autotune", action="store_true", help="add max_autotune: minutes per case"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="time per kernel family of ours, by torch.profiler; it stays loaded and may slow the "
+        "launches of later cases, so best with --peers none",
+    )
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="SECONDS",
+        help="begin no case that would probably end after so long; --resume goes on",
+    )
+    each = "a peer costs three, and up to a minute where it compiles"
+    add_run_options(parser, budget=0.2, measurements=each)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, save, print; 0, or 1 where ours failed."""
+    start = time.monotonic()
+    out = console()
+    device = bench_device(args.device)
+    cuda = device.type == "cuda"
+    cases = _cases(args, cuda=cuda)
+    asked = args.peers or (["eager"] if args.models and "all" in args.models else ["auto"])
+    name = device_name(device)
+    parts = (args.models, args.batch, args.dtype, args.layout, args.select, args.peers)
+    whole = cuda and not switches() and not any(parts) and args.size == SIZE
+    record = ModelRecord(
+        record_file(args.output, "models", name, "", whole=whole),
+        device=name,
+        settings={
+            "cases": [str(case) for case in cases],
+            "peers": asked,
+            "max_autotune": args.max_autotune,
+            "profile": args.profile,
+            "budget": args.budget,
+            "float32": precision(),
+            "reduced": not cuda,
+        },
+    )
+    start_or_resume(record, args.resume)
+    introduce(out, f"{len(cases)} cases, peers: {', '.join(asked)}", name)
+    try:
+        _measure(out, args, record, cases, asked, start)
+        complete = not record.left(cases)
+        saved = [record.path if complete else record.partial]
+        if complete and any(result.best_speedup(p) for result in record.results for p in RUNNERS):
+            picture = record.path.with_suffix(".png")
+            title = f"dwswap on {name}"
+            saved += save_picture(out, lambda: plot(record.results, picture, title))
+    except OSError as error:
+        raise CliError(f"cannot write the results: {error}") from error
+    title = "Times faster than each peer, without / with cuda_graph"
+    print_table(out, title, speedup_rows(record.results), TEXTS)
+    say(out, f"saved: {', '.join(map(str, saved))}")
+    return _verdict(out, record.results)
+
+
+def _cases(args: argparse.Namespace, *, cuda: bool) -> list[Case]:
+    """What was asked for; each model is looked up, so that a wrong name costs no time.
+
+    Raises:
+        CliError: an unknown model, or no case fits ``--select``.
+    """
+    batches = args.batch or (BATCHES if cuda else [1])
+    if args.models or args.dtype or args.layout:
+        models = [
+            name
+            for word in args.models or ACCEPTED
+            for name in (depthwise_models() if word == "all" else [word])
+        ]
+        dtypes, layouts = args.dtype or ["float16"], args.layout or ["channels_last"]
+        cases = product(models, batches, dtypes, layouts, args.size)
+    else:
+        cases = defaults(batches, args.size)
+    if args.select is not None:
+        try:
+            cases = choose(cases, args.select)
+        except ValueError as error:
+            raise CliError(f"--select: {error}") from error
+    for model in dict.fromkeys(case.model for case in cases):
+        find(model)
+    return cases
+
+
+def _measure(
+    out: Console,
+    args: argparse.Namespace,
+    record: ModelRecord,
+    cases: list[Case],
+    asked: list[str],
+    start: float,
+) -> None:
+    """Fill ``record``, with a progress bar; what is done is saved however this ends."""
+    device = bench_device(args.device)
+
+    def peers(case: Case) -> list[str]:
+        cuda = device.type == "cuda"
+        return chosen_peers(asked, case.batch, cuda=cuda, max_autotune=args.max_autotune)
+
+    left = record.left(cases)
+    longest = 0.0
+    with run_saved(out, record, cases) as progress:
+        task = progress.add_task("", total=len(cases), completed=len(cases) - len(left))
+        bench = ModelBench(
+            device,
+            lambda name: construct(find(name), name, meta=False),
+            budget=args.budget,
+            profiled=args.profile,
+            step=lambda text: progress.update(task, description=f"{text:<60}"),
+        )
+        for case in left:
+            begun = time.monotonic()
+            if args.limit is not None and begun - start + longest > args.limit:
+                break
+            result = bench.measure(case, peers(case))
+            longest = max(longest, time.monotonic() - begun)
+            record.add(result)
+            progress.update(task, advance=1)
+            _print(progress.console, result)
+
+
+def _print(out: Console, result: ModelResult) -> None:
+    print_table(out, str(result.case), case_rows(result), TEXTS)
+    if result.summary:
+        say(out, result.summary)
+    print_table(out, f"{result.case}: kernels of a forward", profile_rows(result), TEXTS)
+    if result.problem is not None:
+        say(out, f"FAILED {result.case}: {result.problem}")
+
+
+def _verdict(out: Console, results: list[ModelResult]) -> int:
+    failed = [str(result.case) for result in results if not result.passed]
+    if failed or not results:
+        text = f"FAILED: {', '.join(failed)}" if failed else "FAILED: nothing was measured"
+        out.print(text, style="bold red", soft_wrap=True, markup=False)
+    return 1 if failed or not results else 0
