@@ -38,7 +38,7 @@ class Functional(nn.Module):
 
 
 def nested() -> nn.Module:
-    return nn.Sequential(nn.Sequential(depthwise(), nn.ReLU()), Functional()).eval()
+    return nn.Sequential(nn.Sequential(depthwise(), nn.ELU()), Functional()).eval()
 
 
 # --- the code of graphs --------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def nested() -> nn.Module:
 
 def test_graphs_find_modules_without_getattr():
     model = nested()
-    fast = dwswap.optimize(model, fuse=False)
+    fast = dwswap.optimize(model)
     assert isinstance(fast, InferenceGraph)
     assert 'self._modules["0"]._modules["1"](' in fast.code
     assert 'self._modules["1"]._modules["inner"]._modules["0"].weight' in fast.code
@@ -56,7 +56,7 @@ def test_graphs_find_modules_without_getattr():
 
 
 def test_what_replaces_a_module_or_a_parameter_is_found():
-    fast = dwswap.optimize(nested(), fuse=False)
+    fast = dwswap.optimize(nested())
     x = image(8)
     before = fast(x)
     fast.get_submodule("0").add_module("1", nn.Tanh())

@@ -40,9 +40,10 @@ struct Traits {
   // image widths of most networks (7, 14, 28, 56, 112).
   static constexpr int kColumns = 7;
   // Accumulators (2 * 7 * kRows) and weights (2 * K * K) share the registers.
-  static constexpr bool kTight = K_ == 5 && STRIDE_ == 2 && FORM_ != Form::kAny;
-  static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1 : K_ == 7 || kTight ? 2 : 4;
-  static constexpr int kMinBlocks = K_ == 3 ? 4 : 3;
+  // A transformed row of stride 2 takes more of them.
+  static constexpr bool kTight = STRIDE_ == 2 && FORM_ != Form::kAny;
+  static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1 : K_ == 7 || (K_ == 5 && kTight) ? 2 : 4;
+  static constexpr int kMinBlocks = (K_ == 3 ? 4 : 3) - (kTight && K_ == 3 ? 1 : 0);
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + K_;
   static constexpr int kInputRows = (kRows - 1) * STRIDE_ + K_;
 };
@@ -385,10 +386,12 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
     return form == Form::kHardswish ? launch<Hardswish>(p, reader, multiprocessors, stream)
                                     : launch<Any>(p, reader, multiprocessors, stream);
   };
-// Networks have no activation between their large kernels.
-#define DWSWAP_TRAITS(K, S, DEPTH)                                    \
-  Traits<T, K, S, DEPTH, K == 7 ? Form::kAny : Form::kClamp>,         \
-      Traits<T, K, S, DEPTH, K == 7 ? Form::kAny : Form::kHardswish>, \
+// Networks have no activation between their large kernels; float32 with stride 2 has no registers
+// left for one.
+#define DWSWAP_FORM(K, S, FORM) (K == 7 || (S == 2 && sizeof(T) == 4) ? Form::kAny : FORM)
+#define DWSWAP_TRAITS(K, S, DEPTH)                                 \
+  Traits<T, K, S, DEPTH, DWSWAP_FORM(K, S, Form::kClamp)>,         \
+      Traits<T, K, S, DEPTH, DWSWAP_FORM(K, S, Form::kHardswish)>, \
       Traits<T, K, S, DEPTH, Form::kAny>
 #define DWSWAP_CASE(K, S)                                                                        \
   if (p.kernel_h == K && p.stride_h == S) {                                                      \
@@ -403,6 +406,7 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
   DWSWAP_CASE(7, 2)
 #undef DWSWAP_CASE
 #undef DWSWAP_TRAITS
+#undef DWSWAP_FORM
   return cudaErrorInvalidValue;
 }
 

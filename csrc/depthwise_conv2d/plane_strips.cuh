@@ -35,6 +35,10 @@ struct Traits {
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + KW_;
   // Only so many columns at either end of a thread's row can lie outside the image.
   static constexpr int kMaxPaddingW = KW_ / 2;
+  // The activations that are compiled into the loads. Networks have none between large kernels; a
+  // single column would take its gates once per tap.
+  static constexpr bool kClamps = KH_ * KW_ <= 25;
+  static constexpr bool kGates = kClamps && WIDE_;
   static constexpr int kOpenRows = open_rows(KH_, STRIDE_);
   static constexpr int kMaxThreads = max_threads(KH_, KW_, STRIDE_, WIDE_);
   static constexpr int kMinBlocks = KH_ * KW_ <= 9 || kMaxThreads < 256 ? 3 : 2;
@@ -404,7 +408,9 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 #endif
       __syncthreads();
     }
-    if (a.transforms_input && a.form == Form::kAny) {
+    const bool in_loads = (Traits::kClamps && a.form == Form::kClamp) ||
+                          (Traits::kGates && (a.form == Form::kHardswish || a.form == Form::kSilu));
+    if (a.transforms_input && !in_loads) {
       if (p < unit.planes) {
         const auto lanes = static_cast<int>(a.by_lanes.value);
         transform_plane(plane, unit.in_rows * a.in_w,
@@ -424,12 +430,12 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       w.skipped = own - ow;
       if (a.form == Form::kPlain) {
         walk<Traits, Form::kPlain>(w, taps, bias, input_bias, a);
-      } else if (a.form == Form::kClamp) {
-        walk<Traits, Form::kClamp>(w, taps, bias, input_bias, a);
-      } else if (a.form == Form::kHardswish) {
-        walk<Traits, Form::kHardswish>(w, taps, bias, input_bias, a);
-      } else if (a.form == Form::kSilu) {
-        walk<Traits, Form::kSilu>(w, taps, bias, input_bias, a);
+      } else if (Traits::kClamps && a.form == Form::kClamp) {
+        walk<Traits, Traits::kClamps ? Form::kClamp : Form::kAny>(w, taps, bias, input_bias, a);
+      } else if (Traits::kGates && a.form == Form::kHardswish) {
+        walk<Traits, Traits::kGates ? Form::kHardswish : Form::kAny>(w, taps, bias, input_bias, a);
+      } else if (Traits::kGates && a.form == Form::kSilu) {
+        walk<Traits, Traits::kGates ? Form::kSilu : Form::kAny>(w, taps, bias, input_bias, a);
       } else {
         walk<Traits, Form::kAny>(w, taps, bias, input_bias, a);
       }

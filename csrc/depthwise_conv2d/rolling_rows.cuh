@@ -31,6 +31,7 @@ struct Traits {
                                : K_ == 5              ? 4
                                                       : 4 / STRIDE_;
   static constexpr int kInputRows = (kRows - 1) * STRIDE_ + K_;
+  static constexpr int kMinBlocks = K_ == 7 ? 2 : K_ == 5 && DILATED_ && kRows > 1 ? 3 : 4;
 };
 
 struct Arguments {
@@ -48,8 +49,7 @@ struct Arguments {
 };
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, Traits::kKernel == 7 ? 2 : 4)
-    kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arguments a) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, ROWS = Traits::kRows;
   const uint32_t index = blockIdx.x * kThreads + threadIdx.x;

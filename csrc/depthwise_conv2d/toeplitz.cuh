@@ -117,7 +117,7 @@ __device__ __forceinline__ void convolve_row(const typename Traits::T* window,
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks) kernel(const Arguments a) {
+__global__ void __launch_bounds__(kMaxThreads, 2) kernel(const Arguments a) {
   using T = typename Traits::T;
   constexpr int TILES = Traits::kTiles;
   extern __shared__ __align__(128) unsigned char shared[];

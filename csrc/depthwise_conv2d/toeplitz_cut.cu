@@ -45,7 +45,7 @@ namespace {
 
 Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
   constexpr int kMostRows = 40, kMostImages = 4;
-  constexpr double kWarp = 32.0, kResidentThreads = 768.0, kBusyWarps = 20.0;
+  constexpr double kWarp = 32.0, kResidentThreads = 512.0, kBusyWarps = 20.0;
   constexpr double kBlockBytes = 1024.0, kSector = 32.0;
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   const bool channels_last = p.in_layout == Layout::kChannelsLast;

@@ -22,7 +22,6 @@ struct Traits {
   static constexpr int kColumns = input_columns(STEPS_, STRIDE_, TILES_);
   static constexpr int kRow = row_elements(kColumns);
   static constexpr int kBandWords = band_words(STEPS_, STRIDE_);
-  static constexpr int kMinBlocks = TILES_ > 4 || STEPS_ > 2 ? 2 : 3;  // as registers allow
 };
 
 // How a tensor is copied. Rows: by pieces of 4, 2 or 1 elements. Planes: whole ones, by vectors
