@@ -165,6 +165,7 @@ class Report:
         not_traced: why the model as a whole did not become a graph; None where it did.
         verification: result of ``verify=True``.
         kernels: which implementation of the operator runs.
+        cuda_graph: with ``cuda_graph=True`` whether calls replay CUDA graphs, or why not.
     """
 
     model: str
@@ -174,6 +175,7 @@ class Report:
     not_traced: str | None = None
     verification: Verification | None = None
     kernels: str = ""
+    cuda_graph: str | None = None
 
     @property
     def swapped(self) -> list[Layer]:
@@ -242,6 +244,8 @@ class Report:
             lines.append("traced submodules: " + ", ".join(self.traced))
         if self.not_traced is not None:
             lines.append(f"not traced as a whole: {self.not_traced}")
+        if self.cuda_graph is not None:
+            lines.append(f"cuda_graph {self.cuda_graph}")
         if self.verification is not None:
             for name, errors in self.verification.outputs.items():
                 lines.append(f"verify {name}: error / PyTorch's {_errors(errors)}")
