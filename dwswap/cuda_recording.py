@@ -157,12 +157,15 @@ class CudaRecorder:
         caller = torch.cuda.current_stream()
         self._stream.wait_stream(caller)
         before = [buffer._version for buffer in buffers]
-        # What is drawn here, the caller has not drawn.
-        with torch.cuda.stream(self._stream), torch.random.fork_rng([device.index]):
-            with _NothingWaits(device):
+        try:
+            # What is drawn here, the caller has not drawn.
+            with torch.cuda.stream(self._stream), torch.random.fork_rng([device.index]):
+                with _NothingWaits(device):
+                    function(buffers)
                 function(buffers)
-            function(buffers)
-        caller.wait_stream(self._stream)
+        finally:
+            # The buffers are the caller's stream's again, and may be freed.
+            caller.wait_stream(self._stream)
         if [buffer._version for buffer in buffers] != before:
             raise NotCapturable("it changes its input in place")
 

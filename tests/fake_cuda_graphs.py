@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from tiny_models import Block
 from torch import Tensor, nn
 
+import dwswap
 from dwswap.cuda_graph_module import CudaGraphModule
-from dwswap.cuda_graphs import CudaGraphs
+from dwswap.cuda_graphs import CudaGraphOptions, CudaGraphs
 
 Function = Callable[[list[Tensor]], list[Tensor]]
 
@@ -97,3 +100,30 @@ def faked(model: nn.Module, **options: Any) -> tuple[CudaGraphModule, FakeRecord
     model.__dict__["_dwswap_cuda_graphs"] = CudaGraphs(chosen, recorder)
     model.recompile()
     return model, recorder
+
+
+def graphed(model: nn.Module | None = None, **options: Any) -> tuple[Any, FakeRecorder]:
+    model = Block().eval() if model is None else model
+    return faked(dwswap.optimize(model, cuda_graph=CudaGraphOptions(**options)))
+
+
+def calls(fast: Any, *inputs: Tensor) -> list[Any]:
+    return [fast(x) for x in inputs]
+
+
+def same(result: Any, expected: Any) -> None:
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def counts(recorder: FakeRecorder) -> tuple[int, int]:
+    return recorder.records, recorder.replays
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.fixture
+def no_grad() -> Any:
+    with torch.no_grad():
+        yield
