@@ -5,6 +5,7 @@ Nothing here decides whether a replay is right; see ``dwswap.cuda_graphs`` for t
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +77,11 @@ class CudaRecording:
         self._done = done
         self._device = inputs[0].device
         self._clone_outputs = clone_outputs
+        self._copies = [
+            # clone closes the gaps between the elements of a view.
+            (torch.clone if torch.empty_like(t).stride() == t.stride() else _with_gaps, t)
+            for t in outputs
+        ]
 
     def replay(self, tensors: list[Tensor]) -> list[Tensor]:
         stream = torch.cuda.current_stream(self._device)
@@ -88,7 +94,7 @@ class CudaRecording:
                 torch._foreach_copy_(self._inputs, tensors)
             self._graph.replay()
             if self._clone_outputs:
-                return [output.clone() for output in self._outputs]
+                return [copy(output) for copy, output in self._copies]
             return self._outputs
         finally:
             self._done.record(stream)
@@ -98,7 +104,7 @@ class CudaRecording:
             # Freed memory is reused in the order of the stream that allocated it, not of that
             # which replayed last.
             self._done.synchronize()
-            self._inputs, self._outputs, self._only_input = [], [], None
+            self._inputs, self._outputs, self._copies, self._only_input = [], [], [], None
             self._graph.reset()
 
     def __del__(self) -> None:
@@ -145,7 +151,7 @@ class CudaRecorder:
                 self._stream = torch.cuda.Stream()
                 self._done = torch.cuda.Event()
             buffers = [
-                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+                torch.empty_strided(*_geometry(t), dtype=t.dtype, device=t.device).copy_(t)
                 for t in inputs
             ]
             self._warm_up(function, buffers, device)
@@ -179,6 +185,7 @@ class CudaRecorder:
         try:
             # The outer context puts the caller's stream back also where the inner one fails to.
             with (
+                _no_garbage_collection(),
                 torch.cuda.stream(self._stream),
                 torch.cuda.graph(
                     graph,
@@ -241,6 +248,31 @@ class _NothingWaits(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.device != self._device:
                 raise NotCapturable(f"{func} has a result on {leaf.device}, not on {self._device}")
         return result
+
+
+def _with_gaps(tensor: Tensor) -> Tensor:
+    """A copy with the strides of ``tensor``, unless elements of it share memory."""
+    if any(size > 1 and stride == 0 for size, stride in zip(*_geometry(tensor), strict=True)):
+        return tensor.clone()
+    return torch.empty_strided(*_geometry(tensor), dtype=tensor.dtype, device=tensor.device).copy_(
+        tensor
+    )
+
+
+def _geometry(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(tensor.shape), tensor.stride()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What is collected may wait for the GPU as it goes, which calls a capture off."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

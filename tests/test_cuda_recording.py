@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -117,6 +118,21 @@ def test_buffers_have_the_strides_of_the_inputs(cuda: Cuda) -> None:
     more = [tensor + 1 for tensor in given]
     assert recording.replay(more) is recording._outputs
     assert all(map(torch.equal, recording._inputs, more))
+
+
+def test_outputs_have_the_strides_of_the_code(cuda: Cuda) -> None:
+    def function(inputs: list[Tensor]) -> list[Tensor]:
+        x = inputs[0] + 1
+        return [x, x.permute(0, 2, 1), x[:, :2], x[..., ::2], x.new_ones(3, 1).expand(3, 4), x[:1]]
+
+    x = torch.arange(24.0).view(2, 3, 4)
+    expected = function([x])
+    for result, other in zip(
+        CudaRecorder().record(function, [x]).replay([x]), expected, strict=True
+    ):
+        assert torch.equal(result, other)
+        assert result.stride() == other.stride() or 0 in other.stride()
+    assert gc.isenabled()
 
 
 def test_a_device_mode_finds_what_waits(cuda: Cuda) -> None:
