@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-__all__ = ["differentiated_elsewhere", "is_plain", "needs_gradient"]
+__all__ = ["differentiated_elsewhere", "is_plain", "is_watched", "needs_gradient"]
 
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _OPTIONAL = frozenset({Tensor, nn.Parameter, type(None)})
@@ -49,3 +51,23 @@ def differentiated_elsewhere() -> bool:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """The result of a call with these tensors is part of a graph of autograd."""
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
+def is_watched() -> bool:
+    """A trace, a mode or a transform is active that must see each operator of a model called.
+
+    Autocast and gradients are not looked at, nor is ``torch.set_default_device``, which is a
+    function mode as well but only changes where factories put their results.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or bool(_dispatch_modes())
+        or _functorch()
+        or forward_ad._current_level >= 0
+        or _jit_trace() is not None
+        or bool(_function_modes() and not _only_default_devices())
+    )
+
+
+def _only_default_devices() -> bool:
+    return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())

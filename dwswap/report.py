@@ -171,6 +171,7 @@ class Report:
         calls_before: operations that launch kernels in a forward of the graph, before any pass
             (``dwswap.passes.count_calls`` says what counts); None without a graph.
         calls_after: the same of the result.
+        cuda_graph: with ``cuda_graph=True`` whether calls replay CUDA graphs, or why not.
     """
 
     model: str
@@ -183,6 +184,7 @@ class Report:
     elsewhere: dict[str, tuple[Change, ...]] = field(default_factory=dict)
     calls_before: int | None = None
     calls_after: int | None = None
+    cuda_graph: str | None = None
 
     @property
     def swapped(self) -> list[Layer]:
@@ -269,6 +271,8 @@ class Report:
             lines.append("traced submodules: " + ", ".join(self.traced))
         if self.not_traced is not None:
             lines.append(f"not traced as a whole: {self.not_traced}")
+        if self.cuda_graph is not None:
+            lines.append(f"cuda_graph {self.cuda_graph}")
         if self.verification is not None:
             for name, errors in self.verification.outputs.items():
                 lines.append(f"verify {name}: error / PyTorch's {_errors(errors)}")

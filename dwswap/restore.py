@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
+from dwswap.cuda_graph_module import disable_cuda_graphs
 from dwswap.inference_graph import FOLDED
 from dwswap.modules import DepthwiseConv2d
 from dwswap.passes.substitution import unswap_modules
@@ -50,6 +51,7 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             target = model.get_submodule(path)
             assert isinstance(target, fx.GraphModule)
             target.graph = module.graph
+    disable_cuda_graphs(model)
     detach(model)
     return model
 
@@ -74,5 +76,6 @@ def _restore(model: nn.Module) -> nn.Module:
                 unswap_call(module, node)
             module.recompile()
     model = unswap_modules(model)
+    disable_cuda_graphs(model)
     detach(model)
     return model

@@ -13,6 +13,8 @@ from torch import fx, nn
 from dwswap import build
 from dwswap.convolution_call import ConvolutionCall, find_calls
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
+from dwswap.cuda_graph_module import with_cuda_graphs
+from dwswap.cuda_graphs import CudaGraphOptions
 from dwswap.eligibility import Skip, inspect_modules, is_convolution
 from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
 from dwswap.fusion import fuse as fuse_graph
@@ -48,6 +50,7 @@ def optimize(
     skip: Skip | None = None,
     verify: bool = False,
     select: Select = "always",
+    cuda_graph: bool | CudaGraphOptions = False,
 ) -> nn.Module:
     """``model`` with its depthwise convolutions on the dwswap operator; same outputs.
 
@@ -76,13 +79,16 @@ def optimize(
             on the GPU, as ``example_inputs`` reach it and without what it may absorb, and puts
             back where PyTorch's kernel is more than 3 % faster. The times are cached on disk, so
             only new shapes take time.
+        cuda_graph: capture a CUDA graph per input signature, for the small batches at which
+            launching kernels takes longer than running them. Only a model that became one graph
+            gets it; ``dwswap.report`` tells. A :class:`CudaGraphOptions` chooses more.
 
     Returns:
         The rewritten model, in the mode of ``model``. Without a depthwise convolution, the model
         as it is (a copy, unless ``inplace``).
 
     Raises:
-        TypeError: ``model``, ``example_inputs`` or ``skip`` is of the wrong kind.
+        TypeError: ``model``, ``example_inputs``, ``skip`` or ``cuda_graph`` is of the wrong kind.
         ValueError: the model fails on ``example_inputs`` or cannot be copied; ``verify`` without
             or ``select="measured"`` without ``example_inputs``; an unknown ``select``. ``model`` is
             unchanged whatever is raised.
@@ -90,6 +96,7 @@ def optimize(
     if select not in get_args(Select):
         raise ValueError(f'select must be "always" or "measured", got {select!r}')
     arguments = _check(model, example_inputs)
+    options = CudaGraphOptions.parse(cuda_graph)
     if verify and arguments is None:
         raise ValueError("verify=True needs example_inputs, got None")
     if select == "measured" and arguments is None:
@@ -118,6 +125,8 @@ def optimize(
             model.graph = result.graph
             model.meta.update(result.meta)
         result = model
+    if options is not None:
+        result = with_cuda_graphs(result, report, options)
     attach(result, report)
     logger.info("%s", report.summary())
     return result
