@@ -27,8 +27,12 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
 
 cudaError_t launch_plane_strips(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   const Device device = current_device();
+  const bool bulk = uses_bulk_copies(device);
   return visit_fast_type(p.dtype, [&]<typename T>() {
-    return plane_strips::launch_typed<T>(p, device, uses_bulk_copies(device), stream);
+    const plane_strips::Cut cut = plane_strips::choose_cut(p, sizeof(T), device);
+    if (cut.rows == 0) return cudaErrorInvalidValue;
+    return cut.wide ? plane_strips::launch_cut<T, true>(p, cut, device, bulk, stream)
+                    : plane_strips::launch_cut<T, false>(p, cut, device, bulk, stream);
   });
 }
 

@@ -537,29 +537,26 @@ bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
   return false;
 }
 
-// One file per element type instantiates this.
-template <typename T>
-cudaError_t launch_typed(const DepthwiseConv2dParams& params, const Device& device, bool bulk,
-                         cudaStream_t stream) {
-  const Cut cut = choose_cut(params, sizeof(T), device);
+// One file per element type and kind of thread instantiates this: together they take long.
+template <typename T, bool WIDE>
+cudaError_t launch_cut(const DepthwiseConv2dParams& params, const Cut& cut, const Device& device,
+                       bool bulk, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
-  if (cut.rows == 0) return status;
-  const auto run = [&]<typename Traits>() {
+  visit<T, WIDE>(params, [&]<typename Traits>() {
     status = launch<Traits>(params, cut, device, bulk, stream);
-  };
-  if (cut.wide) {
-    visit<T, true>(params, run);
-  } else {
-    visit<T, false>(params, run);
-  }
+  });
   return status;
 }
 
-#define DWSWAP_LAUNCH_TYPED(T) \
-  cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, const Device&, bool, cudaStream_t)
-extern template DWSWAP_LAUNCH_TYPED(float);
-extern template DWSWAP_LAUNCH_TYPED(__half);
-extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
+#define DWSWAP_LAUNCH_CUT(T, WIDE)                                                               \
+  cudaError_t launch_cut<T, WIDE>(const DepthwiseConv2dParams&, const Cut&, const Device&, bool, \
+                                  cudaStream_t)
+extern template DWSWAP_LAUNCH_CUT(float, false);
+extern template DWSWAP_LAUNCH_CUT(float, true);
+extern template DWSWAP_LAUNCH_CUT(__half, false);
+extern template DWSWAP_LAUNCH_CUT(__half, true);
+extern template DWSWAP_LAUNCH_CUT(__nv_bfloat16, false);
+extern template DWSWAP_LAUNCH_CUT(__nv_bfloat16, true);
 
 }  // namespace plane_strips
 }  // namespace dwswap
