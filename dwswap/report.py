@@ -256,11 +256,12 @@ class Report:
         changes = [c for layer in self.layers for c in layer.changes]
         changes += [c for found in self.elsewhere.values() for c in found]
         done = Counter(change.kind for change in changes if change.done)
+        pushed = len([change for change in changes if change.reason == "pushed"])
         return (
             f"{self.calls_before} calls of operations per forward before, {self.calls_after} now; "
             f"folded {done['batchnorm']} BatchNorm, absorbed "
             f"{done['activation'] + done['input_activation']} activations and "
-            f"{done['input_bias']} biases"
+            f"{done['input_bias']} biases" + (f", pushed {pushed} biases on" if pushed else "")
         )
 
     def _notes(self) -> list[str]:

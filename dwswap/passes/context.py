@@ -83,7 +83,7 @@ class Context:
         sentence = CHANGE_REASONS.get(reason) or REASONS[reason]
         if reason not in CHANGE_REASONS:
             sentence = f"of the layer: {sentence}"
-        done = reason in ("folded", "absorbed")
+        done = reason in ("folded", "absorbed", "pushed")
         detail = sentence.format(**facts or {})
         change = Change(kind, self.path_of(subject), done, reason, detail, name)
         known = self.changes.setdefault(self.path_of(layer), [])
