@@ -72,7 +72,7 @@ class BiasPlan:
         if role is None:
             return "not_linear"
         if role.operands.count(value) != len([n for n in _inputs(user) if n is value]):
-            return "not_linear" if role.axis is None else "not_constant"
+            return "not_constant" if role.call is not None else "not_linear"
         if user in self.kept:
             return "overflow"
         if role.kind == "depthwise" or user in self.carries or user in self.keepers:

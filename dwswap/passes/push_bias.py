@@ -58,8 +58,9 @@ def _report(context: Context, plan: BiasPlan) -> None:
             ends = [n for n, new in plan.biases.items() if new is not None and node in new.origins]
             facts = {"count": len(ends)}
             context.note(node, "bias", ends[0] if ends else node, "pushed", facts)
-        elif node not in plan.carries and context.path_of(node) in context.layers:
-            refusals = [(user, plan.refusal(user, node)) for user in node.users]
+        elif context.path_of(node) in context.layers:
+            value = next(value for value, keeper in plan.keepers.items() if keeper is node)
+            refusals = [(user, plan.refusal(user, value)) for user in value.users]
             user, code = next((user, code) for user, code in refusals if code is not None)
             context.note(node, "bias", user, code, {"user": user.name})
 
