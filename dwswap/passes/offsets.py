@@ -134,7 +134,7 @@ def _of_layer(
 
 
 def _of_sum(node: fx.Node, roles: dict[fx.Node, Role]) -> Role | None:
-    if node.target not in _SUMS or len(node.args) != 2 or node.kwargs:
+    if node.op == "call_module" or node.target not in _SUMS or len(node.args) != 2 or node.kwargs:
         return None
     axes = [_axis(operand, roles) for operand in node.args]
     known = [axis for axis in axes if axis is not None]
@@ -159,8 +159,8 @@ def _of_pass(
         return None
     after: Axis | None = None
     given, options = node.args[1:], dict(node.kwargs)
-    target: Any = node.target
-    module = graph_module.get_submodule(target) if node.op == "call_module" else None
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    target: Any = node.target if module is None else None  # a module may be called "mean"
     if module is not None and (reason_not_plain(module) is not None or given or options):
         return None
     if does_nothing(graph_module, node) or target == "contiguous":

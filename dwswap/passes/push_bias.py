@@ -62,7 +62,7 @@ def _report(context: Context, plan: BiasPlan) -> None:
             value = next(value for value, keeper in plan.keepers.items() if keeper is node)
             refusals = [(user, plan.refusal(user, value)) for user in value.users]
             user, code = next((user, code) for user, code in refusals if code is not None)
-            context.note(node, "bias", user, code, {"user": user.name})
+            context.note(node, "bias", user, code, {"user": context.path_of(user)})
 
 
 def _rewrite(
