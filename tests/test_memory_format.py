@@ -21,8 +21,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import dwswap
+from dwswap.example_inputs import Arguments
 from dwswap.layouts import memory_format, restored, to_layout
 from dwswap.passes.affine_call import affine_call
+from dwswap.swapped_layers import run_watched
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 FORMATS = {"channels_last": CL, "contiguous": NCHW}
@@ -207,8 +209,9 @@ def test_unknown_functions_stay() -> None:
     class Own(nn.Conv2d):
         pass
 
-    fast = dwswap.optimize(chain(Own(8, 8, 1)).eval(), memory_format="channels_last")
-    assert "may depend on the layout" in dwswap.report(fast).memory_format
+    for layer in (Own(8, 8, 1), torch.jit.script(nn.Sequential(pointwise()))):
+        fast = dwswap.optimize(chain(layer).eval(), memory_format="channels_last")
+        assert "may depend on the layout" in dwswap.report(fast).memory_format
 
 
 def test_auto_on_the_cpu_preserves() -> None:
@@ -228,6 +231,23 @@ def test_auto_on_cuda() -> None:
     assert view.numel() == 8 * 81 * 2
     wide = dwswap.optimize(chain(inverted()).double().eval())
     assert edges(wide) == (0, 0)
+
+
+@pytest.mark.usefixtures("like_cuda")
+def test_layers_are_timed_in_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.memory_format] = []
+
+    def select(result: nn.Module, report: Any, arguments: Arguments) -> Any:
+        run_watched(result, report, arguments, lambda call: seen.append(memory_format(call.input)))
+        return result, report
+
+    monkeypatch.setattr("dwswap.rewrite.select_faster", select)
+    model = chain(inverted()).eval()
+    fast = dwswap.optimize(model, image(8), select="measured")
+    assert seen == [CL, CL]
+    assert edges(fast) == (1, 1)
+    assert dwswap.report(fast).memory_format.startswith("channels_last")
+    same(fast(image(8)), model(image(8)))
 
 
 @pytest.mark.parametrize("asked", FORMATS)

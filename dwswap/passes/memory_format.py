@@ -34,7 +34,9 @@ MemoryFormat: TypeAlias = Literal["auto", "preserve", "channels_last", "contiguo
 CHANNELS_LAST = torch.channels_last
 aten = torch.ops.aten
 
-_KNOWN = {"torch", "torchvision", "timm", "dwswap", "_operator", "math", "builtins", "collections"}
+_FUNCTIONS = {"torch", "torchvision", "timm", "dwswap", "_operator", "math", "builtins"}
+_FUNCTIONS |= {"collections"}
+_MODULES = ("torch.nn.", "torch.ao.nn.", "torch.export.", "torchvision.", "timm.", "dwswap.")
 _SEES_LAYOUT = {
     *("stride", "is_contiguous", "as_strided", "data_ptr", "storage", "untyped_storage", "numpy"),
     *("storage_offset", "set", "resize", "view_as_complex", "view_as_real", "tolist", "rand_like"),
@@ -132,13 +134,13 @@ def _refusal(graph_module: fx.GraphModule, images: set[fx.Node]) -> str | None:
     held: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
         target: Any = node.target
+        known = True
         if node.op == "call_module":
-            owner = type(graph_module.get_submodule(target)).__module__
+            known = type(graph_module.get_submodule(target)).__module__.startswith(_MODULES)
         elif node.op == "call_function":
             owner = getattr(target, "__module__", None) or type(target).__module__
-        else:
-            owner = "torch"
-        if owner.partition(".")[0] not in _KNOWN:
+            known = owner.partition(".")[0] in _FUNCTIONS
+        if not known:
             return f"{node.name} may depend on the layout"
         seen = node.args[1] if target is getattr else name_of(node)
         if seen in _SEES_LAYOUT:
