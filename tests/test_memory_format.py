@@ -209,9 +209,8 @@ def test_unknown_functions_stay() -> None:
     class Own(nn.Conv2d):
         pass
 
-    for layer in (Own(8, 8, 1), torch.jit.script(nn.Sequential(pointwise()))):
-        fast = dwswap.optimize(chain(layer).eval(), memory_format="channels_last")
-        assert "may depend on the layout" in dwswap.report(fast).memory_format
+    fast = dwswap.optimize(chain(Own(8, 8, 1)).eval(), memory_format="channels_last")
+    assert "may depend on the layout" in dwswap.report(fast).memory_format
 
 
 def test_auto_on_the_cpu_preserves() -> None:

@@ -326,6 +326,20 @@ def test_hooks_and_skip() -> None:
     assert biases(fast) == [True, True]
 
 
+def test_names_of_modules_mean_nothing() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.contiguous, self.mean = chain(), nn.ReLU(), nn.Sigmoid()
+            self.end = pointwise()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.start(x)
+            return self.end(self.contiguous(x)) + self.mean(self.start(x))
+
+    assert biases(pushed(Named())) == [True] * 3
+
+
 def test_exported_program() -> None:
     model = chain(inverted(), inverted(), pointwise(8, 4)).eval().double()
     x = image(8).double()
