@@ -12,6 +12,7 @@ CHANGE_REASONS: dict[str, str] = {
     # done
     "folded": "folded into the weights",
     "absorbed": "part of the operator's call now",
+    "pushed": "made up for by the bias of {count} layers after it",
     # stays: BatchNorm
     "train_mode": "it is in train mode",
     "no_statistics": "it normalizes by the statistics of each batch",
@@ -29,6 +30,11 @@ CHANGE_REASONS: dict[str, str] = {
     "in_place": "it changes a value in place that may be read elsewhere",
     "changed_between": "a value may be changed in place before the convolution reads it",
     "asymmetric_padding": 'padding="same" is asymmetric here and excludes a change of the input',
+    # stays: biases that cannot move on
+    "not_linear": "{user} is not linear",
+    "not_constant": "{user} pads its input, or depends on it in another way",
+    "bias_there": "{user} would have a bias in its place",
+    "overflow": "the bias of {user} would leave the range of its dtype",
     # stays: both
     "other_users": "{value} is used elsewhere as well",
     "call_form": "the layer is not called in a form that can be rewritten",
@@ -43,7 +49,7 @@ class Change:
 
     Attributes:
         kind: ``"batchnorm"``, ``"activation"``, ``"input_activation"``, ``"input_bias"``, or
-            ``"bias"`` of a layer that gave its own to the one after it.
+            ``"bias"`` of a layer that gave its own to those after it, or kept it.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
         done: whether it is gone from the graph.
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
@@ -60,6 +66,8 @@ class Change:
     name: str | None = None
 
     def __str__(self) -> str:
+        if not self.done and self.kind == "bias":
+            return f"keeps its bias ({self.reason}: {self.detail})"
         if not self.done:
             return f"{self.subject} stays as it is ({self.reason}: {self.detail})"
         if self.kind == "batchnorm":

@@ -111,9 +111,10 @@ def commit(model: nn.Module, before: dict[str, nn.Module], replaced: dict[str, n
             inside_new.add(path)
         else:
             for tensors in ("_parameters", "_buffers"):
-                kept = getattr(module, tensors)
-                for gone in getattr(parents[path], tensors).keys() - kept.keys():
-                    del getattr(parents[path], tensors)[gone]
+                kept, own = getattr(module, tensors), getattr(parents[path], tensors)
+                for gone in own.keys() - kept.keys():
+                    del own[gone]
+                own.update({name: kept[name] for name in own if kept[name] is not own[name]})
     for path in before.keys() - replaced.keys():
         parent, _, name = path.rpartition(".")
         if parent in replaced and parent not in inside_new:

@@ -35,5 +35,9 @@ def fuse(
     ]
     elsewhere = {path: tuple(changes) for path, changes in context.changes.items()}
     return dataclasses.replace(
-        report, layers=layers, elsewhere=elsewhere, calls_after=count_calls(graph_module)
+        report,
+        layers=layers,
+        elsewhere=elsewhere,
+        calls_after=count_calls(graph_module),
+        memory_format=context.layout,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["laid_out", "memory_format", "output_memory_format"]
+__all__ = ["laid_out", "memory_format", "output_memory_format", "restored", "to_layout"]
 
 
 def output_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
@@ -33,6 +35,28 @@ def laid_out(output: Tensor, layout: torch.memory_format) -> Tensor:
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last where a 4-D tensor has its strides, contiguous otherwise."""
     return torch.channels_last if _suggests_channels_last(tensor) else torch.contiguous_format
+
+
+def to_layout(value: Any, layout: torch.memory_format) -> Any:
+    """An input of a graph in the layout in which it runs; what is no 4-D float tensor as it is."""
+    if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point():
+        return value
+    return value.to(memory_format=layout)
+
+
+def restored(output: Tensor, channels_last_weights: bool, *inputs: Any) -> Tensor:
+    """``output`` of a graph in the layout that the original model gives it.
+
+    That is channels_last where its weights or ``inputs`` are, contiguous otherwise.
+    """
+    layout = torch.contiguous_format
+    images = (value for value in inputs if isinstance(value, Tensor) and value.dim() == 4)
+    if channels_last_weights or any(map(_suggests_channels_last, images)):
+        layout = torch.channels_last
+    if output.dim() == 3:
+        return laid_out(output, layout)
+    # Not contiguous(), which keeps whatever strides dimensions of one element have.
+    return output.to(memory_format=layout)
 
 
 def _suggests_channels_last(tensor: Tensor) -> bool:

@@ -171,6 +171,8 @@ class Report:
         calls_before: operations that launch kernels in a forward of the graph, before any pass
             (``dwswap.passes.count_calls`` says what counts); None without a graph.
         calls_after: the same of the result.
+        memory_format: in which the result runs, ``"preserve"`` for that of its inputs and weights,
+            and what was converted, or why it stays.
         cuda_graph: with ``cuda_graph=True`` whether calls replay CUDA graphs, or why not.
     """
 
@@ -184,6 +186,7 @@ class Report:
     elsewhere: dict[str, tuple[Change, ...]] = field(default_factory=dict)
     calls_before: int | None = None
     calls_after: int | None = None
+    memory_format: str = "preserve"
     cuda_graph: str | None = None
 
     @property
@@ -195,6 +198,7 @@ class Report:
         """Forget what the passes for inference did: the result is put back, or was not used."""
         self.layers = [dataclasses.replace(layer, changes=()) for layer in self.layers]
         self.elsewhere, self.calls_before, self.calls_after = {}, None, None
+        self.memory_format = "preserve"
 
     def summary(self) -> str:
         """One line: how many of how many, how, why the others were not."""
@@ -256,17 +260,20 @@ class Report:
         changes = [c for layer in self.layers for c in layer.changes]
         changes += [c for found in self.elsewhere.values() for c in found]
         done = Counter(change.kind for change in changes if change.done)
+        pushed = len([change for change in changes if change.reason == "pushed"])
         return (
             f"{self.calls_before} calls of operations per forward before, {self.calls_after} now; "
             f"folded {done['batchnorm']} BatchNorm, absorbed "
             f"{done['activation'] + done['input_activation']} activations and "
-            f"{done['input_bias']} biases"
+            f"{done['input_bias']} biases" + (f", pushed {pushed} biases on" if pushed else "")
         )
 
     def _notes(self) -> list[str]:
         lines = [f"{path}: {', '.join(map(str, c))}" for path, c in self.elsewhere.items()]
         if self.calls_before is not None and self.calls_after is not None:
             lines.append(self._fused())
+        if self.memory_format != "preserve":
+            lines.append(f"memory format: {self.memory_format}")
         if self.traced and self.traced != ("",):
             lines.append("traced submodules: " + ", ".join(self.traced))
         if self.not_traced is not None:

@@ -21,6 +21,7 @@ from dwswap.fusion import fuse as fuse_graph
 from dwswap.inference_graph import InferenceGraph
 from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
 from dwswap.passes.count_calls import count_calls
+from dwswap.passes.memory_format import MemoryFormat, set_memory_format
 from dwswap.passes.substitution import replace_modules, swap_modules
 from dwswap.report import Report, attach
 from dwswap.selection import select_faster
@@ -50,6 +51,7 @@ def optimize(
     skip: Skip | None = None,
     verify: bool = False,
     select: Select = "always",
+    memory_format: MemoryFormat = "auto",
     cuda_graph: bool | CudaGraphOptions = False,
 ) -> nn.Module:
     """``model`` with its depthwise convolutions on the dwswap operator; same outputs.
@@ -79,6 +81,10 @@ def optimize(
             on the GPU, as ``example_inputs`` reach it and without what it may absorb, and puts
             back where PyTorch's kernel is more than 3 % faster. The times are cached on disk, so
             only new shapes take time.
+        memory_format: in which a graph for inference runs: ``"channels_last"``, ``"contiguous"``,
+            ``"preserve"`` for that of its inputs and weights, or ``"auto"``: channels_last on
+            CUDA, else preserve. Weights are converted once, inputs where they come in, and outputs
+            get the strides that those of ``model`` have. Where that is not safe it stays.
         cuda_graph: capture a CUDA graph per input signature, for the small batches at which
             launching kernels takes longer than running them. Only a model that became one graph
             gets it; ``dwswap.report`` tells. A :class:`CudaGraphOptions` chooses more.
@@ -90,11 +96,16 @@ def optimize(
     Raises:
         TypeError: ``model``, ``example_inputs``, ``skip`` or ``cuda_graph`` is of the wrong kind.
         ValueError: the model fails on ``example_inputs`` or cannot be copied; ``verify`` without
-            or ``select="measured"`` without ``example_inputs``; an unknown ``select``. ``model`` is
-            unchanged whatever is raised.
+            or ``select="measured"`` without ``example_inputs``; an unknown ``select`` or
+            ``memory_format``. ``model`` is unchanged whatever is raised.
     """
     if select not in get_args(Select):
         raise ValueError(f'select must be "always" or "measured", got {select!r}')
+    if memory_format not in get_args(MemoryFormat):
+        raise ValueError(
+            'memory_format must be "auto", "preserve", "channels_last" or "contiguous", '
+            f"got {memory_format!r}"
+        )
     arguments = _check(model, example_inputs)
     options = CudaGraphOptions.parse(cuda_graph)
     if verify and arguments is None:
@@ -104,9 +115,12 @@ def optimize(
     workspace = shell_model(model) if inplace else copy_model(model)
     before = modules_by_path(workspace)
     result, report, context = _rewrite(model, workspace, arguments, fuse, skip)
+    context.memory_format = memory_format
     report.kernels = _kernels(model, load=bool(report.swapped))
     changed = report.mode != "unchanged"
     if arguments is not None and changed and select == "measured":
+        if fuse:
+            _lay_out(model, result, report, context)
         # A layer that goes back to PyTorch's kernel is none that could absorb anything.
         result, report = select_faster(result, report, arguments)
     if fuse:
@@ -206,9 +220,19 @@ def _rewrite(
     return result, report, context
 
 
+def _lay_out(model: nn.Module, result: nn.Module, report: Report, context: Context) -> None:
+    """Set the memory format before the other passes, so that layers are timed in it."""
+    if report.mode == "graph" and report.swapped and not is_training(model):
+        assert isinstance(result, fx.GraphModule)
+        run_passes(result, context, (set_memory_format,))
+        context.memory_format = "preserve"
+
+
 def _fuse(model: nn.Module, result: nn.Module, report: Report, context: Context) -> Report:
     """Run the passes for inference over ``result``, where it is a graph of ``model`` in eval."""
     if report.mode != "graph" or not report.swapped or is_training(model):
+        if context.memory_format in ("channels_last", "contiguous"):
+            report.memory_format = "preserve (the result is no graph for inference)"
         return report
     assert isinstance(result, fx.GraphModule)
     return fuse_graph(result, report, context, INFERENCE_PASSES)

@@ -12,6 +12,9 @@ from torch import fx
 from dwswap.passes.absorb_activation import absorb_activation
 from dwswap.passes.context import Context, GraphPass
 from dwswap.passes.fold_batchnorm import fold_batchnorm
+from dwswap.passes.memory_format import set_memory_format
+from dwswap.passes.pointwise import fuse_residual
+from dwswap.passes.push_bias import push_bias
 from dwswap.passes.swap_depthwise import swap_depthwise
 
 __all__ = ["EXACT_PASSES", "INFERENCE_PASSES", "Context", "GraphPass", "run_passes"]
@@ -19,7 +22,13 @@ __all__ = ["EXACT_PASSES", "INFERENCE_PASSES", "Context", "GraphPass", "run_pass
 # Exact in training too: parameters, state_dict keys and gradients stay. The passes for inference
 # run only where these have swapped something.
 EXACT_PASSES: tuple[GraphPass, ...] = (swap_depthwise,)
-INFERENCE_PASSES: tuple[GraphPass, ...] = (fold_batchnorm, absorb_activation)
+INFERENCE_PASSES: tuple[GraphPass, ...] = (
+    fold_batchnorm,
+    absorb_activation,
+    push_bias,
+    set_memory_format,
+    fuse_residual,
+)
 
 
 def run_passes(

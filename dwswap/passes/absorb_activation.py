@@ -18,11 +18,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from dwswap.checks import pair
 from dwswap.passes.activation_call import ActivationCall, activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.aliasing import changed_tensors, changes_between
 from dwswap.passes.context import Context
+from dwswap.passes.padding import is_symmetric
 
 __all__ = ["absorb_activation"]
 
@@ -102,7 +102,7 @@ def _activation_refusal(
         return "other_users", {"value": found.node.name}
     if call.weight is found.node or call.bias is found.node:
         return "call_form", {}
-    if not _symmetric(graph_module, call):
+    if not is_symmetric(graph_module, call):
         return "asymmetric_padding", {}
     producer = affine_call(graph_module, found.input)
     if producer is not None and len(found.input.users) == 1 and producer.refusal is None:
@@ -123,7 +123,7 @@ def _bias_refusal(
         return "call_form", {}
     if len(producer.node.users) > 1:
         return "other_users", {"value": producer.node.name}
-    if not _symmetric(graph_module, call):
+    if not is_symmetric(graph_module, call):
         return "asymmetric_padding", {}
     bias, weight = (value_of(graph_module, operand) for operand in (producer.bias, call.weight))
     if bias is None or weight is None:
@@ -135,17 +135,6 @@ def _bias_refusal(
     if len({tensor.device for tensor in (bias, weight) if not tensor.is_meta}) > 1:
         return "devices", {}
     return None
-
-
-def _symmetric(graph_module: fx.GraphModule, call: AffineCall) -> bool:
-    """Whether the padding is the same on both sides, so that the operator can add it."""
-    if call.option("padding") != "same":
-        return True
-    weight = value_of(graph_module, call.weight)
-    if weight is None:
-        return False
-    dilation = pair("dilation", call.option("dilation"), 1)
-    return all(d * (k - 1) % 2 == 0 for d, k in zip(dilation, weight.shape[2:], strict=True))
 
 
 def _rewritten(context: Context, call: AffineCall) -> fx.Node:

@@ -29,6 +29,8 @@ class Context:
         skip: the user's predicate for calls, given the path of the module that makes them.
         changes: what passes did to a layer and what they left, by the layer's path.
         released: paths of modules and tensors that the graph may not need any more.
+        memory_format: as ``dwswap.optimize`` was asked.
+        layout: what became of that, and why.
         values: False where nobody runs the result, which then needs no new tensors.
     """
 
@@ -38,6 +40,8 @@ class Context:
     skip: Callable[[str], bool] | None = None
     changes: dict[str, list[Change]] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
+    memory_format: str = "auto"
+    layout: str = "preserve"
     values: bool = True
 
     def path(self, name: str) -> str:
@@ -83,7 +87,7 @@ class Context:
         sentence = CHANGE_REASONS.get(reason) or REASONS[reason]
         if reason not in CHANGE_REASONS:
             sentence = f"of the layer: {sentence}"
-        done = reason in ("folded", "absorbed")
+        done = reason in ("folded", "absorbed", "pushed")
         detail = sentence.format(**facts or {})
         change = Change(kind, self.path_of(subject), done, reason, detail, name)
         known = self.changes.setdefault(self.path_of(layer), [])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-__all__ = ["count_calls"]
+__all__ = ["count_calls", "does_nothing"]
 
 # They return a view of what they are given, or a number.
 _VIEW_METHODS = {
@@ -30,6 +30,8 @@ _VIEW_METHODS = {
 _VIEWS = {getattr(torch, name) for name in _VIEW_METHODS if hasattr(torch, name)}
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
+# Function -> where its argument ``training`` is.
+_TRAINING: dict[Any, int] = {**dict.fromkeys(_DROPOUTS, 2), torch.ops.aten.dropout.default: 2}
 
 
 def count_calls(graph_module: fx.GraphModule) -> int:
@@ -49,6 +51,22 @@ def count_calls(graph_module: fx.GraphModule) -> int:
         elif not _is_free(graph_module, node):
             total += 1
     return total
+
+
+def does_nothing(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` returns its input as it is: dropout in eval mode, ``nn.Identity``."""
+    target: Any = node.target
+    if node.op == "call_module":
+        module = graph_module.get_submodule(target)
+        return type(module) in _IDENTITIES and not module.training
+    if node.op != "call_function":
+        return False
+    is_depth = getattr(target, "__name__", "") == "stochastic_depth"
+    position = 3 if is_depth else _TRAINING.get(target)
+    if position is None:
+        return False
+    given = node.kwargs.get("training", node.kwargs.get("train"))
+    return (node.args[position] if len(node.args) > position else given) is False
 
 
 def _is_number(node: fx.Node, numbers: set[fx.Node]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 
-__all__ = ["add_parameters", "remove_released"]
+__all__ = ["add_parameter", "add_parameters", "remove_released"]
 
 
 def add_parameters(
@@ -16,21 +16,37 @@ def add_parameters(
     requires_grad: Iterable[bool],
 ) -> tuple[str, str]:
     """Make ``tensors`` the weight and the bias of a new module beside ``path``; their paths."""
+    weight, bias = zip(tensors, requires_grad, strict=True)
+    parameters = {"weight": nn.Parameter(*weight), "bias": nn.Parameter(*bias)}
+    where = _add_holder(graph_module, path, "_folded", parameters)
+    return f"{where}.weight", f"{where}.bias"
+
+
+def add_parameter(
+    graph_module: fx.GraphModule, path: str, name: str, tensor: Tensor, requires_grad: bool
+) -> str:
+    """Make ``tensor``, a bias that was pushed here, a parameter beside ``path``; its path."""
+    parameters = {name: nn.Parameter(tensor, requires_grad)}
+    return f"{_add_holder(graph_module, path, '_pushed', parameters)}.{name}"
+
+
+def _add_holder(
+    graph_module: fx.GraphModule, path: str, suffix: str, parameters: dict[str, nn.Parameter]
+) -> str:
     parent_path, _, name = path.rpartition(".")
     parent = graph_module.get_submodule(parent_path)
     # What was folded once may be folded again.
-    name = f"{name.partition('_folded')[0]}_folded"
+    name = f"{name.partition('_folded')[0].partition('_pushed')[0]}{suffix}"
     number = 0
     while hasattr(parent, name if not number else f"{name}_{number}"):
         number += 1
     name = f"{name}_{number}" if number else name
     holder = nn.Module()
-    for attribute, tensor, needed in zip(("weight", "bias"), tensors, requires_grad, strict=True):
-        holder.register_parameter(attribute, nn.Parameter(tensor, needed))
+    for attribute, parameter in parameters.items():
+        holder.register_parameter(attribute, parameter)
     holder.eval()
     parent.add_module(name, holder)
-    where = f"{parent_path}.{name}" if parent_path else name
-    return f"{where}.weight", f"{where}.bias"
+    return f"{parent_path}.{name}" if parent_path else name
 
 
 def remove_released(graph_module: fx.GraphModule, released: Iterable[str]) -> None:

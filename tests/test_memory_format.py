@@ -1,0 +1,389 @@
+"""``memory_format``: the graph runs in one layout, and nobody outside can tell."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_absorb_activation import Apply
+from test_fold_batchnorm import norm
+from test_push_bias import Gated, chain, inverted, pointwise, shuffle
+from test_torchvision import build_with_data
+from tiny_models import MODES, ControlFlow, depthwise, image, snapshot
+from tiny_models import optimized as block
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+import dwswap
+from dwswap.example_inputs import Arguments
+from dwswap.layouts import memory_format, restored, to_layout
+from dwswap.passes.affine_call import affine_call
+from dwswap.swapped_layers import run_watched
+
+CL, NCHW = torch.channels_last, torch.contiguous_format
+FORMATS = {"channels_last": CL, "contiguous": NCHW}
+
+
+@pytest.fixture
+def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "auto" does what it does on CUDA."""
+    monkeypatch.setattr("dwswap.passes.memory_format._on_cuda", lambda tensor: True)
+
+
+class Layouts(fx.Interpreter):
+    """The layouts of the outputs of convolutions."""
+
+    def __init__(self, fast: fx.GraphModule) -> None:
+        super().__init__(fast)
+        self.found: list[torch.memory_format] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        call = affine_call(self.module, n)
+        if call is not None and call.spatial == 2 and value[0, 0].numel() > 1:
+            self.found.append(memory_format(value))
+        return value
+
+
+def layouts(fast: nn.Module, x: Tensor) -> set[torch.memory_format]:
+    assert isinstance(fast, fx.GraphModule)
+    interpreter = Layouts(fast)
+    with torch.no_grad():
+        interpreter.run(x)
+    return set(interpreter.found)
+
+
+def edges(fast: nn.Module) -> tuple[int, int]:
+    """Conversions of inputs and of outputs."""
+    assert isinstance(fast, fx.GraphModule)
+    targets = [node.target for node in fast.graph.nodes]
+    return targets.count(to_layout), targets.count(restored)
+
+
+def same(own: Any, other: Any) -> None:
+    pairs = zip(pytree.tree_leaves(own), pytree.tree_leaves(other), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        # Of dimensions of one element, strides mean nothing.
+        strides = [
+            [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+            for t in (ours, theirs)
+        ]
+        assert strides[0] == strides[1]
+
+
+def converted(
+    model: nn.Module, x: Tensor | None = None, views: bool = False, **options: Any
+) -> Any:
+    """The result in channels_last, checked against ``model`` for both layouts of the input.
+
+    Args:
+        views: the model itself fails on channels_last inputs.
+    """
+    options = {"memory_format": "channels_last"} | options
+    torch.manual_seed(0)
+    model = model.eval()
+    before = {name: (v.clone(), v.stride()) for name, v in model.state_dict().items()}
+    fast = dwswap.optimize(model, **options)
+    x = image(8) if x is None else x
+    with torch.no_grad():
+        for given in (x, x.to(memory_format=CL)):
+            if given is x or not views:
+                same(fast(given), model(given))
+            assert given.stride() in (x.stride(), x.to(memory_format=CL).stride())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name][0])
+        assert value.stride() == before[name][1]
+    return fast
+
+
+class Many(nn.Module):
+    """Outputs of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = chain(norm()), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.body(x)
+        logits = self.head(y.mean((2, 3)))
+        return OrderedDict(
+            image=y, pair=(y + 1, [logits, logits.softmax(-1)]), pooled=y.mean([2, 3])
+        )
+
+
+RUNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
+    "image": (lambda: chain(norm()), (1, 1)),
+    "3 x 3": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), depthwise()), (1, 1)),
+    "blocks": (lambda: chain(inverted(), inverted()), (1, 1)),
+    "logits": (
+        lambda: chain(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(8, 3)),
+        (1, 0),
+    ),
+    "flatten of an image": (lambda: chain(nn.Flatten(), nn.Linear(8 * 81, 3)), (1, 0)),
+    "flattened": (lambda: chain(Apply(lambda x: x.flatten(1))), (1, 0)),
+    "view": (lambda: chain(Apply(lambda x: x.view(x.size(0), -1)), nn.Linear(8 * 81, 3)), (1, 0)),
+    "view of all": (
+        lambda: chain(
+            Apply(lambda x: x.view(-1, 81).view_as(torch.ones(16, 81))), nn.Linear(81, 2)
+        ),
+        (1, 0),
+    ),
+    "scale": (lambda: chain(Gated()), (1, 1)),
+    "shuffle": (lambda: chain(Apply(shuffle), pointwise(), depthwise(), nn.ReLU()), (1, 1)),
+    "pools": (
+        lambda: chain(nn.MaxPool2d(2), nn.AvgPool2d(2), Apply(lambda x: F.interpolate(x, size=7))),
+        (1, 1),
+    ),
+    "concat of parts": (
+        lambda: chain(
+            Apply(lambda x: torch.cat([x.chunk(2, 1)[1].relu(), x.chunk(2, 1)[0]], dim=1))
+        ),
+        (1, 1),
+    ),
+    "pooled": (lambda: chain(nn.AdaptiveAvgPool2d(1)), (1, 1)),
+    "in place": (lambda: chain(nn.ReLU(True), pointwise(), nn.ReLU6(True)), (1, 1)),
+    "output changed in place": (lambda: chain(Apply(lambda x: (x, F.relu_(x))[0])), (1, 1)),
+    "many": (Many, (1, 2)),
+    "layer norm of pixels": (
+        lambda: chain(
+            Apply(lambda x: x.permute(0, 2, 3, 1)), nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()
+        ),
+        (1, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_runs_in_channels_last(case: str) -> None:
+    make, expected = RUNS[case]
+    fast = converted(make(), views="view" in case)
+    assert edges(fast) == expected
+    assert layouts(fast, image(8)) == {CL}
+    assert dwswap.report(fast).memory_format.startswith("channels_last (converted: 1 inputs")
+    assert "memory format: channels_last" in str(dwswap.report(fast))
+    for weight in (p for p in fast.parameters() if p.dim() == 4 and p.shape[1] > 1):
+        assert memory_format(weight) == CL
+
+
+STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "output of a view": (lambda: chain(Apply(lambda x: x.permute(0, 2, 3, 1))), "output"),
+    "output of a part": (lambda: chain(Apply(lambda x: x.chunk(2, 1)[0])), "output"),
+    "strides": (lambda: chain(Apply(lambda x: x.mean((2, 3)) + x.stride(1))), "depends on"),
+    "as_strided": (
+        lambda: chain(Apply(lambda x: x.as_strided((2, 3), (1, 1))), nn.Linear(3, 2)),
+        "depends on",
+    ),
+    "a view changed in place": (
+        lambda: chain(Apply(lambda x: (x, F.relu_(x.view(x.size(0), -1)))[0].mean((2, 3)))),
+        "in place",
+    ),
+    "input changed in place": (
+        lambda: nn.Sequential(nn.ReLU(True), Apply(lambda x: x + 0), depthwise(), pointwise()),
+        "in place",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STAYS)
+def test_stays_with_a_reason(case: str) -> None:
+    make, reason = STAYS[case]
+    model = make().eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    assert edges(fast) == (0, 0)
+    told = dwswap.report(fast).memory_format
+    assert told.startswith("preserve (")
+    assert reason in told
+    x = image(8)
+    with torch.no_grad():
+        same(fast(x.clone()), model(x.clone()))
+
+
+def test_unknown_functions_stay() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    fast = dwswap.optimize(chain(Own(8, 8, 1)).eval(), memory_format="channels_last")
+    assert "may depend on the layout" in dwswap.report(fast).memory_format
+
+
+def test_auto_on_the_cpu_preserves() -> None:
+    for options in ({}, {"memory_format": "preserve"}):
+        fast = dwswap.optimize(chain(nn.Conv2d(8, 8, 3)).eval(), **options)
+        assert edges(fast) == (0, 0)
+        assert dwswap.report(fast).memory_format == "preserve"
+        assert layouts(fast, image(8)) == {NCHW}
+
+
+@pytest.mark.usefixtures("like_cuda")
+def test_auto_on_cuda() -> None:
+    fast = converted(chain(inverted()), memory_format="auto")
+    assert edges(fast) == (1, 1)
+    assert layouts(fast, image(8)) == {CL}
+    view = fast(image(8)).view(-1)
+    assert view.numel() == 8 * 81 * 2
+    wide = dwswap.optimize(chain(inverted()).double().eval())
+    assert edges(wide) == (0, 0)
+
+
+@pytest.mark.usefixtures("like_cuda")
+def test_layers_are_timed_in_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.memory_format] = []
+
+    def select(result: nn.Module, report: Any, arguments: Arguments) -> Any:
+        run_watched(result, report, arguments, lambda call: seen.append(memory_format(call.input)))
+        return result, report
+
+    monkeypatch.setattr("dwswap.rewrite.select_faster", select)
+    model = chain(inverted()).eval()
+    fast = dwswap.optimize(model, image(8), select="measured")
+    assert seen == [CL, CL]
+    assert edges(fast) == (1, 1)
+    assert dwswap.report(fast).memory_format.startswith("channels_last")
+    same(fast(image(8)), model(image(8)))
+
+
+@pytest.mark.parametrize("asked", FORMATS)
+def test_model_in_channels_last(asked: str) -> None:
+    model = chain(nn.Conv2d(8, 8, 3), nn.ReLU(), inverted()).to(memory_format=CL)
+    fast = converted(model, memory_format=asked)
+    assert layouts(fast, image(8)) == layouts(fast, image(8).to(memory_format=CL))
+    assert layouts(fast, image(8)) == {FORMATS[asked]}
+    model = chain(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3).to(memory_format=CL)).eval()
+    mixed = dwswap.optimize(model, memory_format=asked)
+    assert "several layouts" in dwswap.report(mixed).memory_format
+    same(mixed(image(8)), model(image(8)))
+
+
+def test_inputs_of_other_kinds() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = chain()
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.body(x) * scale.sum()
+
+    model = Two().eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    with torch.no_grad():
+        for x in (image(8), image(8)[0]):
+            same(fast(x, torch.ones(3)), model(x, torch.ones(3)))
+    grey = nn.Sequential(nn.Conv2d(1, 8, 3), depthwise(), pointwise())
+    assert layouts(converted(grey, image(1)), image(1)) == {CL}
+
+
+def test_one_pixel_and_empty_batch() -> None:
+    model = chain(inverted())
+    fast = converted(model, image(8, size=1))
+    with torch.no_grad():
+        for x in (image(8)[:0], image(8, batch=1)):
+            same(fast(x), model(x))
+
+
+def test_verify_copies_and_compiles() -> None:
+    x = image(8)
+    model = chain(inverted(), Apply(shuffle), pointwise()).eval()
+    fast = dwswap.optimize(model, x, verify=True, memory_format="channels_last")
+    report = dwswap.report(fast)
+    assert report.verification is not None
+    assert report.verification.passed
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for again in (
+            copy.deepcopy(fast),
+            dwswap.optimize(fast, memory_format="channels_last"),
+            torch.compile(fast, fullgraph=True, backend="aot_eager"),
+        ):
+            same(again(x), model(x))
+    plain = dwswap.optimize(chain(inverted()).eval(), memory_format="channels_last")
+    loaded = pickle.loads(pickle.dumps(plain))
+    assert edges(loaded) == (1, 1)
+    same(loaded(x), plain(x))
+    assert "to_layout" in plain.code
+
+
+@pytest.mark.parametrize("as_graph", [False, True])
+def test_inplace(as_graph: bool) -> None:
+    model: Any = nn.Sequential(nn.Conv2d(8, 8, 3), depthwise(), pointwise()).eval()
+    expected = model(image(8))
+    model = fx.symbolic_trace(model) if as_graph else model
+    before = snapshot(model)
+    fast = dwswap.optimize(model, memory_format="channels_last", inplace=True)
+    assert (fast is model) == as_graph
+    if not as_graph:
+        assert snapshot(model) == before
+    same(fast(image(8)), expected)
+    assert layouts(fast, image(8)) == {CL}
+
+
+def test_tied_weights_stay_tied() -> None:
+    first, second = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+    second.weight = first.weight
+    fast = converted(nn.Sequential(depthwise(), nn.ReLU(), first, nn.ReLU(), second, nn.ReLU()))
+    assert fast.get_parameter("2.weight") is fast.get_parameter("4.weight")
+    assert fast.get_parameter("2.weight").requires_grad
+
+
+def test_exported_program() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = chain(inverted())
+            self.head = nn.Linear(8 * 81, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).view(x.shape[0], -1))
+
+    model, x = Net().eval(), image(8)
+    program = torch.export.export(model, (x,))
+    fast = dwswap.optimize(program.module(), memory_format="channels_last")
+    assert layouts(fast, x) == {CL}, dwswap.report(fast).memory_format
+    same(fast(x), model(x))
+
+
+def test_no_graph() -> None:
+    model = ControlFlow().eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    assert "no graph" in dwswap.report(fast).memory_format
+    same(fast(image()), model(image()))
+    with pytest.raises(ValueError, match='memory_format must be "auto"'):
+        dwswap.optimize(model, memory_format="nhwc")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", MODES)
+def test_every_mode(how: dict[str, bool]) -> None:
+    model, fast = block(how, memory_format="channels_last")
+    model.eval()
+    fast.eval()
+    same(fast(image()), model(image()))
+
+
+@pytest.mark.usefixtures("like_cuda")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mobilenet_v2", "mnasnet0_5", "efficientnet_b0", "shufflenet_v2_x0_5"),
+        *("mobilenet_v3_small", "convnext_tiny", "lraspp_mobilenet_v3_large"),
+    ],
+)
+def test_torchvision(name: str) -> None:
+    model = build_with_data(name)
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).memory_format.startswith("channels_last")
+    x = torch.rand(2, 3, 64, 64)
+    assert layouts(fast, x) == {CL}
+    wide = build_with_data(name).double()
+    exact = dwswap.optimize(wide, memory_format="channels_last")
+    with torch.no_grad():
+        for given in (x.double(), x.double().to(memory_format=CL)):
+            pairs = zip(*map(pytree.tree_leaves, (exact(given), wide(given))), strict=True)
+            for own, other in pairs:
+                assert own.stride() == other.stride()
+                assert float((own - other).abs().max() / other.abs().max()) < 1e-12

@@ -1,0 +1,122 @@
+"""The residual sum as part of a matrix product: behind a flag, but right."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_memory_format import same
+from test_push_bias import biases, chain, inverted, pointwise
+from test_torchvision import build_with_data
+from tiny_models import depthwise, image
+from torch import Tensor, nn
+
+import dwswap
+from dwswap.residual import pointwise_residual
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwswap.passes.pointwise.FUSE_RESIDUAL", True)
+
+
+def fused(fast: nn.Module) -> int:
+    return [node.target for node in fast.graph.nodes].count(pointwise_residual)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("residual", ["full", "one image", "one channel", "one pixel", "part"])
+def test_function(layout: torch.memory_format, size: int, residual: str) -> None:
+    x = image(8, size=size).to(memory_format=layout)
+    weight, wide = torch.randn(6, 8, 1, 1), image(12, size=size).to(memory_format=layout)
+    other = wide[:, 6:] if residual == "part" else wide[:, 6:].clone()
+    other = {"one image": other[:1], "one channel": other[:, :1]}.get(residual, other)
+    other = other[:, :, :1, :1] if residual == "one pixel" else other
+    own, expected = pointwise_residual(x, weight, other), other + F.conv2d(x, weight)
+    same(own, expected)
+    low = (t.bfloat16() for t in (x, weight, other))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pointwise_residual(x, weight, other).dtype == (other + F.conv2d(x, weight)).dtype
+    assert pointwise_residual(*low).dtype == torch.bfloat16
+    assert pointwise_residual(x[:0], weight, other[:0]).shape[0] == 0
+
+
+def test_off_by_default() -> None:
+    assert fused(dwswap.optimize(chain(inverted()).eval())) == 0
+
+
+@pytest.mark.usefixtures("on")
+def test_fuses() -> None:
+    model = chain(inverted(), inverted(combine=lambda x, y: y + x), pointwise()).eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    assert fused(fast) == 2
+    assert biases(fast) == [False, False, False, True]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for x in (image(8), image(8).to(memory_format=torch.channels_last), image(8)[:0]):
+            compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+            for result in (fast, copy.deepcopy(fast), compiled):
+                same(result(x), model(x))
+        same(dwswap.optimize(model)(image(8)), model(image(8)))
+    plain = dwswap.optimize(chain(inverted(), pointwise()).eval(), memory_format="channels_last")
+    same(pickle.loads(pickle.dumps(plain))(image(8)), plain(image(8)))
+
+
+@pytest.mark.usefixtures("on")
+@pytest.mark.parametrize(
+    "body",
+    [
+        pointwise(),  # before the output: has a bias
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.Conv2d(8, 8, 1, groups=2, bias=False),
+        nn.Conv2d(8, 8, 1, stride=2, bias=False),
+        depthwise(bias=False),
+    ],
+)
+def test_leaves_alone(body: nn.Module) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.body = depthwise(), body
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.start(x)
+            return x[:, :, :1, :1] + self.body(x)
+
+    model = Sum().eval()
+    fast = dwswap.optimize(model)
+    assert fused(fast) == 0
+    same(fast(image(8)), model(image(8)))
+
+
+@pytest.mark.usefixtures("on")
+def test_input_changed_in_between() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.body = depthwise(), pointwise(bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.start(x)
+            y = self.body(x)
+            return F.relu_(x) + y
+
+    model = Sum().eval()
+    fast = dwswap.optimize(model)
+    assert fused(fast) == 0
+    same(fast(image(8)), model(image(8)))
+
+
+@pytest.mark.usefixtures("on")
+def test_mobilenet() -> None:
+    model = build_with_data("mobilenet_v2").double()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    assert fused(fast) == 10
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        assert float((fast(x) - expected).abs().max() / expected.abs().max()) < 1e-12
