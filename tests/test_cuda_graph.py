@@ -10,8 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fake_cuda_graphs import Subclass, calls, faked, graphed, no_grad, same
-from tiny_models import Block, ControlFlow, depthwise, image
+from tiny_models import (
+    Block,
+    ControlFlow,
+    Functional,
+    InvertedResidual,
+    Unfusable,
+    depthwise,
+    image,
+)
 from torch import Tensor, fx, nn
 
 import dwswap
@@ -25,34 +34,45 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 # --- the module ---------------------------------------------------------------------------------
 
 
-def test_on_the_cpu_it_is_the_same_model() -> None:
-    model = Block().eval()
+@pytest.mark.parametrize("cls", [Block, Unfusable])
+def test_on_the_cpu_it_is_the_same_model(cls: type[Block]) -> None:
+    model = cls().eval()
     plain, fast = dwswap.optimize(model), dwswap.optimize(model, cuda_graph=True)
     assert isinstance(fast, CudaGraphModule)
     assert isinstance(fast, fx.GraphModule)
-    assert list(fast.state_dict()) == list(model.state_dict())
-    assert [n for n, _ in fast.named_parameters()] == [n for n, _ in model.named_parameters()]
+    # Of a fused graph the keys are new ones.
+    same_keys = model if cls is Unfusable else plain
+    assert list(fast.state_dict()) == list(same_keys.state_dict())
+    assert [n for n, _ in fast.named_parameters()] == [n for n, _ in same_keys.named_parameters()]
+    assert list(fast.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in fast.named_modules()] == [n for n, _ in plain.named_modules()]
     assert fast.code == plain.code
     assert fast.name == "block"
     same(fast(image()), plain(image()))
     assert len(fast.cuda_graphs) == 0
-    assert type(fast).__name__ == "Block"
+    assert type(fast).__name__ == cls.__name__
     text = repr(fast)
     assert "CudaGraphOptions(max_signatures=8, clone_outputs=True), signatures captured: 0" in text
-    assert "DepthwiseConv2d(8, 8" in text
+    assert ("DepthwiseConv2d(8, 8" in text) == (cls is Unfusable)
+    assert ("(depthwise_folded)" in text) == (cls is Block)
     with pytest.raises(RuntimeError, match="optimized for inference"):
         fast.train()
     assert fast.eval() is fast
 
 
+@pytest.mark.parametrize("cls", [Block, Unfusable])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_models_that_are_graphs_already(inplace: bool) -> None:
-    model = Block().eval()
+def test_models_that_are_graphs_already(inplace: bool, cls: type[Block]) -> None:
+    model = cls().eval()
     for given in (fx.symbolic_trace(model), torch.export.export(model, (image(),)).module()):
         expected = given(image())
+        before = list(given.state_dict())
+        keys = list(dwswap.optimize(given).state_dict())
+        assert list(given.state_dict()) == before
+        assert (keys == before) == (cls is Unfusable)
         fast, recorder = faked(dwswap.optimize(given, cuda_graph=True, inplace=inplace))
-        assert list(fast.state_dict()) == list(given.state_dict())
+        assert list(fast.state_dict()) == keys
+        assert list(given.state_dict()) == (keys if inplace else before)
         for _ in range(3):
             torch.testing.assert_close(fast(image()), expected, rtol=0, atol=1e-6)
         assert recorder.replays == 2
@@ -132,7 +152,7 @@ def _plus_one(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_restore(inplace: bool) -> None:
-    fast, recorder = graphed()
+    fast, recorder = graphed(Unfusable().eval())
     x = image()
     expected = fast(x)
     restored = dwswap.restore(fast, inplace=inplace)
@@ -145,6 +165,98 @@ def test_restore(inplace: bool) -> None:
     assert "cuda_graph=False" in repr(restored)
     again = pickle.loads(pickle.dumps(copy.deepcopy(restored)))
     torch.testing.assert_close(again(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_restore_of_a_call(inplace: bool) -> None:
+    fast, recorder = graphed(Functional(_conv2d, channels=3).eval())
+    x = image()
+    expected = fast(x)
+    assert "depthwise_conv2d" in fast.code
+    restored = dwswap.restore(fast, inplace=inplace)
+    assert (restored is fast) == inplace
+    assert "depthwise_conv2d" not in restored.code
+    for _ in range(2):
+        torch.testing.assert_close(restored(x), expected, rtol=0, atol=1e-6)
+    assert recorder.replays == 0
+    assert len(recorder.alive) == (0 if inplace else 1)
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1, groups=groups)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Block(), "model cannot be restored: BatchNorm was folded"),
+        (nn.Sequential(depthwise(3), nn.ReLU()), "cannot be restored"),
+    ],
+    ids=["folded", "absorbed"],
+)
+def test_a_fused_graph_that_cannot_be_restored_keeps_its_cuda_graphs(
+    model: nn.Module, reason: str, inplace: bool
+) -> None:
+    fast, recorder = graphed(model.eval())
+    x = image()
+    expected = fast(x)
+    with pytest.raises(ValueError, match=reason):
+        dwswap.restore(fast, inplace=inplace)
+    same(fast(x), expected)
+    assert (recorder.records, recorder.replays) == (1, 1)
+    assert len(recorder.alive) == 1
+    assert dwswap.report(fast).cuda_graph == "on: at most 8 signatures"
+
+
+def test_a_fused_block_of_mobilenet_v2() -> None:
+    """Folded, absorbed and replayed: keys, numbers, weights, hooks and copies, all of them."""
+    model = InvertedResidual().eval()
+    checkpoint = model.state_dict()
+    plain = dwswap.optimize(model)
+    optimized = dwswap.optimize(model, image(), verify=True, cuda_graph=True)
+    fast, recorder = faked(optimized)
+    report = dwswap.report(fast)
+    assert report.verification is not None
+    assert report.verification.passed
+    assert (report.calls_before, report.calls_after) == (9, 4)
+    assert fast.code == plain.code
+    assert list(fast.state_dict()) == [
+        *("conv.0.0_folded.weight", "conv.0.0_folded.bias"),
+        *("conv.1.0_folded.weight", "conv.1.0_folded.bias"),
+        *("conv.2_folded.weight", "conv.2_folded.bias"),
+    ]
+    for seed in range(3):
+        for batch in (1, 2):
+            x = image(batch=batch) + seed
+            same(fast(x), plain(x))
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    assert (recorder.records, recorder.replays) == (2, 10)
+
+    x = image()
+    before = fast(x)
+    for name, parameter in fast.named_parameters():
+        for changed in (parameter, plain.get_parameter(name)):
+            changed.mul_(0.5)
+        assert not torch.equal(fast(x), before)
+        same(fast(x), plain(x))
+    assert recorder.records == 2
+    fast.load_state_dict(plain.state_dict())
+    same(fast(x), plain(x))
+
+    handle = fast.register_forward_hook(_plus_one)
+    same(fast(x), plain(x) + 1)
+    handle.remove()
+    for again in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert isinstance(again, CudaGraphModule)
+        same(again(x), plain(x))
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match="folded into other weights"):
+                again.load_state_dict(checkpoint, strict=strict)
+        with pytest.raises(ValueError, match="BatchNorm was folded"):
+            dwswap.restore(again)
+        same(again(x), plain(x))
+    assert recorder.records == 2
 
 
 def test_optimize_again() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda_graphs import Subclass, calls, counts, graphed, no_grad, same
-from tiny_models import depthwise, image
+from tiny_models import Block, Unfusable, depthwise, image
 from torch import nn
 
 import dwswap
@@ -49,33 +49,56 @@ def test_values_that_change_in_place_are_used_without_a_new_capture() -> None:
     assert counts(recorder) == (1, 2)
 
 
+def test_folded_parameters_that_change_in_place() -> None:
+    model = Block().eval()
+    fast, recorder = graphed(model)
+    plain = dwswap.optimize(model)
+    x = image()
+    fast(x)
+    names = [name for name, _ in fast.named_parameters()]
+    assert {"depthwise_folded.weight", "depthwise_folded.bias", "expand.bias"} < {*names}
+    for name in names:
+        before = fast(x)
+        for graph in (fast, plain):
+            graph.get_parameter(name).mul_(2)
+        after = fast(x)
+        assert not torch.equal(before, after), name
+        same(after, plain(x))
+    assert counts(recorder) == (1, 2 * len(names))
+
+
 CONV = "depthwise"
+FOLDED = "depthwise_folded"
+# A convolution is a module of the graph, or its folded tensors are attributes that the graph reads.
+WHERE = pytest.mark.parametrize(
+    ("cls", "path"), [(Unfusable, CONV), (Block, FOLDED)], ids=["module", "folded"]
+)
 
 
-def _new_parameter(fast: Any) -> None:
-    conv = fast.get_submodule(CONV)
+def _new_parameter(fast: Any, path: str) -> None:
+    conv = fast.get_submodule(path)
     conv.weight = nn.Parameter(conv.weight.detach() * 2)
 
 
-def _data(fast: Any) -> None:
-    conv = fast.get_submodule(CONV)
+def _data(fast: Any, path: str) -> None:
+    conv = fast.get_submodule(path)
     conv.weight.data = conv.weight.detach() * 2
 
 
-def _set(fast: Any) -> None:
-    conv = fast.get_submodule(CONV)
+def _set(fast: Any, path: str) -> None:
+    conv = fast.get_submodule(path)
     conv.weight.set_(conv.weight.detach() * 2)
 
 
-def _deleted(fast: Any) -> None:
-    fast.get_submodule(CONV).register_parameter("bias", None)
+def _deleted(fast: Any, path: str) -> None:
+    fast.get_submodule(path).register_parameter("bias", None)
 
 
-def _module(fast: Any) -> None:
-    fast.add_module(CONV, depthwise())
+def _module(fast: Any, path: str) -> None:
+    fast.set_submodule(path, depthwise())
 
 
-def _norm(fast: Any) -> None:
+def _norm(fast: Any, path: str) -> None:
     fast.get_submodule("norm").running_mean = torch.ones(8)
 
 
@@ -91,37 +114,60 @@ def _graph(fast: Any) -> None:
     fast.recompile()
 
 
-def _parametrized(fast: Any) -> None:
-    nn.utils.parametrizations.weight_norm(fast.get_submodule(CONV))
+def _parametrized(fast: Any, path: str) -> None:
+    nn.utils.parametrizations.weight_norm(fast.get_submodule(path))
     with torch.no_grad():
-        fast.get_submodule(CONV).parametrizations.weight.original0.mul_(2)
+        fast.get_submodule(path).parametrizations.weight.original0.mul_(2)
 
 
-def _child(fast: Any) -> None:
-    fast.get_submodule(CONV).double().float()
+def _child(fast: Any, path: str) -> None:
+    fast.get_submodule(path).double().float()
     with torch.no_grad():
-        fast.get_submodule(CONV).weight.mul_(2)
+        fast.get_submodule(path).weight.mul_(2)
+
+
+EVERYWHERE = [_new_parameter, _data, _set, _deleted, _module, _child]
 
 
 @pytest.mark.parametrize(
-    "change", [_new_parameter, _data, _set, _deleted, _module, _norm, _parametrized, _child]
+    ("cls", "path", "change"),
+    [
+        *((Unfusable, CONV, change) for change in (*EVERYWHERE, _norm, _parametrized)),
+        *((Block, FOLDED, change) for change in EVERYWHERE),
+    ],
 )
-def test_what_is_replaced_is_noticed(change: Callable[[Any], None]) -> None:
-    fast, recorder = graphed()
+def test_what_is_replaced_is_noticed(
+    cls: type[Block], path: str, change: Callable[[Any, str], None]
+) -> None:
+    fast, recorder = graphed(cls().eval())
     # What a fake replay computes would follow the change; a real one would not.
     recorder.computes = False
     x = image()
     fast(x)
     before = fast(x)
-    change(fast)
+    change(fast, path)
     after = fast(x)
     assert not torch.equal(before, after)
-    same(after, dwswap.optimize(fast)(x))
+    same(after, copy.deepcopy(fast)(x))  # which has no graphs on the CPU
     assert len(recorder.alive) == 0
     for _ in range(2):
         same(fast(x), after)
     assert recorder.records == 2
     assert len(recorder.alive) == 1
+
+
+def test_a_folded_weight_that_is_parametrized_is_not_captured() -> None:
+    fast, recorder = graphed()
+    x = image()
+    fast(x)
+    before = fast(x)
+    _parametrized(fast, FOLDED)
+    after = fast(x)
+    assert not torch.equal(before, after)
+    with pytest.warns(RuntimeWarning, match=f"{FOLDED}.weight is neither a parameter nor"):
+        same(calls(fast, x, x), [after] * 2)
+    assert counts(recorder) == (1, 2)
+    assert not recorder.alive
 
 
 @pytest.mark.parametrize(
@@ -158,7 +204,7 @@ def test_functional_call_never_pays_for_a_capture() -> None:
 
 @pytest.mark.parametrize("where", ["hook", "pre-hook", "global hook", "train"])
 def test_hooks_inside_and_train_mode_run_as_ever(where: str) -> None:
-    fast, recorder = graphed()
+    fast, recorder = graphed(Unfusable().eval())
     x = image()
     fast(x)
     before = fast(x)
@@ -186,9 +232,32 @@ def test_hooks_inside_and_train_mode_run_as_ever(where: str) -> None:
     assert counts(recorder) == (1, 2)
 
 
-def test_weights_that_cannot_be_watched() -> None:
+@pytest.mark.parametrize("where", ["hook", "pre-hook", "global hook"])
+def test_hooks_on_what_is_left_of_a_fused_graph_run_as_ever(where: str) -> None:
     fast, recorder = graphed()
-    conv = fast.get_submodule(CONV)
+    x = image()
+    fast(x)
+    before = fast(x)
+    called = []
+    dropout = fast.get_submodule("dropout")
+    if where == "hook":
+        handle = dropout.register_forward_hook(lambda *_: called.append(1))
+    elif where == "pre-hook":
+        handle = dropout.register_forward_pre_hook(lambda *_: called.append(1))
+    else:
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: called.append(1))
+    same(fast(x), before)
+    assert called
+    assert counts(recorder) == (1, 1)
+    handle.remove()
+    same(fast(x), before)
+    assert counts(recorder) == (1, 2)
+
+
+@WHERE
+def test_weights_that_cannot_be_watched(cls: type[Block], path: str) -> None:
+    fast, recorder = graphed(cls().eval())
+    conv = fast.get_submodule(path)
     weight = conv.weight
     conv.weight = nn.Parameter(weight.detach().as_subclass(Subclass))
     with pytest.warns(RuntimeWarning, match="it has a weight that is a Subclass"):
@@ -200,10 +269,11 @@ def test_weights_that_cannot_be_watched() -> None:
     assert recorder.records == 1
 
 
-def test_a_guard_keeps_the_memory_that_a_replay_reads() -> None:
-    fast, _ = graphed()
+@WHERE
+def test_a_guard_keeps_the_memory_that_a_replay_reads(cls: type[Block], path: str) -> None:
+    fast, _ = graphed(cls().eval())
     guard = WeightGuard(fast)
-    weight = fast.get_submodule(CONV).weight
+    weight = fast.get_submodule(path).weight
     address = weight.data_ptr()
     weight.data = torch.zeros_like(weight)
     gc.collect()

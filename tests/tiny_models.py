@@ -43,6 +43,48 @@ class Block(nn.Module):
         return self.name
 
 
+class Unfusable(Block):
+    """A Block of the same modules in which nothing can be folded or absorbed.
+
+    ELU is no activation of the operator, it keeps BatchNorm from the convolution, and there is no
+    bias before the depthwise convolution; so every module stays, under its path.
+    """
+
+    def __init__(self, channels: int = 8, **options: Any) -> None:
+        super().__init__(channels, **options)
+        self.expand = nn.Conv2d(3, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.norm(F.elu(self.depthwise(self.expand(x)))))
+
+
+class InvertedResidual(nn.Module):
+    """The block of MobileNetV2: BatchNorm everywhere, ReLU6 in place, a residual connection."""
+
+    def __init__(self, channels: int = 3, hidden: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Sequential(
+                nn.Conv2d(channels, hidden, 1, bias=False),
+                nn.BatchNorm2d(hidden),
+                nn.ReLU6(inplace=True),
+            ),
+            nn.Sequential(
+                depthwise(hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)
+            ),
+            nn.Conv2d(hidden, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean, -1, 1)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                nn.init.uniform_(module.bias, -1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
 class ControlFlow(nn.Module):
     """Cannot be traced: control flow that depends on a value."""
 
