@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 import dwswap
 from dwswap.example_inputs import Arguments
 from dwswap.layouts import memory_format, restored, to_layout
+from dwswap.passes import memory_format as memory_format_pass
 from dwswap.passes.affine_call import affine_call
 from dwswap.swapped_layers import run_watched
 
@@ -33,7 +35,7 @@ FORMATS = {"channels_last": CL, "contiguous": NCHW}
 @pytest.fixture
 def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """ "auto" does what it does on CUDA."""
-    monkeypatch.setattr("dwswap.passes.memory_format._on_cuda", lambda tensor: True)
+    monkeypatch.setattr("dwswap.passes.memory_format._gains", lambda weight: True)
 
 
 class Layouts(fx.Interpreter):
@@ -228,8 +230,17 @@ def test_auto_on_cuda() -> None:
     assert layouts(fast, image(8)) == {CL}
     view = fast(image(8)).view(-1)
     assert view.numel() == 8 * 81 * 2
-    wide = dwswap.optimize(chain(inverted()).double().eval())
-    assert edges(wide) == (0, 0)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_auto_is_for_half_precision_on_cuda(cuda: bool) -> None:
+    def gains(dtype: torch.dtype) -> bool:
+        weight: Any = SimpleNamespace(is_cuda=cuda, dtype=dtype)
+        return memory_format_pass._gains(weight)
+
+    assert gains(torch.float16) == gains(torch.bfloat16) == cuda
+    assert not gains(torch.float32)
+    assert not gains(torch.float64)
 
 
 @pytest.mark.usefixtures("like_cuda")

@@ -59,7 +59,7 @@ def set_memory_format(graph_module: fx.GraphModule, context: Context) -> None:
     if asked == "preserve" or not weights:
         return
     if asked == "auto":
-        fits = all(_on_cuda(w) and w.dtype != torch.float64 for w in weights.values())
+        fits = all(_gains(w) for w in weights.values())
         asked = "channels_last" if fits else "preserve"
         if not fits:
             return
@@ -99,8 +99,9 @@ def _weight(graph_module: fx.GraphModule, call: AffineCall) -> Tensor | None:
     return weight if plain else None
 
 
-def _on_cuda(tensor: Tensor) -> bool:
-    return tensor.is_cuda
+def _gains(weight: Tensor) -> bool:
+    """In float32 cuDNN's NCHW takes less memory, and its time was not compared yet."""
+    return weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
 
 
 def _images(graph_module: fx.GraphModule) -> set[fx.Node]:
