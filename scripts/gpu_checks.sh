@@ -46,15 +46,20 @@ tests reliability tests/gpu/test_reliability.py &
 tests models tests/gpu/test_gpu_models.py &
 tests operator tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py &
 tests registration tests/test_operator_registration.py tests/test_operator_errors.py &
+tests selection tests/gpu/test_gpu_selection.py &
 others=()
 for file in tests/test_*.py; do
   case $file in */test_operator* | */test_module.py | */test_torchvision.py) ;; *) others+=("$file") ;; esac
 done
-tests others "${others[@]}" &
-tests torchvision tests/test_torchvision.py &
+third=$(((${#others[@]} + 2) / 3))
+for i in 0 1 2; do tests "others-$i" "${others[@]:i * third:third}" & done
+tests torchvision-outputs tests/test_torchvision.py -k test_outputs &
+tests torchvision tests/test_torchvision.py -k "not test_outputs" &
 wait
+# These compare times.
+tests cuda-graph tests/gpu/test_gpu_cuda_graph.py
 tests bench-models tests/gpu/test_gpu_bench_models.py tests/test_bench_families.py
-tests timing tests/gpu/test_timing.py # alone: it compares times
+tests timing tests/gpu/test_timing.py
 
 grep -hE '^(FAILED|ERROR)' "$logs"/*.log | cut -c1-200
 grep -hE '^SKIPPED' "$logs"/*.log | sort -u | cut -c1-200
