@@ -17,17 +17,6 @@ __device__ __forceinline__ void load_taps(const T* source, float (&taps)[CHANNEL
   }
 }
 
-// The pair of channels of neighbouring pixels, `pitch` elements apart: x[2 * pixel + channel].
-template <int N, typename T>
-__device__ __forceinline__ void load_pairs(const T* source, int pitch, float (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i += 2, source += pitch) {
-    float value[2];
-    load(source, value);
-    x[i] = value[0], x[i + 1] = value[1];
-  }
-}
-
 // Bit i: column first + i is one of `size`, or none of the `used` ones that count.
 template <int COLUMNS>
 __device__ __forceinline__ uint32_t columns_inside(int first, int size, int used) {
