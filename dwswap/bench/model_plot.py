@@ -26,6 +26,9 @@ COLOURS = {
 }
 TARGET = "#cc3311"
 
+LEGEND_INCHES = 2.4
+"""Of the longest label."""
+
 
 def plot(results: Sequence[ModelResult], path: Path, title: str) -> Path:
     """Draw the speed-up of the better of ours over each peer, and save it as PNG.
@@ -104,6 +107,7 @@ def _legend(figure: Any, peers: list[str]) -> None:
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(5, len(handles)),
+        ncols=max(1, int(figure.get_figwidth() / LEGEND_INCHES)),
+        fontsize=8,
         title=f"the faster of {ours}",
     )
