@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .compilation import csrc_dir
+from .library_cache import CUDA_SUFFIXES, hash_files
 from .toolkit import BuildError, find_nvcc
 
 SECONDS = 10.0
@@ -58,15 +59,15 @@ def _version() -> str | None:
         return None
 
 
-def _sources() -> str:
+def _sources() -> str | None:
+    try:
+        csrc = csrc_dir()
+    except BuildError:
+        return None
     hasher = hashlib.sha256()
     # An installed package has csrc inside it, a checkout beside it: the same hash for both.
-    package = Path(__file__).resolve().parent
-    for root, suffixes in ((package, {".py"}), (csrc_dir(), {".cu", ".cuh", ".h"})):
-        for path in sorted(root.rglob("*")):
-            if path.suffix in suffixes:
-                hasher.update(path.relative_to(root).as_posix().encode() + b"\0")
-                hasher.update(hashlib.sha256(path.read_bytes()).digest())
+    hash_files(hasher, Path(__file__).resolve().parent, (".py",))
+    hash_files(hasher, csrc, CUDA_SUFFIXES)
     return hasher.hexdigest()[:12]
 
 

@@ -30,6 +30,15 @@ logger = logging.getLogger("dwswap")
 LIBRARY = "libdwswap.so"
 MANIFEST = "manifest.json"
 STALE_SECONDS = 24 * 3600
+CUDA_SUFFIXES = (".cu", ".cuh", ".cpp", ".h")
+
+
+def hash_files(hasher: hashlib._Hash, root: Path, suffixes: Collection[str]) -> None:
+    """Add the places below ``root`` and the contents of the files with these suffixes."""
+    for path in sorted(root.rglob("*")):
+        if path.suffix in suffixes:
+            hasher.update(path.relative_to(root).as_posix().encode() + b"\0")
+            hasher.update(hashlib.sha256(path.read_bytes()).digest())
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,7 @@ class Fingerprint:
         parts = [torch.__version__, cuda, sys.platform, platform.machine(), *flags]
         for part in parts:
             hasher.update(part.encode() + b"\0")
-        for path in sorted(sources.rglob("*")):
-            if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
-                hasher.update(path.relative_to(sources).as_posix().encode() + b"\0")
-                hasher.update(hashlib.sha256(path.read_bytes()).digest())
+        hash_files(hasher, sources, CUDA_SUFFIXES)
         release = torch.__version__.split("+")[0]
         return cls(f"torch{release}-cu{cuda.replace('.', '')}", hasher.hexdigest()[:12])
 

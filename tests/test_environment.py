@@ -66,6 +66,14 @@ def test_the_sources_decide_the_hash(monkeypatch, tmp_path):
     assert environment_module._sources() != first
 
 
+def test_sources_that_are_missing(monkeypatch):
+    def missing():
+        raise toolkit.BuildError("the CUDA sources are missing")
+
+    monkeypatch.setattr(environment_module, "csrc_dir", missing)
+    assert environment()["sources"] is None
+
+
 def test_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")

@@ -50,7 +50,6 @@ struct Arguments {
   uint32_t chunk_bytes;  // multiple of 128, as the alignment of a copy
   uint32_t box_bytes;
   Divisor by_slices, by_tiles, by_segments, by_pairs;
-  bool transforms_input;
   Activation input_activation, activation;
 };
 
@@ -229,7 +228,6 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
   const auto segments = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
   a.by_slices = Divisor(slices), a.by_tiles = Divisor(tiles), a.by_segments = Divisor(segments);
   a.by_pairs = Divisor(static_cast<uint32_t>(cut.pairs));
-  a.transforms_input = p.transforms_input();
   a.input_activation = p.input_activation, a.activation = p.activation;
 
   CUtensorMap map{};

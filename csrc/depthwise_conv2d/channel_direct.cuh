@@ -43,7 +43,6 @@ struct Arguments {
   int rows;  // of output, per thread
   uint32_t threads;
   Divisor by_vectors, by_groups, by_strips;
-  bool transforms_input;
   Activation input_activation, activation;
 };
 
@@ -270,9 +269,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
   a.rows = cut.rows;
   a.threads = static_cast<uint32_t>(cut.threads(p));
   a.by_vectors = Divisor(static_cast<uint32_t>(ceil_div(p.channels, cut.channels)));
-  a.by_groups = Divisor(static_cast<uint32_t>(ceil_div(p.out_w, cut.columns)));
+  a.by_groups = Divisor(static_cast<uint32_t>(ceil_div(p.out_w, Traits::kColumns)));
   a.by_strips = Divisor(static_cast<uint32_t>(ceil_div(p.out_h, cut.rows)));
-  a.transforms_input = p.transforms_input();
   a.input_activation = p.input_activation, a.activation = p.activation;
   const auto blocks = static_cast<unsigned>(ceil_div(a.threads, kThreads));
   kernel<Traits><<<blocks, kThreads, 0, stream>>>(a);

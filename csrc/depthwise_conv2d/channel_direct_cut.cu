@@ -26,7 +26,7 @@ Cut choose_cut(const DepthwiseConv2dParams& p, int element_bytes, int multiproce
   // A strip reads 3 - stride rows that the next one reads too, and waits for its first two; short
   // strips end at different times. Half precision has half the bytes under way.
   int most = (p.stride_h == 1 ? 14 : 8) / (element_bytes / 2);
-  Cut cut{aligned_channels(p, element_bytes), columns_of(static_cast<int>(p.stride_w)), 0};
+  Cut cut{aligned_channels(p, element_bytes), 0};
   const auto enough = [&](int64_t threads) { return cut.threads(p) >= threads * multiprocessors; };
   for (;; most /= 2) {
     cut.rows = static_cast<int>(ceil_div(p.out_h, ceil_div(p.out_h, most)));

@@ -94,7 +94,8 @@ Choice choose_forward(const DepthwiseConv2dParams& params) {
     DWSWAP_CHECK(known, "DWSWAP_FAMILY must name a family of kernels, got '", wanted, "'");
   }
   const Family* family = kFamilies;
-  while (!family->covers(params) || !family->suits(params)) ++family;
+  // What suits is soon said; what is covered may take a search for a cut.
+  while (!family->suits(params) || !family->covers(params)) ++family;
   return {family->name, family->launch};
 }
 
