@@ -91,6 +91,9 @@ def problems() -> Iterator[Problem]:
                 yield padded._replace(extra_padding=(6, 0))
                 yield padded._replace(shape=(3, 8, 11, 13), extra_padding=(9, 5))
     for dtype, stride in itertools.product(HALVES, (1, 2)):
+        # diagonal: several images of a unit; columns and channels that do not divide.
+        for size, shape in itertools.product(((5, 5), (7, 7)), ((5, 40, 7, 9), (2, 24, 37, 41))):
+            yield Problem(dtype, last, shape, size, stride, family="diagonal")
         # toeplitz: pixels, rows of 4, 2 and 1 elements, whole planes; every number of products.
         for kernel in ((5, 5), (15, 15), (31, 31)):
             transform = stride == 2
@@ -184,7 +187,9 @@ def main(arguments: list[str]) -> int:
     count, failures = 0, 0
     with torch.no_grad():
         for problem in problems():
-            if problem.family == "plane_strips" and not (bulk_stores or problem.portable):
+            if problem.family in ("plane_strips", "diagonal") and not (
+                bulk_stores or problem.portable
+            ):
                 continue
             wrong = check(problem)
             count += 1

@@ -19,10 +19,30 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address
                : "memory");
 }
 
+// Two of them: the addresses of lanes 16 to 31 do not count.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(x[0]), "=r"(x[1])
+               : "r"(address)
+               : "memory");
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// The way back of two of them, in the same layout.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t first, uint32_t second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(first), "r"(second)
+               : "memory");
+}
+#endif
+
 // sums += a b: a is 16 x 16 by rows, b 16 x 8 by columns, sums 16 x 8 in float32.
 template <typename T>
 __device__ __forceinline__ void multiply_add(float* sums, const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]);
+// The same with a of 16 x 8, b of 8 x 8.
+template <typename T>
+__device__ __forceinline__ void multiply_add(float* sums, const uint32_t (&a)[2], uint32_t b);
 #define DWSWAP_MULTIPLY_ADD(T, NAME)                                                   \
   template <>                                                                          \
   __device__ __forceinline__ void multiply_add<T>(float* sums, const uint32_t (&a)[4], \
@@ -31,6 +51,14 @@ __device__ __forceinline__ void multiply_add(float* sums, const uint32_t (&a)[4]
         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"         \
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                   \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));           \
+  }                                                                                    \
+  template <>                                                                          \
+  __device__ __forceinline__ void multiply_add<T>(float* sums, const uint32_t (&a)[2], \
+                                                  uint32_t b) {                        \
+    asm("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME                          \
+        ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"                     \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                   \
+        : "r"(a[0]), "r"(a[1]), "r"(b));                                               \
   }
 DWSWAP_MULTIPLY_ADD(__half, "f16")
 DWSWAP_MULTIPLY_ADD(__nv_bfloat16, "bf16")

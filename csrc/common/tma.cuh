@@ -93,13 +93,28 @@ __device__ __forceinline__ void write_bytes(void* target, const void* source, ui
       : "memory");
 }
 
+// The same of a box at (c, w, h, n); what lies outside the tensor is not written.
+__device__ __forceinline__ void write_box(const CUtensorMap* map, const void* source, int c, int w,
+                                          int h, int n) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n"
+      "cp.async.bulk.commit_group;" ::"l"(map),
+      "r"(shared_address(source)), "r"(c), "r"(w), "r"(h), "r"(n)
+      : "memory");
+}
+
 __device__ __forceinline__ void fence_for_bulk_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Until shared memory that this thread's write_bytes() read may be written again.
+// Until shared memory that this thread's write_bytes() and write_box() read may be written again.
 __device__ __forceinline__ void wait_for_bulk_reads() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Until what they wrote can be seen.
+__device__ __forceinline__ void wait_for_bulk_writes() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 #endif

@@ -231,7 +231,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
   a.input_activation = p.input_activation, a.activation = p.activation;
 
   CUtensorMap map{};
-  if (!encode_image<T>(&map, p, tile_channels, a.tile_w, Traits::kChunkRows)) {
+  if (!encode_input<T>(&map, p, {tile_channels, a.tile_w, Traits::kChunkRows, 1})) {
     return cudaErrorInvalidValue;
   }
   const auto shared =

@@ -341,7 +341,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int mul
   const int tile_channels = 2 * tile.pairs;
 
   CUtensorMap map{};
-  if (reader.bulk && !encode_image<T>(&map, p, tile_channels, tile_w, tile_h)) {
+  if (reader.bulk && !encode_input<T>(&map, p, {tile_channels, tile_w, tile_h, 1})) {
     return cudaErrorInvalidValue;
   }
 

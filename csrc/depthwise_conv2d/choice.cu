@@ -65,10 +65,17 @@ bool suits_toeplitz(const DepthwiseConv2dParams& p) {
   return p.kernel_h * p.kernel_w > kManyTaps || p.dilation_h != 1 || p.dilation_w != 1;
 }
 
+// 5x5 over a tiny image is over before the pipeline of stages is full.
+bool suits_diagonal(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kTinyImage = 8 * 8, kLargeKernel = 7;
+  return is_stream(p) && (p.kernel_h >= kLargeKernel || p.in_h * p.in_w > kTinyImage);
+}
+
 // In order of preference. The second lines of channel_direct and plane_strips are for what no other
 // fast family covers.
 constexpr Family kFamilies[] = {
     {"toeplitz", covers_toeplitz, suits_toeplitz, launch_toeplitz},
+    {"diagonal", covers_diagonal, suits_diagonal, launch_diagonal},
     {"channel_direct", covers_channel_direct, suits_channel_direct, launch_channel_direct},
     {"channel_columns", covers_channel_columns, suits_channel_columns, launch_channel_columns},
     {"channel_tiles", covers_channel_tiles, always, launch_channel_tiles},

@@ -56,6 +56,9 @@ cudaError_t launch_channel_direct(const DepthwiseConv2dParams& params, cudaStrea
 bool covers_channel_tiles(const DepthwiseConv2dParams& params);
 cudaError_t launch_channel_tiles(const DepthwiseConv2dParams& params, cudaStream_t stream);
 
+bool covers_diagonal(const DepthwiseConv2dParams& params);
+cudaError_t launch_diagonal(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
 bool covers_plane_strips(const DepthwiseConv2dParams& params);
 cudaError_t launch_plane_strips(const DepthwiseConv2dParams& params, cudaStream_t stream);
 

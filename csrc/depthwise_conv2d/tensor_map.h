@@ -33,21 +33,44 @@ inline bool readable_in_boxes(const DepthwiseConv2dParams& p, int element_bytes)
   return alignment % 16 == 0;
 }
 
-// The channels_last input as boxes of so many channels, columns and rows. False: it was refused.
+// What one copy brings, and whether 16-byte pieces change places so that the same channels of
+// neighbouring pixels lie in different banks. Swizzled, a box has 16, 32 or 64 halves of channels.
+struct Box {
+  int channels, columns, rows, images;
+  bool swizzled = false;
+};
+
+// A channels_last tensor as boxes. False: it was refused.
 template <typename T>
-bool encode_image(CUtensorMap* map, const DepthwiseConv2dParams& p, int channels, int columns,
-                  int rows) {
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(p.channels), static_cast<cuuint64_t>(p.in_w),
-                               static_cast<cuuint64_t>(p.in_h), static_cast<cuuint64_t>(p.batch)};
+bool encode_pixels(CUtensorMap* map, const void* pixels, int64_t batch, int64_t height,
+                   int64_t width, int64_t channels, const Box& box) {
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(channels), static_cast<cuuint64_t>(width),
+                               static_cast<cuuint64_t>(height), static_cast<cuuint64_t>(batch)};
   const cuuint64_t pitches[3] = {sizes[0] * sizeof(T), sizes[0] * sizes[1] * sizeof(T),
                                  sizes[0] * sizes[1] * sizes[2] * sizeof(T)};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(channels), static_cast<cuuint32_t>(columns),
-                             static_cast<cuuint32_t>(rows), 1};
+  const cuuint32_t extents[4] = {
+      static_cast<cuuint32_t>(box.channels), static_cast<cuuint32_t>(box.columns),
+      static_cast<cuuint32_t>(box.rows), static_cast<cuuint32_t>(box.images)};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
-  return tensor_map_encoder()(map, kTensorMapType<T>, 4, const_cast<void*>(p.input), sizes, pitches,
-                              box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+  const size_t bytes = box.channels * sizeof(T);
+  const auto swizzle = !box.swizzled ? CU_TENSOR_MAP_SWIZZLE_NONE
+                       : bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                       : bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                     : CU_TENSOR_MAP_SWIZZLE_128B;
+  return tensor_map_encoder()(map, kTensorMapType<T>, 4, const_cast<void*>(pixels), sizes, pitches,
+                              extents, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename T>
+bool encode_input(CUtensorMap* map, const DepthwiseConv2dParams& p, const Box& box) {
+  return encode_pixels<T>(map, p.input, p.batch, p.in_h, p.in_w, p.channels, box);
+}
+
+template <typename T>
+bool encode_output(CUtensorMap* map, const DepthwiseConv2dParams& p, const Box& box) {
+  return encode_pixels<T>(map, p.output, p.batch, p.out_h, p.out_w, p.channels, box);
 }
 
 }  // namespace dwswap

@@ -26,8 +26,13 @@ bool covers_toeplitz(const DepthwiseConv2dParams& p) {
 
 cudaError_t launch_toeplitz(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   const Device device = current_device();
-  return p.dtype == DataType::kFloat16 ? toeplitz::launch_typed<__half>(p, device, stream)
-                                       : toeplitz::launch_typed<__nv_bfloat16>(p, device, stream);
+  const toeplitz::Cut cut = toeplitz::choose_cut(p, device);
+  const auto launch = [&]<typename T>() {
+    return p.stride_w == 1 ? toeplitz::launch_cut<T, 1>(p, cut, device, stream)
+                           : toeplitz::launch_cut<T, 2>(p, cut, device, stream);
+  };
+  return p.dtype == DataType::kFloat16 ? launch.template operator()<__half>()
+                                       : launch.template operator()<__nv_bfloat16>();
 }
 
 }  // namespace dwswap

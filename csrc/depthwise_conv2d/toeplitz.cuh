@@ -275,23 +275,27 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   return cudaGetLastError();
 }
 
-// One file per element type instantiates this.
-template <typename T>
-cudaError_t launch_typed(const DepthwiseConv2dParams& params, const Device& device,
-                         cudaStream_t stream) {
-  const Cut cut = choose_cut(params, device);
-#define DWSWAP_CASE(STEPS, STRIDE, TILES)                                    \
-  if (cut.steps == STEPS && params.stride_w == STRIDE && cut.tiles == TILES) \
-    return launch<Traits<T, STEPS, STRIDE, TILES>>(params, cut, device, stream);
+// One file per element type and stride instantiates this: together they take long.
+template <typename T, int STRIDE>
+cudaError_t launch_cut(const DepthwiseConv2dParams& params, const Cut& cut, const Device& device,
+                       cudaStream_t stream) {
+#define DWSWAP_CASE(STEPS, S, TILES)                                          \
+  if constexpr (S == STRIDE) {                                                \
+    if (cut.steps == STEPS && cut.tiles == TILES)                             \
+      return launch<Traits<T, STEPS, S, TILES>>(params, cut, device, stream); \
+  }
   DWSWAP_TOEPLITZ_SIZES(DWSWAP_CASE)
 #undef DWSWAP_CASE
   return cudaErrorInvalidValue;
 }
 
-#define DWSWAP_LAUNCH_TYPED(T) \
-  cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, const Device&, cudaStream_t)
-extern template DWSWAP_LAUNCH_TYPED(__half);
-extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
+#define DWSWAP_LAUNCH_CUT(T, STRIDE)                                                         \
+  cudaError_t launch_cut<T, STRIDE>(const DepthwiseConv2dParams&, const Cut&, const Device&, \
+                                    cudaStream_t)
+extern template DWSWAP_LAUNCH_CUT(__half, 1);
+extern template DWSWAP_LAUNCH_CUT(__half, 2);
+extern template DWSWAP_LAUNCH_CUT(__nv_bfloat16, 1);
+extern template DWSWAP_LAUNCH_CUT(__nv_bfloat16, 2);
 
 }  // namespace toeplitz
 }  // namespace dwswap

@@ -46,6 +46,7 @@ class Row:
     extra_padding: tuple[int, int] = (0, 0)
     dtypes: tuple[torch.dtype, ...] = FAST
     sizes: tuple[tuple[int, int], ...] = SIZES
+    transforms_input: bool = True  # whether it covers an activation or a bias of the input
 
 
 ROWS = {
@@ -79,6 +80,34 @@ ROWS = {
     ),
     "channel direct, no padding": Row(
         "channel_direct", "channels_last", ((3, 3),), channels=(24, 57), extra_padding=(-1, -1)
+    ),
+    # Several images of a unit, several columns of units; the last group of channels not whole.
+    "diagonal": Row(
+        "diagonal",
+        "channels_last",
+        SQUARES[1:],
+        channels=(8, 24, 72, 136),
+        dtypes=HALVES,
+        sizes=((1, 1), (7, 7), (14, 14), *SIZES),
+        transforms_input=False,
+    ),
+    "diagonal, padding only": Row(
+        "diagonal",
+        "channels_last",
+        SQUARES[1:],
+        channels=(24,),
+        extra_padding=(9, 5),
+        dtypes=HALVES,
+        transforms_input=False,
+    ),
+    "diagonal, no padding": Row(
+        "diagonal",
+        "channels_last",
+        SQUARES[1:],
+        channels=(40,),
+        extra_padding=(-2, -2),
+        dtypes=HALVES,
+        transforms_input=False,
     ),
     # Rows of 4, 2 and 1 elements, and whole planes.
     "toeplitz": Row(
@@ -200,8 +229,8 @@ def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
                 (row.dilation, row.dilation),
                 row.multiplier,
                 bias=count % 2 == 0,
-                input_bias=count % 4 == 0,
-                input_activation=activation if count % 3 == 0 else "none",
+                input_bias=row.transforms_input and count % 4 == 0,
+                input_activation=activation if row.transforms_input and count % 3 == 0 else "none",
                 activation=activation if count % 3 == 1 else "none",
                 seed=3 * count,  # bias aligned as the input is
             )
@@ -237,9 +266,10 @@ def test_portable_kernels(row, dtype, monkeypatch):
 def test_every_activation(row, dtype):
     judge = Judge()
     case = list(problems(row, dtype))[len(row.sizes) // 2]
-    for side in ("input_activation", "activation"):
+    for side in ("input_activation", "activation")[not row.transforms_input :]:
         for seed, name in enumerate(ACTIVATION_NAMES):
-            plain = {"input_activation": "none", "activation": "none", "input_bias": seed % 2 == 1}
+            plain = {"input_activation": "none", "activation": "none"}
+            plain["input_bias"] = row.transforms_input and seed % 2 == 1
             forward_errors(replace(case, seed=seed, **{**plain, side: name}), DEVICE, judge)
     judge.check()
 
@@ -280,6 +310,7 @@ CHOSEN = {
     "channel_columns": Case(HALF, "channels_last", 64, 144, 56, 56, (3, 3), padding=(1, 1)),
     "channel_direct": Case(HALF, "channels_last", 64, 58, 28, 28, (3, 3), padding=(1, 1)),
     "channel_tiles": Case(HALF, "channels_last", 1, 144, 56, 56, (3, 3), padding=(1, 1)),
+    "diagonal": Case(HALF, "channels_last", 64, 96, 56, 56, (7, 7), padding=(3, 3)),
     "plane_strips": Case(HALF, "contiguous", 64, 144, 56, 56, (3, 3), padding=(1, 1)),
     "rolling_rows": Case(HALF, "contiguous", 1, 960, 7, 7, (3, 3), padding=(1, 1)),
     "toeplitz": Case(HALF, "contiguous", 2, 96, 32, 32, (31, 31), padding=(15, 15)),

@@ -1,5 +1,5 @@
 #include "depthwise_conv2d/toeplitz.cuh"
 
 namespace dwswap::toeplitz {
-template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
+template DWSWAP_LAUNCH_CUT(__half, 1);
 }

@@ -1,0 +1,351 @@
+// channels_last in half precision on the tensor cores, K = 5 and 7, stride 1 and 2 (sm_90).
+//
+// For 8 channels and two neighbouring taps, 16 pixels of output are the product of a 16 x 16 matrix
+// (the pixels that the taps see, 8 channels of either) with two diagonal 8 x 8 matrices under each
+// other, which hold the taps. Pixels come from shared memory as the copy engine put them there, by
+// ldmatrix; the diagonals stay in registers. 7 of 8 products are with zeros, and still a row of
+// taps takes fewer instructions than its multiply-adds would.
+//
+// A block keeps some channels. It walks down the rows of one unit after another, a stage of rows at
+// a time, while the copy engine fetches the stages behind. Every row of input is read once, and
+// added to all the rows of output that see it; a row of output that is complete leaves by way of
+// shared memory and the copy engine.
+//
+// An infinity or a NaN would reach the other channels, as 0 * infinity is NaN. A unit in whose
+// outputs one is found is computed anew without the tensor cores.
+#pragma once
+
+#include "common/integer.h"
+#include "common/matrix.cuh"
+#include "common/numeric.cuh"
+#include "common/tma.cuh"
+#include "depthwise_conv2d/diagonal_cut.h"
+#include "depthwise_conv2d/form.cuh"
+#include "depthwise_conv2d/params.h"
+#include "depthwise_conv2d/tensor_map.h"
+
+namespace dwswap {
+namespace diagonal {
+
+template <typename T_, int K_, int STRIDE_, Form FORM_>
+struct Traits {
+  using T = T_;
+  static constexpr Form kForm = FORM_;  // of the output: kClamp or kAny
+  static constexpr int kKernel = K_;
+  static constexpr int kStride = STRIDE_;
+  static constexpr int kProducts = products_of_warp(K_);
+  static constexpr int kRing = ring_rows(K_, STRIDE_);
+  static constexpr int kStageRows = stage_rows(K_, STRIDE_);
+  static constexpr int kPairs = K_ / 2;  // of taps in a row; the last tap has none
+};
+
+struct Arguments {
+  const void* input;
+  const void* weight;
+  const void* bias;
+  void* output;
+  int batch, channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int segments, images, unit_rows;
+  int stages;  // of a unit
+  int units, chunks, parts;
+  int tile_row_bytes;
+  uint32_t stage_bytes, box_bytes;
+  Divisor by_columns, by_strips;
+  Activation activation;
+};
+
+struct Unit {
+  int image, row, column;  // of output, the first ones
+};
+
+__device__ __forceinline__ Unit unit_at(const Arguments& a, int index) {
+  uint32_t column, strip;
+  const uint32_t image = a.by_strips.divide(a.by_columns.divide(index, &column), &strip);
+  return {static_cast<int>(image) * a.images, static_cast<int>(strip) * a.unit_rows,
+          static_cast<int>(column) * a.segments * kSegment};
+}
+
+// The copy engine's swizzle of pixels of 64 bytes: their 16-byte pieces change places.
+__device__ __forceinline__ uint32_t swizzled(uint32_t byte) { return byte ^ (byte >> 3 & 0x30); }
+static_assert(kPixelBytes == 64);
+
+// One output without the tensor cores.
+template <typename Traits>
+__device__ float convolve(const Arguments& a, int n, int y, int x, int c) {
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride;
+  const auto* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * K * K;
+  const auto* image =
+      static_cast<const T*>(a.input) + static_cast<int64_t>(n) * a.in_h * a.in_w * a.channels + c;
+  float sum[1] = {a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[c])};
+  for (int h = 0; h < K; ++h) {
+    const int row = y * S + h - a.padding_h;
+    for (int w = 0; w < K; ++w) {
+      const int column = x * S + w - a.padding_w;
+      if (row < 0 || row >= a.in_h || column < 0 || column >= a.in_w) continue;
+      sum[0] += widen(image[(static_cast<int64_t>(row) * a.in_w + column) * a.channels]) *
+                widen(weight[h * K + w]);
+    }
+  }
+  activate(sum, a.activation);
+  return sum[0];
+}
+
+template <typename Traits>
+__device__ __noinline__ void recompute(const Arguments& a, int first_channel) {
+  using T = typename Traits::T;
+  const int channels = min(kUnitChannels, a.channels - first_channel);
+  for (int index = blockIdx.x / a.chunks; index < a.units; index += a.parts) {
+    const Unit u = unit_at(a, index);
+    const int images = min(a.images, a.batch - u.image);
+    const int rows = min(a.unit_rows, a.out_h - u.row);
+    const int columns = min(a.segments * kSegment, a.out_w - u.column);
+    for (int i = threadIdx.x; i < images * rows * columns * channels; i += blockDim.x) {
+      const int c = first_channel + i % channels, pixel = i / channels;
+      const int x = u.column + pixel % columns, y = u.row + pixel / columns % rows;
+      const int n = u.image + pixel / columns / rows;
+      static_cast<T*>(
+          a.output)[((static_cast<int64_t>(n) * a.out_h + y) * a.out_w + x) * a.channels + c] =
+          narrow<T>(convolve<Traits>(a, n, y, x, c));
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ bool has_nan(uint32_t pair) {
+  const float2 both = widen_pair<T>(pair);
+  return isnan(both.x) || isnan(both.y);
+}
+
+#if DWSWAP_BULK_COPIES
+
+// The diagonals of a warp's channels: entry (k, n) of an 8 x 8 matrix is the tap of channel n where
+// k == n. A lane holds k = 2 (lane % 4) and the next, n = lane / 4.
+template <typename Traits>
+__device__ __forceinline__ void load_diagonals(uint32_t (&taps)[Traits::kKernel * Traits::kKernel],
+                                               const Arguments& a, int channel) {
+  using T = typename Traits::T;
+  constexpr int TAPS = Traits::kKernel * Traits::kKernel;
+  const int lane = threadIdx.x % 32, n = lane / 4;
+  const bool mine = n / 2 == lane % 4 && channel + n < a.channels;
+  const auto* weight =
+      static_cast<const uint16_t*>(a.weight) + static_cast<int64_t>(channel + n) * TAPS;
+#pragma unroll
+  for (int i = 0; i < TAPS; ++i)
+    taps[i] = mine ? static_cast<uint32_t>(weight[i]) << (n % 2 * 16) : 0;
+}
+
+#endif
+
+template <typename Traits>
+__global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
+    kernel(const __grid_constant__ CUtensorMap input_map,
+           const __grid_constant__ CUtensorMap output_map, const __grid_constant__ Arguments a) {
+#if DWSWAP_BULK_COPIES
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride;
+  constexpr int RING = Traits::kRing, STAGE_ROWS = Traits::kStageRows, PAIRS = Traits::kPairs;
+  constexpr int PRODUCTS = Traits::kProducts, ROW_BYTES = Cut::row_bytes(K);
+  extern __shared__ __align__(kAlignment) unsigned char shared[];
+  unsigned char* const results = shared + kSlots * a.stage_bytes;
+  auto* const full = reinterpret_cast<uint64_t*>(results + 2 * RING * ROW_BYTES);
+
+  const int chunk = blockIdx.x % a.chunks, part = blockIdx.x / a.chunks;
+  const int first_channel = chunk * kUnitChannels;
+  const int group = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int channel = first_channel + group * kGroup;
+
+  // The next stage that thread 0 asks for.
+  Unit ahead = unit_at(a, part);
+  int ahead_index = part, ahead_stage = 0;
+  const auto fetch = [&](int slot) {
+    if (ahead_index >= a.units) return;
+    barrier_expect(&full[slot], a.box_bytes);
+    copy_box(shared + slot * a.stage_bytes, &input_map, &full[slot], first_channel,
+             ahead.column * S - a.padding_w, ahead.row * S - a.padding_h + ahead_stage * STAGE_ROWS,
+             ahead.image);
+    if (++ahead_stage < a.stages) return;
+    ahead_stage = 0, ahead_index += a.parts;
+    ahead = unit_at(a, ahead_index);
+  };
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < kSlots; ++slot) barrier_init(&full[slot]);
+    for (int slot = 0; slot < kSlots; ++slot) fetch(slot);
+  }
+
+  uint32_t taps[K * K];
+  load_diagonals<Traits>(taps, a, channel);
+  float bias[2] = {};
+  if (a.bias != nullptr && channel + lane % 4 * 2 < a.channels)
+    load(static_cast<const T*>(a.bias) + channel + lane % 4 * 2, bias);
+
+  // Of the 16 pixels of a product, a lane gives the address of one, at either of two taps.
+  const uint32_t origin = shared_address(shared);
+  uint32_t offsets[PRODUCTS][PAIRS + 1];
+#pragma unroll
+  for (int p = 0; p < PRODUCTS; ++p) {
+    const int segment = min(2 * p + lane / 8 % 2, a.segments * a.images - 1);
+    const int column = (segment % a.segments * kSegment + lane % 8) * S;
+#pragma unroll
+    for (int i = 0; i <= PAIRS; ++i) {
+      const int at = column + 2 * i + (i < PAIRS ? lane / 16 : 0);
+      offsets[p][i] = segment / a.segments * STAGE_ROWS * a.tile_row_bytes +
+                      swizzled(at * kPixelBytes + group * 16);
+    }
+  }
+  const uint32_t target = shared_address(results) + swizzled(lane % 16 * kPixelBytes + group * 16);
+  __syncthreads();
+
+  Unit u = unit_at(a, part);
+  int index = part, stage = 0, slot = 0;
+  uint32_t parity = 0, buffer = 0;
+  const OutputForm<Traits::kForm, T, 2> form(a.activation);
+  uint32_t most = 0;  // of the outputs, or NaN
+  float sums[PRODUCTS][RING][4];
+  const auto reset = [&](float (&sum)[4]) { sum[0] = sum[2] = bias[0], sum[1] = sum[3] = bias[1]; };
+  const auto reset_all = [&] {
+#pragma unroll
+    for (int i = 0; i < PRODUCTS * RING; ++i) reset(sums[i / RING][i % RING]);
+  };
+  reset_all();
+  while (true) {
+    barrier_wait(&full[slot], parity);
+    const int top = u.row * S - a.padding_h + stage * STAGE_ROWS;
+    uint32_t row_address = origin + slot * a.stage_bytes;
+    uint32_t row_target = target + buffer * RING * ROW_BYTES;
+#pragma unroll
+    for (int i = 0; i < STAGE_ROWS; ++i) {
+      if (static_cast<unsigned>(top + i) < static_cast<unsigned>(a.in_h)) {
+#pragma unroll
+        for (int p = 0; p < PRODUCTS; ++p) {
+#pragma unroll
+          for (int j = 0; j <= PAIRS; ++j) {
+            uint32_t x[4], last[2];
+            if (j < PAIRS) {
+              load_matrices(x, row_address + offsets[p][j]);
+            } else {
+              load_matrices(last, row_address + offsets[p][j]);
+            }
+#pragma unroll
+            for (int h = 0; h < K; ++h) {
+              if ((i - h + K * S) % S != 0) continue;
+              float* const sum = sums[p][(i - h + RING * S) / S % RING];
+              if (j < PAIRS) {
+                multiply_add<T>(sum, x, {taps[h * K + 2 * j], taps[h * K + 2 * j + 1]});
+              } else {
+                multiply_add<T>(sum, last, taps[h * K + K - 1]);
+              }
+            }
+          }
+        }
+      }
+      row_address += a.tile_row_bytes;
+      if ((i + 1 - K + K * S) % S != 0) continue;
+#pragma unroll
+      for (int p = 0; p < PRODUCTS; ++p) {
+        float (&sum)[4] = sums[p][(i + 1 - K + RING * S) / S % RING];
+        if constexpr (Traits::kForm == Form::kAny) activate(sum, a.activation);
+        float pairs[2][2] = {{sum[0], sum[1]}, {sum[2], sum[3]}};
+        const uint32_t upper = form.apply(pairs[0]).data[0];
+        const uint32_t lower = form.apply(pairs[1]).data[0];
+        most = maximum_word<T>(most, maximum_word<T>(upper, lower));
+        store_matrices(row_target + p * 2 * kSegment * kPixelBytes, upper, lower);
+        reset(sum);
+      }
+      row_target += ROW_BYTES;
+    }
+    if (threadIdx.x < RING) wait_for_bulk_reads();  // of the other buffer
+    fence_for_bulk_copies();
+    __syncthreads();
+    if (threadIdx.x < RING) {
+      const int row = stage * RING - (RING - 1) + static_cast<int>(threadIdx.x);
+      if (row >= 0 && row < min(a.unit_rows, a.out_h - u.row))
+        write_box(&output_map, results + (buffer * RING + threadIdx.x) * ROW_BYTES, first_channel,
+                  u.column, u.row + row, u.image);
+      if (threadIdx.x == 0) fetch(slot);
+    }
+    buffer ^= 1;
+    if (++slot == kSlots) slot = 0, parity ^= 1;
+    if (++stage < a.stages) continue;
+    stage = 0, index += a.parts;
+    if (index >= a.units) break;
+    u = unit_at(a, index);
+    reset_all();
+  }
+  if (threadIdx.x < RING) wait_for_bulk_writes();
+  if (__syncthreads_or(has_nan<T>(most))) recompute<Traits>(a, first_channel);
+#else
+  __trap();  // the host chose it for an image of sm_90
+#endif
+}
+
+template <typename Traits>
+cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
+                   cudaStream_t stream) {
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride;
+  Arguments a{};
+  a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.output = p.output;
+  a.batch = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
+  a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
+  a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.segments = cut.segments, a.images = cut.images, a.unit_rows = cut.rows;
+  a.stages = static_cast<int>(ceil_div((cut.rows - 1) * S + K, Traits::kStageRows));
+  const auto columns = static_cast<uint32_t>(ceil_div(p.out_w, cut.segments * kSegment));
+  const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
+  a.units = static_cast<int>(columns * strips * ceil_div(p.batch, cut.images));
+  a.chunks = static_cast<int>(ceil_div(p.channels, kUnitChannels));
+  const int64_t slots =
+      static_cast<int64_t>(device.multiprocessors) * resident_blocks(cut, K, S, device);
+  const int64_t turns = ceil_div(static_cast<int64_t>(a.units) * a.chunks, slots);
+  a.parts = static_cast<int>(ceil_div(a.units, turns));
+  const int tile_columns = diagonal::tile_columns(cut.segments, K, S);
+  a.tile_row_bytes = tile_columns * kPixelBytes;
+  a.stage_bytes = cut.stage_bytes(K, S);
+  a.box_bytes = cut.images * Traits::kStageRows * a.tile_row_bytes;
+  a.by_columns = Divisor(columns), a.by_strips = Divisor(strips);
+  a.activation = p.activation;
+
+  CUtensorMap input_map{}, output_map{};
+  const Box in_box{kUnitChannels, tile_columns, Traits::kStageRows, cut.images, true};
+  const Box out_box{kUnitChannels, cut.segments * kSegment, 1, cut.images, true};
+  if (!encode_input<T>(&input_map, p, in_box) || !encode_output<T>(&output_map, p, out_box))
+    return cudaErrorInvalidValue;
+
+  const auto function = kernel<Traits>;
+  const int shared = cut.shared_bytes(K, S);
+  // The most of any cut: threads that launch at the same time must not lower each other's limit.
+  const cudaError_t status = cudaFuncSetAttribute(
+      function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  if (status != cudaSuccess) return status;
+  function<<<a.chunks * a.parts, 32 * kWarps, shared, stream>>>(input_map, output_map, a);
+  return cudaGetLastError();
+}
+
+// One file per element type instantiates this.
+template <typename T>
+cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Device& device,
+                         cudaStream_t stream) {
+  const Cut cut = choose_cut(p, device);
+#define DWSWAP_CASE(K, S)                                                      \
+  if (p.kernel_h == K && p.stride_h == S) {                                    \
+    return p.activation <= Activation::kRelu6                                  \
+               ? launch<Traits<T, K, S, Form::kClamp>>(p, cut, device, stream) \
+               : launch<Traits<T, K, S, Form::kAny>>(p, cut, device, stream);  \
+  }
+  DWSWAP_CASE(5, 1)
+  DWSWAP_CASE(5, 2)
+  DWSWAP_CASE(7, 1)
+  DWSWAP_CASE(7, 2)
+#undef DWSWAP_CASE
+  return cudaErrorInvalidValue;
+}
+
+#define DWSWAP_LAUNCH_TYPED(T) \
+  cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, const Device&, cudaStream_t)
+extern template DWSWAP_LAUNCH_TYPED(__half);
+extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
+
+}  // namespace diagonal
+}  // namespace dwswap

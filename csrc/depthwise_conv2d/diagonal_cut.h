@@ -1,0 +1,63 @@
+// How diagonal cuts a problem into units and blocks.
+#pragma once
+
+#include "common/device.h"
+#include "common/integer.h"
+#include "depthwise_conv2d/params.h"
+
+namespace dwswap {
+namespace diagonal {
+
+constexpr int kGroup = 8;          // channels of one product
+constexpr int kSegment = 8;        // columns of output of half a product
+constexpr int kUnitChannels = 32;  // of a block
+constexpr int kWarps = kUnitChannels / kGroup;
+constexpr int kMinBlocks = 4;  // whose registers a multiprocessor has
+constexpr int kSlots = 2;      // stages of input in shared memory
+constexpr int kPixelBytes = 2 * kUnitChannels;
+constexpr int kAlignment = 1024;  // of shared memory, in bytes: a multiple of a swizzle's period
+
+// Products side by side that a warp has: they share the taps, and hide each other's latency. The
+// taps of K = 7 leave registers for one.
+constexpr int products_of_warp(int kernel) { return kernel == 7 ? 1 : 2; }
+constexpr int segments_of_warp(int kernel) { return 2 * products_of_warp(kernel); }
+
+// Rows of output that a thread adds up at once, and rows of input of a stage: the place of a row of
+// output among the sums is then known at compile time.
+constexpr int ring_rows(int kernel, int stride) { return (kernel - 1) / stride + 1; }
+constexpr int stage_rows(int kernel, int stride) { return ring_rows(kernel, stride) * stride; }
+
+// Pixels of a row of input in shared memory: a multiple of 8, so that the swizzle of a column is
+// that of every row.
+constexpr int tile_columns(int segments, int kernel, int stride) {
+  return static_cast<int>(ceil_div((segments * kSegment - 1) * stride + kernel, 8) * 8);
+}
+
+constexpr int align(int bytes) {
+  return static_cast<int>(ceil_div(bytes, kAlignment) * kAlignment);
+}
+
+// A unit: so many segments of 8 columns of so many images, and rows of output.
+struct Cut {
+  int segments, images, rows;
+
+  int stage_bytes(int kernel, int stride) const {
+    return align(images * stage_rows(kernel, stride) * tile_columns(segments, kernel, stride) *
+                 kPixelBytes);
+  }
+  static constexpr int row_bytes(int kernel) {  // of output
+    return align(segments_of_warp(kernel) * kSegment * kPixelBytes);
+  }
+  int shared_bytes(int kernel, int stride) const {
+    return kSlots * (stage_bytes(kernel, stride) + static_cast<int>(sizeof(uint64_t))) +
+           2 * ring_rows(kernel, stride) * row_bytes(kernel);
+  }
+};
+
+Cut choose_cut(const DepthwiseConv2dParams& params, const Device& device);
+
+// Blocks that a multiprocessor has at once.
+int resident_blocks(const Cut& cut, int kernel, int stride, const Device& device);
+
+}  // namespace diagonal
+}  // namespace dwswap
