@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwswap.checks import geometry
-from dwswap.layouts import laid_out, memory_format, output_memory_format
+from dwswap import build
+from dwswap.checks import check_dense, geometry, raise_typed
+from dwswap.layouts import empty_image, laid_out, memory_format, output_memory_format
 from dwswap.plain import differentiated_elsewhere, is_plain, needs_gradient
 from dwswap.schema import depthwise_conv2d, depthwise_conv2d_backward
 
@@ -18,7 +19,9 @@ __all__ = [
     "apply_backward",
     "backward_aten",
     "backward_autograd",
+    "backward_composite",
     "backward_fake",
+    "backward_families",
     "without_autocast",
 ]
 
@@ -71,6 +74,35 @@ def backward_aten(
     return _backward(grad_output, input, weight, *args)
 
 
+def backward_composite(
+    grad_output: Tensor, input: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if input.is_cuda and build.load():
+        # Dense tensors have a CUDA kernel from now on; others would come back here for ever.
+        check_dense(input, weight, grad_output, names=("input", "weight", "grad_output"))
+        return depthwise_conv2d_backward(grad_output, input, weight, *args)
+    return backward_aten(grad_output, input, weight, *args)
+
+
+def backward_families(
+    grad_output: Tensor, input: Tensor, weight: Tensor, *args: Any
+) -> tuple[str, str]:
+    """Name the families of CUDA kernels that would run; ``"aten"`` where none would.
+
+    Args:
+        args: stride, padding, dilation, output_mask.
+
+    Returns:
+        Of the gradient of the input, and of those of weight and bias; empty where not wanted.
+    """
+    if not (input.is_cuda and build.load()):
+        wants_input, *wants_sums = args[3]
+        return "aten" if wants_input else "", "aten" if any(wants_sums) else ""
+    family = torch.ops.dwswap._depthwise_conv2d_backward_family.default
+    of_input, of_sums = family(grad_output, input, weight, *args).split(",")
+    return of_input, of_sums
+
+
 def backward_fake(
     grad_output: Tensor,
     input: Tensor,
@@ -81,7 +113,7 @@ def backward_fake(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (
-        laid_out(torch.empty_like(input), output_memory_format(input, weight))
+        empty_image(input.shape, input, output_memory_format(input, weight))
         if output_mask[0]
         else None,
         torch.empty_like(weight, memory_format=memory_format(weight)) if output_mask[1] else None,
@@ -125,10 +157,7 @@ class _DepthwiseConv2dBackward(torch.autograd.Function):
         ctx.geometry = geometry(stride, padding, dilation)
         ctx.save_for_backward(grad_output, input, weight)
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
-            return depthwise_conv2d_backward(
-                grad_output, input, weight, stride, padding, dilation, output_mask
-            )
+        return _below_autograd(grad_output, input, weight, stride, padding, dilation, output_mask)
 
     @staticmethod
     @without_autocast
@@ -163,9 +192,16 @@ def apply_backward(
     """Call the operator; where nothing is differentiated again, past its autograd kernel."""
     tensors = (grad_output, input, weight)
     if is_plain(*tensors, None) and not needs_gradient(*tensors):
-        with torch._C._AutoDispatchBelowAutograd():
-            return depthwise_conv2d_backward(*tensors, *args)
+        return _below_autograd(*tensors, *args)
     return depthwise_conv2d_backward(*tensors, *args)
+
+
+def _below_autograd(*args: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return depthwise_conv2d_backward(*args)
+    except RuntimeError as error:
+        raise_typed(error)
 
 
 def backward_autograd(
@@ -175,5 +211,4 @@ def backward_autograd(
         return _backward(grad_output, input, weight, *args)
     if needs_gradient(grad_output, input, weight):
         return _DepthwiseConv2dBackward.apply(grad_output, input, weight, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return depthwise_conv2d_backward(grad_output, input, weight, *args)
+    return _below_autograd(grad_output, input, weight, *args)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from dwswap.activations import ACTIVATIONS
 
-__all__ = ["check_arguments", "check_dense", "geometry", "output_size", "pair"]
+__all__ = ["check_arguments", "check_dense", "geometry", "output_size", "pair", "raise_typed"]
 
 NAME = "dwswap.depthwise_conv2d"
 NAMES = ("input", "weight", "bias", "input_bias")
@@ -88,13 +89,16 @@ def output_size(
     return [*shape[:-3], kernel[0], *spatial]
 
 
-def check_dense(*tensors: Tensor | None) -> None:
+def check_dense(*tensors: Tensor | None, names: Sequence[str] = NAMES) -> None:
     """Refuse sparse, nested and quantized tensors; in order input, weight, bias, input_bias.
+
+    Args:
+        names: of other tensors.
 
     Raises:
         TypeError: naming the first one.
     """
-    for name, tensor in zip(NAMES, tensors, strict=False):
+    for name, tensor in zip(names, tensors, strict=False):
         if tensor is not None:
             _check_kind(name, tensor)
 
@@ -215,3 +219,15 @@ def _check_same(name: str, tensor: Tensor, input: Tensor) -> None:
 
 def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
+
+
+def raise_typed(error: RuntimeError) -> NoReturn:
+    """Raise a kernel's ``error`` with the type that it lost on its way through the stable ABI.
+
+    Raises:
+        torch.OutOfMemoryError: it says that memory ran out.
+        RuntimeError: whatever else.
+    """
+    if type(error) is RuntimeError and "CUDA out of memory." in str(error):
+        raise torch.OutOfMemoryError(str(error)) from None
+    raise error

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["laid_out", "memory_format", "output_memory_format", "restored", "to_layout"]
+__all__ = [
+    "empty_image",
+    "laid_out",
+    "memory_format",
+    "output_memory_format",
+    "restored",
+    "to_layout",
+]
 
 
 def output_memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
@@ -30,6 +38,17 @@ def laid_out(output: Tensor, layout: torch.memory_format) -> Tensor:
     if output.dim() == 3:
         return output.unsqueeze(0).contiguous(memory_format=layout).squeeze(0)
     return output.contiguous(memory_format=layout)
+
+
+def empty_image(size: Sequence[int], like: Tensor, layout: torch.memory_format) -> Tensor:
+    """Memory for an image, 4-D or 3-D, with the strides that ``layout`` gives new tensors."""
+    output = torch.empty(
+        size if len(size) == 4 else [1, *size],
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=layout,
+    )
+    return output if len(size) == 4 else output.squeeze(0)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

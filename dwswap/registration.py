@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from dwswap.backward import (
     apply_backward,
     backward_aten,
     backward_autograd,
+    backward_composite,
     backward_fake,
     without_autocast,
 )
-from dwswap.checks import check_arguments, check_dense, geometry, output_size
-from dwswap.layouts import laid_out, output_memory_format
+from dwswap.checks import check_arguments, check_dense, geometry, output_size, raise_typed
+from dwswap.layouts import empty_image, laid_out, output_memory_format
 from dwswap.plain import differentiated_elsewhere, is_plain, needs_gradient
 from dwswap.schema import depthwise_conv2d, depthwise_conv2d_backward, direct, library
 from dwswap.transforms import autocast_kernel, forward_vmap
@@ -128,13 +129,7 @@ def _forward_fake(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
     )
     size = output_size(input, weight, stride, padding, dilation)
-    output = torch.empty(
-        size if len(size) == 4 else [1, *size],
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=output_memory_format(input, weight),
-    )
-    return output if len(size) == 4 else output.squeeze(0)
+    return empty_image(size, input, output_memory_format(input, weight))
 
 
 # --- autograd ---------------------------------------------------------------------------------
@@ -145,14 +140,7 @@ def _below_autograd(*args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             return depthwise_conv2d(*args)
     except RuntimeError as error:
-        _raise_typed(error)
-
-
-def _raise_typed(error: RuntimeError) -> NoReturn:
-    """An exception loses its type on its way through the stable ABI."""
-    if type(error) is RuntimeError and "CUDA out of memory." in str(error):
-        raise torch.OutOfMemoryError(str(error)) from None
-    raise error
+        raise_typed(error)
 
 
 def _at_once(
@@ -183,7 +171,7 @@ def _at_once(
     try:
         return direct(input, weight, bias, *stride, *padding, *dilation, input_bias, index)
     except RuntimeError as error:
-        _raise_typed(error)
+        raise_typed(error)
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
@@ -327,10 +315,12 @@ library.impl("_depthwise_conv2d_aten", _forward_aten, "CompositeExplicitAutograd
 # The CUDA keys are those of dense tensors; for the others depthwise_conv2d has words.
 library.impl("_depthwise_conv2d_direct", _forward_direct, "CompositeExplicitAutograd")
 library.impl("_depthwise_conv2d_direct", torch.library.fallthrough_kernel, "Autograd")
-library.impl("_depthwise_conv2d_backward", backward_aten, "CompositeExplicitAutograd")
+library.impl("_depthwise_conv2d_backward", backward_composite, "CompositeExplicitAutograd")
+library.impl("_depthwise_conv2d_backward_aten", backward_aten, "CompositeExplicitAutograd")
 torch.library.register_fake("dwswap::depthwise_conv2d", _forward_fake, lib=library)
 torch.library.register_fake("dwswap::_depthwise_conv2d_aten", _forward_fake, lib=library)
-torch.library.register_fake("dwswap::_depthwise_conv2d_backward", backward_fake, lib=library)
+for _name in ("_depthwise_conv2d_backward", "_depthwise_conv2d_backward_aten"):
+    torch.library.register_fake(f"dwswap::{_name}", backward_fake, lib=library)
 library.impl("depthwise_conv2d", _forward_autograd, "Autograd")
 library.impl("_depthwise_conv2d_backward", backward_autograd, "Autograd")
 for _device_type, _key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):

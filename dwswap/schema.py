@@ -26,11 +26,12 @@ library.define(
     "Tensor? input_bias, int activations) -> Tensor"
 )
 library.define(f"_depthwise_conv2d_family{_FORWARD_ARGUMENTS} -> str", tags=_tags)
-library.define(
-    f"_depthwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, "
-    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
-    tags=_tags,
+_BACKWARD_ARGUMENTS = (
+    f"(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, bool[3] output_mask)"
 )
+for _name in ("_depthwise_conv2d_backward", "_depthwise_conv2d_backward_aten"):
+    library.define(f"{_name}{_BACKWARD_ARGUMENTS} -> (Tensor, Tensor, Tensor)", tags=_tags)
+library.define(f"_depthwise_conv2d_backward_family{_BACKWARD_ARGUMENTS} -> str", tags=_tags)
 
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default

@@ -39,6 +39,7 @@ for dtype in float32 float16 bfloat16 float64; do
     tests "fuzz-$dtype-$what" tests/gpu/test_fuzz.py -k "$chosen and $what" &
   done
   tests "kernels-$dtype" tests/gpu/test_kernels.py -k "$chosen" &
+  tests "gradients-$dtype" tests/gpu/test_gradient_kernels.py -k "$chosen" &
 done
 tests fuzz-other tests/gpu/test_fuzz.py -k "not forward and not gradients" &
 tests kernels-other tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64" &

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from dwswap import build, depthwise_conv2d
+from dwswap.schema import depthwise_conv2d_backward
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 HALVES = (torch.float16, torch.bfloat16)
@@ -44,6 +45,7 @@ class Problem(NamedTuple):
     offset: int = 0  # of the input in its storage, in elements
     portable: bool = False
     family: str = ""  # asked for; the choice's where it is empty or does not cover the problem
+    backward: str = ""  # the same for the families of the gradients
 
 
 def problems() -> Iterator[Problem]:
@@ -121,6 +123,24 @@ def problems() -> Iterator[Problem]:
             yield Problem(dtype, memory_format, (2, 4, 7, 7), (4, 2), stride=3, multiplier=3)
 
 
+def gradient_problems() -> Iterator[Problem]:
+    """The same for the families of the gradients."""
+    fast = (torch.float32, *HALVES)
+    for memory_format, dtype, stride in itertools.product(FORMATS, fast, (1, 2)):
+        for i, size in enumerate(((3, 3), (5, 5), (7, 7))):
+            for channels, offset in ((72, 0), (58, 0), (57, 0), (20, 1)):
+                shape = (3, channels, 9 + 6 * i, 17 - 4 * i)
+                ragged = Problem(dtype, memory_format, shape, size, stride, offset=offset)
+                yield ragged
+                yield ragged._replace(shape=(2, channels, 33, 29), extra_padding=(1, 0))
+            yield Problem(dtype, memory_format, (2, 5, 11, 13), size, stride, extra_padding=(9, 5))
+    for memory_format, dtype in itertools.product(FORMATS, (*fast, torch.float64)):
+        general = Problem(dtype, memory_format, (2, 33, 10, 13), (3, 3), backward="general")
+        yield general
+        yield general._replace(kernel=(1, 11), stride=3)
+        yield general._replace(kernel=(4, 2), multiplier=3, dilation=2)
+
+
 def place(values: torch.Tensor, problem: Problem) -> torch.Tensor:
     """A copy on the GPU in the memory format and at the offset of the problem."""
     laid_out = values.contiguous(memory_format=problem.memory_format)
@@ -169,10 +189,49 @@ def check(problem: Problem) -> str | None:
         groups=channels,
     )
     exact = F.silu(exact) if problem.transform else exact
+    return difference(result, exact, problem.dtype)
+
+
+def check_gradients(problem: Problem) -> str | None:
+    """Run the gradients of one problem; returns what is wrong with them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(problem.dtype)
+
+    channels = problem.shape[1]
+    input = draw(*problem.shape)
+    weight = draw(channels * problem.multiplier, 1, *problem.kernel)
+    padding = [problem.dilation * size // 2 for size in problem.kernel]
+    padding = [p + extra for p, extra in zip(padding, problem.extra_padding, strict=True)]
+    geometry = ([problem.stride] * 2, padding, [problem.dilation] * 2)
+    with torch.enable_grad():
+        leaves = [t.double().requires_grad_() for t in (input, weight, weight[:, 0, 0, 0])]
+        stride, dilation = problem.stride, problem.dilation
+        wide_input, wide_weight, wide_bias = leaves
+        output = F.conv2d(
+            wide_input, wide_weight, wide_bias, stride, padding, dilation, groups=channels
+        )
+        grad = draw(*output.shape)
+        exact = torch.autograd.grad(output, leaves, grad.double())
+    os.environ["DWSWAP_PORTABLE"] = str(int(problem.portable))
+    os.environ["DWSWAP_FAMILY"] = problem.family
+    os.environ["DWSWAP_BACKWARD_FAMILY"] = problem.backward
+    ours = depthwise_conv2d_backward(
+        place(grad, problem), place(input, problem), weight.cuda(), *geometry, [True, True, True]
+    )
+    for name, result, reference in zip(("input", "weight", "bias"), ours, exact, strict=True):
+        wrong = difference((result * 1).cpu().double(), reference, problem.dtype)
+        if wrong is not None:
+            return f"gradient of {name}: {wrong}"
+    return None
+
+
+def difference(result: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> str | None:
     if result.shape != exact.shape:
         return f"shape {tuple(result.shape)} instead of {tuple(exact.shape)}"
     # Errors of the arithmetic are for the tests; here wrong memory must show.
-    bound = 16 * torch.finfo(problem.dtype).eps * max(1.0, exact.abs().max().item())
+    bound = 16 * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item())
     error = (result - exact).abs().max().item()
     if not error <= bound:  # NaN fails as well
         return f"error {error:.3e} instead of at most {bound:.3e}"
@@ -185,13 +244,15 @@ def main(arguments: list[str]) -> int:
         print("sanitize: PyTorch sees no CUDA GPU", file=sys.stderr)
         return 1
     count, failures = 0, 0
+    runs = [(check, problem) for problem in problems()]
+    if not bulk_stores:
+        bulk = ("plane_strips", "diagonal")
+        runs = [(run, p) for run, p in runs if p.family not in bulk or p.portable]
+    # Gradients of the input run forward families.
+    runs += [(check_gradients, p._replace(portable=not bulk_stores)) for p in gradient_problems()]
     with torch.no_grad():
-        for problem in problems():
-            if problem.family in ("plane_strips", "diagonal") and not (
-                bulk_stores or problem.portable
-            ):
-                continue
-            wrong = check(problem)
+        for run, problem in runs:
+            wrong = run(problem)
             count += 1
             if wrong is not None:
                 failures += 1

@@ -17,6 +17,49 @@ __device__ __forceinline__ void load_taps(const T* source, float (&taps)[CHANNEL
   }
 }
 
+// words = N elements, where `wanted`; else they stay. Written as C++, the compiler moves what it
+// loaded to other registers, and waits for it there.
+template <int N, typename T>
+__device__ __forceinline__ void load_where(bool wanted, const T* source, Words<T, N>& words) {
+  auto& data = words.data;
+  if constexpr (Words<T, N>::kBytes == 8) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %2, 0;\n"
+        "@wanted ld.global.nc.v2.u32 {%0, %1}, [%3];\n"
+        "}\n"
+        : "+r"(data[0]), "+r"(data[1])
+        : "r"(static_cast<int>(wanted)), "l"(source));
+  } else if constexpr (Words<T, N>::kBytes == 4) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %1, 0;\n"
+        "@wanted ld.global.nc.u32 %0, [%2];\n"
+        "}\n"
+        : "+r"(data[0])
+        : "r"(static_cast<int>(wanted)), "l"(source));
+  } else {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %1, 0;\n"
+        "@wanted ld.global.nc.u16 %0, [%2];\n"
+        "}\n"
+        : "+r"(data[0])
+        : "r"(static_cast<int>(wanted)), "l"(source));
+  }
+}
+
+// Behind a branch that is seldom taken; written as C++, it would be selected in every row.
+template <int N, typename T>
+__device__ __forceinline__ void set(Words<T, N>& words, const Words<T, N>& values) {
+#pragma unroll
+  for (int i = 0; i < Words<T, N>::kWords; ++i)
+    asm volatile("mov.b32 %0, %1;" : "=r"(words.data[i]) : "r"(values.data[i]));
+}
+
 // Bit i: column first + i is one of `size`, or none of the `used` ones that count.
 template <int COLUMNS>
 __device__ __forceinline__ uint32_t columns_inside(int first, int size, int used) {

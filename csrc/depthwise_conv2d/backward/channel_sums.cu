@@ -1,0 +1,30 @@
+#include <limits>
+
+#include "common/device.h"
+#include "depthwise_conv2d/backward/channel_sums.cuh"
+#include "depthwise_conv2d/dispatch.h"
+
+namespace dwswap {
+
+bool covers_channel_sums(const GradientParams& p) {
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
+  if (!p.channels_last() || !sums_squares(p) || p.multiplier != 1) return false;
+  // Rows and columns, with what a thread runs over, offsets within a few rows, and indices of
+  // strips.
+  constexpr int64_t kOver = 32;
+  return p.in_h + p.padding_h <= kLimit - kOver &&
+         p.channels * (p.in_w + p.padding_w + kOver) <= kLimit / 8 &&
+         p.batch * p.out_h * p.out_w <= kLimit / 2;
+}
+
+int64_t channel_sums_workspace_bytes(const GradientParams& p) {
+  return sums_bytes(p, channel_sums::choose_cut(p, current_device().multiprocessors).split.shares);
+}
+
+cudaError_t launch_channel_sums(const GradientParams& p, cudaStream_t stream) {
+  const channel_sums::Cut cut = channel_sums::choose_cut(p, current_device().multiprocessors);
+  return visit_fast_type(
+      p.dtype, [&]<typename T>() { return channel_sums::launch_typed<T>(p, cut, stream); });
+}
+
+}  // namespace dwswap

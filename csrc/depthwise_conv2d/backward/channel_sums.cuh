@@ -1,0 +1,269 @@
+// channels_last, the gradients of weight and bias, stride 1 and 2, kernel sizes known at compile
+// time, any number of channels and any alignment.
+//
+//   grad_weight[k] = sum over n and o of grad_output[o] input[stride o + k - padding]
+//
+// A thread owns neighbouring channels, an access wide, and walks down kColumns columns of
+// grad_output at a time. It loads each row of input that they see once, and multiplies it by the
+// kSeen rows of grad_output whose windows hold that row, which wait in registers: a step of the
+// walk takes kStride rows of input and one of grad_output. Two rows of input are on their way: one
+// is loaded again as soon as it is used. In the end the threads of a block that have the same
+// channels add up their sums, in order.
+#pragma once
+
+#include "common/integer.h"
+#include "depthwise_conv2d/backward/channel_sums_cut.h"
+#include "depthwise_conv2d/backward/sums.cuh"
+#include "depthwise_conv2d/channel_pairs.cuh"
+
+namespace dwswap {
+namespace channel_sums {
+
+template <typename T_, int CHANNELS_, int K_, int STRIDE_>
+struct Traits {
+  using T = T_;
+  static constexpr int kChannels = CHANNELS_;
+  static constexpr int kKernel = K_;
+  static constexpr int kStride = STRIDE_;
+  static constexpr int kColumns = columns_of(K_, STRIDE_);
+  static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + K_;
+  // Rows of grad_output that a row of input is seen from.
+  static constexpr int kSeen = (K_ + STRIDE_ - 1) / STRIDE_;
+  static constexpr int kThreads = threads_of(K_);
+  static constexpr int kMinBlocks = resident_blocks(K_, CHANNELS_);
+  static constexpr int kSums = K_ * K_ + 1;  // of a channel
+  // So many of them meet in shared memory at once: 8 or 20 KiB.
+  static constexpr int kChunk = 10;
+};
+
+struct Arguments {
+  const void* grad_output;
+  const void* input;
+  int channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int vectors, groups;  // threads of a block side by side, and with the same channels
+  int rows;             // of grad_output, per column
+  int items, share;     // strips of columns of all images, and those of a block
+  Divisor by_slices, by_vectors, by_columns, by_strips;
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
+    kernel(const Arguments a, const Sums<typename Traits::T> target) {
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kChannels;
+  constexpr int COLUMNS = Traits::kColumns, IN_COLUMNS = Traits::kInputColumns;
+  constexpr int SEEN = Traits::kSeen, SUMS = Traits::kSums, CHUNK = Traits::kChunk;
+  uint32_t slice, vector;
+  const int share = static_cast<int>(a.by_slices.divide(blockIdx.x, &slice));
+  const int group = static_cast<int>(a.by_vectors.divide(threadIdx.x, &vector));
+  const int first_channel = static_cast<int>(slice) * a.vectors * V;
+  const int c = first_channel + static_cast<int>(vector) * V;
+  const int in_row = a.in_w * a.channels, out_row = a.out_w * a.channels;
+
+  // Tap by tap, then the sum of grad_output.
+  float sums[SUMS][V] = {};
+  // Threads without channels stay for the barriers.
+  const int end_item = c < a.channels ? min(a.items, (share + 1) * a.share) : 0;
+  for (int item = share * a.share + group; item < end_item; item += a.groups) {
+    uint32_t column, strip;
+    const uint32_t n = a.by_strips.divide(a.by_columns.divide(item, &column), &strip);
+    const int first_row = static_cast<int>(strip) * a.rows;
+    const int end_row = min(first_row + a.rows, a.out_h);
+    const int ow = static_cast<int>(column) * COLUMNS, iw = ow * S - a.padding_w;
+    // Step q takes the rows S q - padding + [0, S) of input, and brings row q of grad_output.
+    const int first = max(first_row, a.padding_h / S);
+    const int end = min(end_row + SEEN - 1, (a.in_h + a.padding_h + S - 1) / S);
+    bool inside[IN_COLUMNS], grad_inside[COLUMNS];
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) grad_inside[i] = ow + i < a.out_w;
+#pragma unroll
+    for (int i = 0; i < IN_COLUMNS; ++i)
+      inside[i] = static_cast<unsigned>(iw + i) < static_cast<unsigned>(a.in_w);
+    const T* grad_source = static_cast<const T*>(a.grad_output) +
+                           (static_cast<int64_t>(n) * a.out_h + first) * out_row +
+                           static_cast<int64_t>(ow) * a.channels + c;
+    const T* source = static_cast<const T*>(a.input) +
+                      (static_cast<int64_t>(n) * a.in_h + first * S - a.padding_h) * in_row +
+                      static_cast<int64_t>(iw) * a.channels + c;
+
+    // The rows of grad_output before the first step.
+    float grad[SEEN][COLUMNS][V] = {};
+#pragma unroll
+    for (int j = 1; j < SEEN; ++j) {
+      if (first - j < first_row || first - j >= end_row) continue;
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) {
+        if (!grad_inside[i]) continue;
+        load(grad_source - j * out_row + i * a.channels, grad[j - 1][i]);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sums[K * K][v] += grad[j - 1][i][v];
+      }
+    }
+
+    // Columns outside the image are never loaded and stay zero.
+    Words<T, V> row[2][IN_COLUMNS] = {}, grad_row[3 - S][COLUMNS] = {};
+    int next = first * S - a.padding_h, next_grad = first;  // rows that are fetched next
+    const int end_input = min(a.in_h, end * S - a.padding_h);
+    const auto fetch = [&](Words<T, V>(&words)[IN_COLUMNS]) {
+      if (static_cast<unsigned>(next) < static_cast<unsigned>(end_input)) {
+#pragma unroll
+        for (int i = 0; i < IN_COLUMNS; ++i)
+          load_where(inside[i], source + i * a.channels, words[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < IN_COLUMNS; ++i) set(words[i], Words<T, V>{});
+      }
+      ++next, source += in_row;
+    };
+    const auto fetch_grad = [&](Words<T, V>(&words)[COLUMNS]) {
+      if (next_grad < end_row) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i)
+          load_where(grad_inside[i], grad_source + i * a.channels, words[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) set(words[i], Words<T, V>{});
+      }
+      ++next_grad, grad_source += out_row;
+    };
+    const auto take_grad = [&](const Words<T, V>(&words)[COLUMNS]) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) {
+#pragma unroll
+        for (int j = SEEN - 1; j > 0; --j) {
+#pragma unroll
+          for (int v = 0; v < V; ++v) grad[j][i][v] = grad[j - 1][i][v];
+        }
+        widen_all(words[i], grad[0][i]);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sums[K * K][v] += grad[0][i][v];
+      }
+    };
+    // Row e of a step is row e + S j of the windows of the row of grad_output j steps ago.
+    const auto take_row = [&](const Words<T, V>(&words)[IN_COLUMNS], int e) {
+#pragma unroll
+      for (int i = 0; i < IN_COLUMNS; ++i) {
+        float x[V];
+        widen_all(words[i], x);
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column) {
+          const int kw = i - column * S;
+          if (kw < 0 || kw >= K) continue;
+#pragma unroll
+          for (int j = 0; j < SEEN; ++j) {
+            const int kh = e + S * j;
+            if (kh >= K) continue;
+#pragma unroll
+            for (int v = 0; v < V; ++v) sums[kh * K + kw][v] += x[v] * grad[j][column][v];
+          }
+        }
+      }
+    };
+
+    fetch(row[0]), fetch_grad(grad_row[0]);
+    fetch(row[1]);
+    if constexpr (S == 2) {
+#pragma unroll 1
+      for (int q = first; q < end; ++q) {
+        take_grad(grad_row[0]);
+        fetch_grad(grad_row[0]);
+        take_row(row[0], 0);
+        fetch(row[0]);
+        take_row(row[1], 1);
+        fetch(row[1]);
+      }
+    } else {
+      fetch_grad(grad_row[1]);
+      const auto step = [&](int i) {
+        take_grad(grad_row[i]);
+        fetch_grad(grad_row[i]);
+        take_row(row[i], 0);
+        fetch(row[i]);
+      };
+#pragma unroll 1
+      for (int q = first; q < end; q += 2) {
+        step(0);
+        if (q + 1 == end) break;
+        step(1);
+      }
+    }
+  }
+
+  // [sum][group][channel]
+  __shared__ float shared[CHUNK * Traits::kThreads * V];
+  const int width = a.vectors * V;
+  const int used = min(width, a.channels - first_channel);
+#pragma unroll
+  for (int begin = 0; begin < SUMS; begin += CHUNK) {
+    if (begin != 0) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) {
+      if (begin + i >= SUMS) continue;
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        shared[(i * a.groups + group) * width + static_cast<int>(vector) * V + v] =
+            sums[begin + i][v];
+    }
+    __syncthreads();
+    for (int i = 0; i < min(CHUNK, SUMS - begin); ++i) {
+      for (int own = threadIdx.x; own < used; own += blockDim.x) {
+        float sum = 0.0f;
+        for (int g = 0; g < a.groups; ++g) sum += shared[(i * a.groups + g) * width + own];
+        target.set(share, first_channel + own, begin + i, sum);
+      }
+    }
+  }
+}
+
+template <typename Traits>
+cudaError_t launch(const GradientParams& p, const Cut& cut, cudaStream_t stream) {
+  const int64_t strips = ceil_div(p.out_h, cut.split.rows);
+  const int64_t columns = ceil_div(p.out_w, Traits::kColumns);
+  Arguments a{};
+  a.grad_output = p.grad_output, a.input = p.input;
+  a.channels = static_cast<int>(p.channels);
+  a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
+  a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.vectors = cut.vectors, a.groups = cut.groups;
+  a.rows = static_cast<int>(cut.split.rows), a.share = static_cast<int>(cut.split.share);
+  a.items = static_cast<int>(p.batch * strips * columns);
+  a.by_slices = Divisor(static_cast<uint32_t>(cut.slices));
+  a.by_vectors = Divisor(static_cast<uint32_t>(cut.vectors));
+  a.by_columns = Divisor(static_cast<uint32_t>(columns));
+  a.by_strips = Divisor(static_cast<uint32_t>(strips));
+  const auto blocks = static_cast<unsigned>(cut.split.shares * cut.slices);
+  const auto threads = static_cast<unsigned>(cut.vectors * cut.groups);
+  kernel<Traits><<<blocks, threads, 0, stream>>>(a, Sums<typename Traits::T>(p, cut.split.shares));
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess || cut.split.shares == 1) return status;
+  return launch_reduction(p, cut.split.shares, stream);
+}
+
+// One file per element type instantiates this.
+template <typename T>
+cudaError_t launch_typed(const GradientParams& p, const Cut& cut, cudaStream_t stream) {
+#define DWSWAP_CASE(K, S)                                                              \
+  if (p.kernel_h == K && p.stride_h == S) {                                            \
+    return cut.channels == 1                                                           \
+               ? launch<Traits<T, 1, K, S>>(p, cut, stream)                            \
+               : launch<Traits<T, most_channels(K, sizeof(T)), K, S>>(p, cut, stream); \
+  }
+  DWSWAP_CASE(3, 1)
+  DWSWAP_CASE(3, 2)
+  DWSWAP_CASE(5, 1)
+  DWSWAP_CASE(5, 2)
+  DWSWAP_CASE(7, 1)
+  DWSWAP_CASE(7, 2)
+#undef DWSWAP_CASE
+  return cudaErrorInvalidValue;
+}
+
+#define DWSWAP_LAUNCH_TYPED(T) \
+  cudaError_t launch_typed<T>(const GradientParams&, const Cut&, cudaStream_t)
+extern template DWSWAP_LAUNCH_TYPED(float);
+extern template DWSWAP_LAUNCH_TYPED(__half);
+extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
+
+}  // namespace channel_sums
+}  // namespace dwswap

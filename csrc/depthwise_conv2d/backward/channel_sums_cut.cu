@@ -1,0 +1,39 @@
+#include "common/integer.h"
+#include "depthwise_conv2d/backward/channel_sums_cut.h"
+
+namespace dwswap {
+namespace channel_sums {
+namespace {
+
+bool in_pairs(const GradientParams& p, uint64_t element_bytes) {
+  const uint64_t places = static_cast<uint64_t>(p.channels) * element_bytes |
+                          reinterpret_cast<uintptr_t>(p.grad_output) |
+                          reinterpret_cast<uintptr_t>(p.input);
+  return places % (2 * element_bytes) == 0;
+}
+
+}  // namespace
+
+Cut choose_cut(const GradientParams& p, int multiprocessors) {
+  Cut cut{};
+  const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  cut.channels = in_pairs(p, element_bytes) ? most_channels(p.kernel_h, element_bytes) : 1;
+  const int64_t vectors = p.channels / cut.channels;
+  cut.slices = static_cast<int>(ceil_div(vectors, kMostVectors));
+  cut.vectors = static_cast<int>(ceil_div(vectors, cut.slices));
+  cut.groups = threads_of(p.kernel_h) / cut.vectors;
+  Walks walks{};
+  walks.columns = p.batch * ceil_div(p.out_w, columns_of(p.kernel_h, p.stride_h));
+  walks.height = p.out_h;
+  walks.more_rows = (p.kernel_h - 1) / p.stride_h;
+  walks.walkers = cut.groups;
+  walks.blocks = cut.slices;
+  walks.resident =
+      static_cast<int64_t>(resident_blocks(p.kernel_h, cut.channels)) * multiprocessors;
+  walks.reduction = 2;
+  cut.split = choose_split(walks);
+  return cut;
+}
+
+}  // namespace channel_sums
+}  // namespace dwswap

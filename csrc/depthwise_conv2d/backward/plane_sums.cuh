@@ -1,0 +1,208 @@
+// NCHW, the gradients of weight and bias, stride 1 and 2, kernel sizes known at compile time.
+//
+//   grad_weight[k] = sum over n and o of grad_output[o] input[stride o + k - padding]
+//
+// A block has a channel and a share of its columns of grad_output, of all images. A thread walks
+// down one column at a time. It loads each row of input that the column sees once, and multiplies
+// it by the kSeen rows of grad_output whose windows hold that row, which wait in registers: a step
+// of the walk takes kStride rows of input and one of grad_output. The loads of kSteps steps come
+// before the first use. In the end the threads of the block add up their K * K + 1 sums.
+#pragma once
+
+#include <type_traits>
+
+#include "common/integer.h"
+#include "depthwise_conv2d/backward/plane_sums_cut.h"
+#include "depthwise_conv2d/backward/sums.cuh"
+
+namespace dwswap {
+namespace plane_sums {
+
+template <typename T_, int K_, int STRIDE_>
+struct Traits {
+  using T = T_;
+  static constexpr int kKernel = K_;
+  static constexpr int kStride = STRIDE_;
+  // Rows of grad_output that a row of input is seen from.
+  static constexpr int kSeen = (K_ + STRIDE_ - 1) / STRIDE_;
+  // 7 divides the heights of most networks.
+  static constexpr int kSteps = STRIDE_ == 1 ? 7 : K_ == 3 ? 4 : 2;
+  static constexpr int kSums = K_ * K_ + 1;
+  static constexpr int kMinBlocks = resident_blocks(K_);
+};
+
+struct Arguments {
+  const void* grad_output;
+  const void* input;
+  int channels, multiplier;  // of grad_output, per channel of the input
+  int in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int rows;          // of grad_output, per column
+  int items, share;  // columns of a channel, and those of a block
+  Divisor by_channels, by_out_w, by_strips;
+};
+
+// The sums of a warp: each lane gets those of kHeld values. Lane i of 32 holds the values from
+// i * COUNT / 32 on; with COUNT = 16 two lanes hold the same.
+template <int COUNT>
+__device__ __forceinline__ void add_up_warp(float (&x)[COUNT]) {
+  static_assert(COUNT == 16 || COUNT == 32 || COUNT == 64, "a power of 2");
+  const int lane = threadIdx.x % 32;
+  int held = COUNT;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    if (held == 1) {
+      x[0] += __shfl_xor_sync(~0u, x[0], offset);
+      continue;
+    }
+    held /= 2;
+    const bool upper = (lane & offset) != 0;
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; ++i) {
+      if (i >= held) continue;
+      const float given = upper ? x[i] : x[i + held];
+      const float kept = upper ? x[i + held] : x[i];
+      x[i] = kept + __shfl_xor_sync(~0u, given, offset);
+    }
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
+    kernel(const Arguments a, const Sums<typename Traits::T> target) {
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride, SEEN = Traits::kSeen;
+  constexpr int STEPS = Traits::kSteps, SUMS = Traits::kSums;
+  constexpr int COUNT = SUMS <= 16 ? 16 : SUMS <= 32 ? 32 : 64;
+  uint32_t channel;
+  const int share = static_cast<int>(a.by_channels.divide(blockIdx.x, &channel));
+  const int in_channels = a.channels / a.multiplier;
+  const int in_channel = static_cast<int>(channel) / a.multiplier;
+
+  // Tap by tap, then the sum of grad_output; the rest stays zero.
+  float sums[COUNT] = {};
+  const int end_item = min(a.items, (share + 1) * a.share);
+  for (int item = share * a.share + static_cast<int>(threadIdx.x); item < end_item;
+       item += kThreads) {
+    uint32_t ow, strip;
+    const uint32_t n = a.by_strips.divide(a.by_out_w.divide(item, &ow), &strip);
+    const int first_row = static_cast<int>(strip) * a.rows;
+    const int end_row = min(first_row + a.rows, a.out_h);
+    const int iw = static_cast<int>(ow) * S - a.padding_w;
+    bool inside[K];
+#pragma unroll
+    for (int kw = 0; kw < K; ++kw)
+      inside[kw] = static_cast<unsigned>(iw + kw) < static_cast<unsigned>(a.in_w);
+
+    // Step q takes the rows S q - padding + [0, S) of input, and brings row q of grad_output.
+    int q = max(first_row, a.padding_h / S);
+    const int end = min(end_row + SEEN - 1, (a.in_h + a.padding_h + S - 1) / S);
+    const T* grad_source = static_cast<const T*>(a.grad_output) + ow +
+                           (static_cast<int64_t>(n) * a.channels + channel) * a.out_h * a.out_w +
+                           (q - (SEEN - 1)) * a.out_w;
+    const T* source = static_cast<const T*>(a.input) + iw +
+                      (static_cast<int64_t>(n) * in_channels + in_channel) * a.in_h * a.in_w +
+                      (q * S - a.padding_h) * a.in_w;
+    float grad[SEEN - 1 + STEPS];
+    const auto load_grad = [&](int i, int oh) {
+      grad[i] = oh >= first_row && oh < end_row ? widen(*grad_source) : 0.0f;
+      grad_source += a.out_w;
+      sums[K * K] += grad[i];
+    };
+#pragma unroll
+    for (int i = 0; i < SEEN - 1; ++i) load_grad(i, q - (SEEN - 1) + i);
+    // So many steps, whose rows may lie outside the image.
+    const auto advance = [&](auto count, auto checked) {
+      constexpr int COUNT = decltype(count)::value;
+      float x[COUNT * S][K];
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) load_grad(SEEN - 1 + i, q + i);
+#pragma unroll
+      for (int i = 0; i < COUNT * S; ++i, source += a.in_w) {
+        const int ih = q * S + i - a.padding_h;
+        const bool row_inside =
+            !decltype(checked)::value ||
+            (static_cast<unsigned>(ih) < static_cast<unsigned>(a.in_h) && q + i / S < end);
+#pragma unroll
+        for (int kw = 0; kw < K; ++kw)
+          x[i][kw] = row_inside && inside[kw] ? widen(source[kw]) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < COUNT * S; ++i) {
+#pragma unroll
+        for (int kh = i % S; kh < K; kh += S) {
+#pragma unroll
+          for (int kw = 0; kw < K; ++kw)
+            sums[kh * K + kw] += grad[SEEN - 1 + i / S - kh / S] * x[i][kw];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < SEEN - 1; ++i) grad[i] = grad[COUNT + i];
+      q += COUNT;
+    };
+    const std::integral_constant<int, STEPS> steps;
+    if constexpr (S > 1) {
+      if (q * S < a.padding_h) advance(std::integral_constant<int, 1>(), std::true_type());
+    }
+    const int whole_end = min(end, (a.in_h + a.padding_h) / S);
+    while (q + STEPS <= whole_end) advance(steps, std::false_type());
+    while (q < end) advance(steps, std::true_type());
+  }
+
+  add_up_warp(sums);
+  __shared__ float warps[kThreads / 32][COUNT];
+  constexpr int HELD = COUNT < 32 ? 1 : COUNT / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) warps[warp][lane * COUNT / 32 + i] = sums[i];
+  __syncthreads();
+  if (threadIdx.x >= SUMS) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) sum += warps[i][threadIdx.x];
+  target.set(share, channel, threadIdx.x, sum);
+}
+
+template <typename Traits>
+cudaError_t launch(const GradientParams& p, const Split& cut, cudaStream_t stream) {
+  Arguments a{};
+  a.grad_output = p.grad_output, a.input = p.input;
+  a.channels = static_cast<int>(p.out_channels()), a.multiplier = static_cast<int>(p.multiplier);
+  a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
+  a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.rows = static_cast<int>(cut.rows), a.share = static_cast<int>(cut.share);
+  const int64_t strips = ceil_div(p.out_h, cut.rows);
+  a.items = static_cast<int>(p.batch * strips * p.out_w);
+  a.by_channels = Divisor(static_cast<uint32_t>(a.channels));
+  a.by_out_w = Divisor(static_cast<uint32_t>(a.out_w));
+  a.by_strips = Divisor(static_cast<uint32_t>(strips));
+  const auto blocks = static_cast<unsigned>(cut.shares * p.out_channels());
+  kernel<Traits><<<blocks, kThreads, 0, stream>>>(a, Sums<typename Traits::T>(p, cut.shares));
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess || cut.shares == 1) return status;
+  return launch_reduction(p, cut.shares, stream);
+}
+
+// One file per element type instantiates this.
+template <typename T>
+cudaError_t launch_typed(const GradientParams& p, const Split& cut, cudaStream_t stream) {
+#define DWSWAP_CASE(K, S) \
+  if (p.kernel_h == K && p.stride_h == S) return launch<Traits<T, K, S>>(p, cut, stream);
+  DWSWAP_CASE(3, 1)
+  DWSWAP_CASE(3, 2)
+  DWSWAP_CASE(5, 1)
+  DWSWAP_CASE(5, 2)
+  DWSWAP_CASE(7, 1)
+  DWSWAP_CASE(7, 2)
+#undef DWSWAP_CASE
+  return cudaErrorInvalidValue;
+}
+
+#define DWSWAP_LAUNCH_TYPED(T) \
+  cudaError_t launch_typed<T>(const GradientParams&, const Split&, cudaStream_t)
+extern template DWSWAP_LAUNCH_TYPED(float);
+extern template DWSWAP_LAUNCH_TYPED(__half);
+extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
+
+}  // namespace plane_sums
+}  // namespace dwswap

@@ -1,0 +1,19 @@
+#include "depthwise_conv2d/backward/plane_sums_cut.h"
+
+namespace dwswap {
+namespace plane_sums {
+
+Split choose_cut(const GradientParams& p, int multiprocessors) {
+  Walks walks{};
+  walks.columns = p.batch * p.out_w;
+  walks.height = p.out_h;
+  walks.more_rows = (p.kernel_h - 1) / p.stride_h;
+  walks.walkers = kThreads;
+  walks.blocks = p.out_channels();
+  walks.resident = static_cast<int64_t>(resident_blocks(p.kernel_h)) * multiprocessors;
+  walks.reduction = 20;
+  return choose_split(walks);
+}
+
+}  // namespace plane_sums
+}  // namespace dwswap

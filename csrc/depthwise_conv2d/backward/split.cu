@@ -1,0 +1,47 @@
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "common/integer.h"
+#include "common/memo.h"
+#include "depthwise_conv2d/backward/split.h"
+
+namespace dwswap {
+namespace {
+
+Split search_split(const Walks& w) {
+  constexpr int64_t kMostStrips = 16, kLeastRows = 4, kMostRounds = 16, kMostShares = 2048;
+  constexpr double kStart = 3.0;      // of a walk, in rows: what it waits for first
+  constexpr double kLeastFill = 0.4;  // of the multiprocessors, that makes a kernel no slower
+  Split best{};
+  double best_time = std::numeric_limits<double>::infinity();
+  const int64_t most_strips = std::clamp<int64_t>(w.height / kLeastRows, 1, kMostStrips);
+  for (int64_t strips = 1; strips <= most_strips; ++strips) {
+    const int64_t rows = ceil_div(w.height, strips);
+    const int64_t units = ceil_div(w.columns * ceil_div(w.height, rows), w.walkers);
+    const int64_t least_rounds = ceil_div(units, kMostShares);
+    for (int64_t i = 0; i <= kMostRounds; ++i) {
+      // The last one: a single share.
+      const int64_t rounds = i == kMostRounds ? units : std::min(units, least_rounds + i);
+      const int64_t shares = ceil_div(units, rounds);
+      const double fill = static_cast<double>(shares * w.blocks) / static_cast<double>(w.resident);
+      const double waves = fill < 1.0 ? std::max(fill, kLeastFill) : 0.5 * (fill + std::ceil(fill));
+      const double walk = static_cast<double>(rows + w.more_rows) + kStart;
+      const double time = waves * static_cast<double>(rounds) * walk +
+                          (shares == 1 ? 0.0 : static_cast<double>(w.reduction));
+      if (time < best_time) best_time = time, best = {rows, rounds * w.walkers, shares};
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+Split choose_split(const Walks& w) {
+  const std::array<int64_t, 7> key{w.columns, w.height,   w.more_rows, w.walkers,
+                                   w.blocks,  w.resident, w.reduction};
+  return memoized(key, [&] { return search_split(w); });
+}
+
+}  // namespace dwswap
