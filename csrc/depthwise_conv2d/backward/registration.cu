@@ -168,10 +168,11 @@ std::string depthwise_conv2d_backward_family(const Tensor& grad_output, const Te
                                              const std::vector<int64_t>& stride,
                                              const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation,
-                                             const Mask& output_mask) {
+                                             const std::vector<bool>& wanted) {
   check_cuda(input);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Geometry geometry = parse_geometry(stride, padding, dilation);
+  const Mask output_mask = parse_mask(wanted);
   const auto problem = describe(grad_output, input, weight, geometry, output_mask);
   const auto name = [&](bool wanted, auto choose) -> std::string {
     if (!wanted) return "";
