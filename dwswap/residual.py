@@ -10,21 +10,22 @@ __all__ = ["pointwise_residual"]
 
 
 def pointwise_residual(input: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """``residual + conv2d(input, weight)`` for a weight ``(K, C, 1, 1)``.
+    """``residual + conv2d(input, weight)`` for a weight ``(K, C, 1, 1)``; may change ``residual``.
 
-    In channels_last, pixels are rows: ``(N H W, C) @ (C, K)``, and the sum is what the product
-    starts from (``beta * C`` in BLAS). Rounded once, not twice. In any other layout, and where
-    shapes or dtypes differ, it is the convolution and the sum.
+    In channels_last, pixels are rows: ``(N H W, C) @ (C, K)``, and the product is added to what the
+    rows of ``residual`` hold (``beta * C`` in BLAS). Rounded once, not twice. In any other layout,
+    where shapes or dtypes differ, and where gradients are recorded, it is the convolution and the
+    sum.
 
     Args:
-        input: ``(N, C, H, W)``.
+        input: ``(N, C, H, W)``, of other memory than ``residual``.
         residual: ``(N, K, H, W)``.
     """
     if not _is_product(input, weight, residual):
         return residual + F.conv2d(input, weight)
     rows, sums = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (input, residual))
-    output = torch.addmm(sums, rows, weight.flatten(1).t())
-    return output.unflatten(0, residual.permute(0, 2, 3, 1).shape[:3]).permute(0, 3, 1, 2)
+    sums.addmm_(rows, weight.flatten(1).t())
+    return residual
 
 
 def _is_product(input: Tensor, weight: Tensor, residual: Tensor) -> bool:
@@ -37,5 +38,7 @@ def _is_product(input: Tensor, weight: Tensor, residual: Tensor) -> bool:
     if not input.dtype == weight.dtype == residual.dtype:
         return False
     if torch.is_autocast_enabled(input.device.type):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (input, weight, residual)):
         return False
     return all(t.is_contiguous(memory_format=torch.channels_last) for t in (input, residual))

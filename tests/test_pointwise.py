@@ -1,4 +1,4 @@
-"""The residual sum as part of a matrix product: behind a flag, but right."""
+"""The residual sum as part of a matrix product."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_memory_format import same
-from test_push_bias import biases, chain, inverted, pointwise
+from test_push_bias import chain, inverted, pointwise
 from test_torchvision import build_with_data
 from tiny_models import depthwise, image
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from dwswap.residual import pointwise_residual
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dwswap.passes.pointwise.FUSE_RESIDUAL", True)
+    """As in half precision on CUDA."""
+    monkeypatch.setattr("dwswap.passes.pointwise._gains", lambda weight: True)
 
 
 def fused(fast: nn.Module) -> int:
@@ -36,8 +37,8 @@ def test_function(layout: torch.memory_format, size: int, residual: str) -> None
     other = wide[:, 6:] if residual == "part" else wide[:, 6:].clone()
     other = {"one image": other[:1], "one channel": other[:, :1]}.get(residual, other)
     other = other[:, :, :1, :1] if residual == "one pixel" else other
-    own, expected = pointwise_residual(x, weight, other), other + F.conv2d(x, weight)
-    same(own, expected)
+    expected = other + F.conv2d(x, weight)
+    same(pointwise_residual(x, weight, other.clone()), expected)
     low = (t.bfloat16() for t in (x, weight, other))
     with torch.autocast("cpu", torch.bfloat16):
         assert pointwise_residual(x, weight, other).dtype == (other + F.conv2d(x, weight)).dtype
@@ -45,16 +46,28 @@ def test_function(layout: torch.memory_format, size: int, residual: str) -> None
     assert pointwise_residual(x[:0], weight, other[:0]).shape[0] == 0
 
 
-def test_off_by_default() -> None:
-    assert fused(dwswap.optimize(chain(inverted()).eval())) == 0
+def test_gradients_are_recorded() -> None:
+    x, other = (image(4).to(memory_format=torch.channels_last) for _ in range(2))
+    weight = torch.randn(4, 4, 1, 1, requires_grad=True)
+    before = other.clone()
+    result = pointwise_residual(x, weight, other)
+    assert other.equal(before)
+    same(torch.autograd.grad(result.sum(), weight)[0][0, :, 0, 0], x.sum((0, 2, 3)))
+    with torch.no_grad():
+        assert pointwise_residual(x, weight, other) is other
+    same(other, result.detach())
+
+
+def test_not_on_the_cpu() -> None:
+    model = chain(inverted(), inverted(), pointwise()).eval()
+    assert fused(dwswap.optimize(model, memory_format="channels_last")) == 0
 
 
 @pytest.mark.usefixtures("on")
 def test_fuses() -> None:
-    model = chain(inverted(), inverted(combine=lambda x, y: y + x), pointwise()).eval()
+    model = chain(pointwise(), inverted(), inverted(combine=lambda x, y: y + x), pointwise()).eval()
     fast = dwswap.optimize(model, memory_format="channels_last")
     assert fused(fast) == 2
-    assert biases(fast) == [False, False, False, True]
     torch._dynamo.reset()
     with torch.no_grad():
         for x in (image(8), image(8).to(memory_format=torch.channels_last), image(8)[:0]):
@@ -91,6 +104,38 @@ def test_leaves_alone(body: nn.Module) -> None:
     fast = dwswap.optimize(model)
     assert fused(fast) == 0
     same(fast(image(8)), model(image(8)))
+
+
+@pytest.mark.usefixtures("on")
+@pytest.mark.parametrize("case", ["input", "output", "read later", "view", "alone"])
+def test_the_residual_must_be_spare(case: str) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.body, self.end = depthwise(), pointwise(bias=False), depthwise()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x if case == "input" else self.start(x)
+            if case == "view":
+                y = y[:, :, 1:]
+            result = y + self.body(self.end(y))
+            if case == "read later":
+                result = result * y
+            return (result, y) if case == "output" else result
+
+    model = Sum().eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    assert fused(fast) == (case == "alone")
+    x = image(8)
+    checked = dwswap.optimize(model, x, memory_format="channels_last", verify=True)
+    assert fused(checked) == (case == "alone")
+    verification = dwswap.report(checked).verification
+    assert verification is not None
+    assert verification.passed
+    with torch.no_grad():
+        expected = model(x)
+        for own, other in zip(fast(x), expected, strict=True):
+            same(own, other)
 
 
 @pytest.mark.usefixtures("on")
