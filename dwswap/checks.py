@@ -11,7 +11,19 @@ from torch import Tensor
 
 from dwswap.activations import ACTIVATIONS
 
-__all__ = ["check_arguments", "check_dense", "geometry", "output_size", "pair", "raise_typed"]
+__all__ = [
+    "check_arguments",
+    "check_choice",
+    "check_dense",
+    "check_extents",
+    "check_rank",
+    "check_same",
+    "check_vector",
+    "geometry",
+    "output_size",
+    "pair",
+    "raise_typed",
+]
 
 NAME = "dwswap.depthwise_conv2d"
 NAMES = ("input", "weight", "bias", "input_bias")
@@ -89,18 +101,15 @@ def output_size(
     return [*shape[:-3], kernel[0], *spatial]
 
 
-def check_dense(*tensors: Tensor | None, names: Sequence[str] = NAMES) -> None:
-    """Refuse sparse, nested and quantized tensors; in order input, weight, bias, input_bias.
-
-    Args:
-        names: of other tensors.
+def check_dense(*tensors: Tensor | None, op: str = NAME, names: Sequence[str] = NAMES) -> None:
+    """Refuse sparse, nested and quantized tensors, called ``names`` in their order.
 
     Raises:
         TypeError: naming the first one.
     """
     for name, tensor in zip(names, tensors, strict=False):
         if tensor is not None:
-            _check_kind(name, tensor)
+            _check_kind(name, tensor, op)
 
 
 def check_arguments(
@@ -122,22 +131,14 @@ def check_arguments(
     """
     tensors = dict(zip(NAMES, (input, weight, bias, input_bias), strict=True))
     check_dense(*tensors.values())
-    value_check(
-        input.dim() in (3, 4),
-        lambda: (
-            f"{NAME}: input must be 4-D (N, C, H, W) or 3-D (C, H, W), got shape {_shape(input)}"
-        ),
-    )
+    check_rank(input, NAME)
     value_check(
         weight.dim() == 4,
         lambda: f"{NAME}: weight must be 4-D (C * m, 1, kH, kW), got shape {_shape(weight)}",
     )
     shape, kernel = input.shape, weight.shape
-    channels, height, width = shape[-3:]
-    value_check(
-        channels > 0 and height > 0 and width > 0,
-        lambda: f"{NAME}: input must have C, H and W of at least 1, got shape {_shape(input)}",
-    )
+    channels = shape[-3]
+    check_extents(input, NAME)
     value_check(
         kernel[1] == 1,
         lambda: (
@@ -156,16 +157,13 @@ def check_arguments(
         kernel[2] > 0 and kernel[3] > 0,
         lambda: f"{NAME}: weight must have a kernel of at least 1 x 1, got shape {_shape(weight)}",
     )
-    _check_vector("bias", bias, kernel[0])
-    _check_vector("input_bias", input_bias, channels)
+    check_vector("bias", bias, kernel[0])
+    check_vector("input_bias", input_bias, channels)
     for name, tensor in tensors.items():
         if tensor is not None:
-            _check_same(name, tensor, input)
+            check_same(name, tensor, input)
     for name, value in (("input_activation", input_activation), ("activation", activation)):
-        if value not in ACTIVATIONS:
-            raise ValueError(
-                f"{NAME}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}"
-            )
+        check_choice(name, value)
     for i, axis in enumerate(("height", "width")):
         padded = shape[i - 2] + 2 * padding[i]
         _check_extent(axis, dilation[i] * (kernel[i - 2] - 1) + 1, dilation[i], padded)
@@ -187,33 +185,53 @@ def _check_extent(axis: str, extent: int, dilation: int, padded: int) -> None:
     )
 
 
-def _check_kind(name: str, tensor: Tensor) -> None:
+def _check_kind(name: str, tensor: Tensor, op: str) -> None:
     type_check(
         tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized,
         lambda: (
-            f"{NAME}: {name} must be a dense strided tensor, got "
+            f"{op}: {name} must be a dense strided tensor, got "
             f"{'a nested tensor' if tensor.is_nested else tensor.layout}"
             f"{' (quantized)' if tensor.is_quantized else ''}"
         ),
     )
 
 
-def _check_vector(name: str, tensor: Tensor | None, length: int) -> None:
+def check_rank(input: Tensor, op: str) -> None:
+    value_check(
+        input.dim() in (3, 4),
+        lambda: f"{op}: input must be 4-D (N, C, H, W) or 3-D (C, H, W), got shape {_shape(input)}",
+    )
+
+
+def check_extents(input: Tensor, op: str) -> None:
+    channels, height, width = input.shape[-3:]
+    value_check(
+        channels > 0 and height > 0 and width > 0,
+        lambda: f"{op}: input must have C, H and W of at least 1, got shape {_shape(input)}",
+    )
+
+
+def check_choice(name: str, value: str, op: str = NAME) -> None:
+    if value not in ACTIVATIONS:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+
+
+def check_vector(name: str, tensor: Tensor | None, length: int, op: str = NAME) -> None:
     if tensor is not None:
         value_check(
             tensor.dim() == 1 and tensor.shape[0] == length,
-            lambda: f"{NAME}: {name} must be 1-D of length {length}, got shape {_shape(tensor)}",
+            lambda: f"{op}: {name} must be 1-D of length {length}, got shape {_shape(tensor)}",
         )
 
 
-def _check_same(name: str, tensor: Tensor, input: Tensor) -> None:
+def check_same(name: str, tensor: Tensor, input: Tensor, op: str = NAME) -> None:
     type_check(
         tensor.dtype == input.dtype,
-        lambda: f"{NAME}: {name} must have the input's dtype {input.dtype}, got {tensor.dtype}",
+        lambda: f"{op}: {name} must have the input's dtype {input.dtype}, got {tensor.dtype}",
     )
     value_check(
         tensor.device == input.device,
-        lambda: f"{NAME}: {name} must be on the input's device {input.device}, got {tensor.device}",
+        lambda: f"{op}: {name} must be on the input's device {input.device}, got {tensor.device}",
     )
 
 

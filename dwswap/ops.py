@@ -1,4 +1,4 @@
-"""The functional face of the operator."""
+"""The functional faces of the operators."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dwswap import registration
+from dwswap import excitation_registration, registration
 from dwswap.checks import NAME, pair
 from dwswap.plain import is_plain
 
-__all__ = ["depthwise_conv2d"]
+__all__ = ["depthwise_conv2d", "squeeze_excitation"]
 
 
 def depthwise_conv2d(
@@ -98,6 +98,48 @@ def depthwise_conv2d(
         input_activation,
         activation,
     )
+
+
+def squeeze_excitation(
+    input: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    *,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+) -> Tensor:
+    """Squeeze-and-excitation (Hu et al., "Squeeze-and-Excitation Networks", 2018, eq. 2 to 4).
+
+    ``y = input * gate(expand(activation(reduce(mean of input over H and W)))))``, where ``reduce``
+    and ``expand`` are linear layers, or 1 x 1 convolutions.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``, any strides; contiguous and channels_last are
+            fast. float32, float16 and bfloat16 have CUDA kernels, which compute the means, the
+            hidden units and the gates in float32; float64 uses aten.
+        reduce_weight: ``(K, C)`` or ``(K, C, 1, 1)``.
+        reduce_bias: ``(K,)``, optional.
+        expand_weight: ``(C, K)`` or ``(C, K, 1, 1)``.
+        expand_bias: ``(C,)``, optional.
+        activation, gate: a name in ``dwswap.activations.ACTIVATIONS``.
+
+    Returns:
+        Of the input's shape and dtype; channels_last where the input is, contiguous otherwise.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value (RuntimeError when the
+            CUDA operator finds it).
+    """
+    tensors = (input, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    plain = is_plain(input, reduce_weight, reduce_bias, expand_bias)
+    plain = plain and is_plain(input, expand_weight, None, None)
+    if not plain and has_torch_function(tensors):
+        return handle_torch_function(
+            squeeze_excitation, tensors, *tensors, activation=activation, gate=gate
+        )
+    return excitation_registration.apply(plain, *tensors, activation, gate)
 
 
 def _named_padding(

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["depthwise_conv2d", "depthwise_conv2d_backward", "direct", "library"]
+__all__ = [
+    "depthwise_conv2d",
+    "depthwise_conv2d_backward",
+    "direct",
+    "library",
+    "squeeze_excitation",
+]
 
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
 # input_bias is not keyword-only: torch.library.register_vmap refuses keyword-only tensors.
 _FORWARD_ARGUMENTS = (
     f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, Tensor? input_bias=None, "
     'str input_activation="none", str activation="none")'
+)
+
+_EXCITATION = (
+    "(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, "
+    "Tensor? expand_bias, str activation, str gate) -> Tensor"
 )
 
 library = torch.library.Library("dwswap", "DEF")
@@ -32,7 +43,11 @@ _BACKWARD_ARGUMENTS = (
 for _name in ("_depthwise_conv2d_backward", "_depthwise_conv2d_backward_aten"):
     library.define(f"{_name}{_BACKWARD_ARGUMENTS} -> (Tensor, Tensor, Tensor)", tags=_tags)
 library.define(f"_depthwise_conv2d_backward_family{_BACKWARD_ARGUMENTS} -> str", tags=_tags)
+library.define(f"squeeze_excitation{_EXCITATION}", tags=_tags)
+# float64, and what is too large for the CUDA kernels.
+library.define(f"_squeeze_excitation_aten{_EXCITATION}", tags=_tags)
 
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default
+squeeze_excitation = torch.ops.dwswap.squeeze_excitation.default

@@ -8,24 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_kernel", "forward_vmap"]
+__all__ = ["autocast_kernel", "cast", "forward_vmap"]
 
 Ints = Sequence[int]
 Operator = Callable[..., Tensor]
 
 
+def cast(tensor: Tensor | None, device_type: str, dtype: torch.dtype) -> Tensor | None:
+    """``tensor`` in ``dtype``, where autocast of ``device_type`` casts it."""
+    eligible = (
+        tensor is not None
+        and tensor.device.type == device_type
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+    )
+    return tensor.to(dtype) if eligible and tensor is not None else tensor
+
+
 def autocast_kernel(operator: Operator, device_type: str, key: str) -> Operator:
     """The kernel of dispatch key ``key``: aten's rules for ``conv2d``, to the user's dtype."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = (
-            tensor is not None
-            and tensor.device.type == device_type
-            and tensor.is_floating_point()
-            and tensor.dtype != torch.float64
-        )
-        return tensor.to(dtype) if eligible and tensor is not None else tensor
 
     def forward_autocast(
         input: Tensor,
@@ -41,13 +43,13 @@ def autocast_kernel(operator: Operator, device_type: str, key: str) -> Operator:
         dtype = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return operator(
-                cast(input, dtype),
-                cast(weight, dtype),
-                cast(bias, dtype),
+                cast(input, device_type, dtype),
+                cast(weight, device_type, dtype),
+                cast(bias, device_type, dtype),
                 stride,
                 padding,
                 dilation,
-                cast(input_bias, dtype),
+                cast(input_bias, device_type, dtype),
                 input_activation,
                 activation,
             )

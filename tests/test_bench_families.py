@@ -47,6 +47,8 @@ NAMES = {
         "aten::addmm",
     ],
     ELEMENTWISE: [
+        "void dwswap::excite_kernel<__half, 8, true>(dwswap::SqueezeExcitationParams, "
+        "dwswap::ExcitationCut)",
         # Inductor names what it fused: none of these is a convolution, a copy or a reduction.
         "triton_poi_fused__native_batch_norm_legit_no_training_convolution_hardtanh_3",
         "triton_poi_fused_clone_mean_mul_7",
@@ -60,6 +62,8 @@ NAMES = {
         "aten::native_batch_norm",
     ],
     REDUCTION: [
+        "void dwswap::squeeze_kernel<__half, 8, true>(dwswap::SqueezeExcitationParams, "
+        "dwswap::ExcitationCut)",
         "triton_red_fused_convolution_mean_silu_12",
         "triton_per_fused_native_layer_norm_0",
         "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<c10::Half, MeanOps>>",

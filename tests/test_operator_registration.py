@@ -55,8 +55,8 @@ def test_numbering_of_the_enum():
     assert re.findall(r"= *(\d+)", body[1]) == ["0"]
 
 
-def test_names_in_the_cuda_registration():
-    source = (csrc_dir() / "depthwise_conv2d" / "registration.cu").read_text()
+def test_names_in_the_cuda_sources():
+    source = (csrc_dir() / "common" / "tensor.h").read_text()
     table = re.search(r"kActivationNames = \{(.*?)\}", source, re.DOTALL)
     assert table is not None
     assert re.findall(r'"(\w+)"', table[1]) == list(dwswap.activations.ACTIVATIONS)

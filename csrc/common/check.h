@@ -7,8 +7,9 @@
 #include <sstream>
 #include <string>
 
+#define DWSWAP_CHECK_IN(op, condition, ...) STD_TORCH_CHECK(condition, op, ": ", __VA_ARGS__)
 #define DWSWAP_CHECK(condition, ...) \
-  STD_TORCH_CHECK(condition, "dwswap.depthwise_conv2d: ", __VA_ARGS__)
+  DWSWAP_CHECK_IN("dwswap.depthwise_conv2d", condition, __VA_ARGS__)
 
 namespace dwswap {
 

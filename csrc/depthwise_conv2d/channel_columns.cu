@@ -1,9 +1,9 @@
 #include <limits>
 
+#include "common/data_type.h"
 #include "common/device.h"
 #include "common/integer.h"
 #include "depthwise_conv2d/channel_columns.cuh"
-#include "depthwise_conv2d/dispatch.h"
 
 namespace dwswap {
 

@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/data_type.h"
 #include "common/device.h"
 #include "common/integer.h"
 #include "depthwise_conv2d/channel_direct.cuh"
-#include "depthwise_conv2d/dispatch.h"
 
 namespace dwswap {
 

@@ -3,11 +3,11 @@
 #include <cmath>
 #include <limits>
 
+#include "common/data_type.h"
 #include "common/device.h"
 #include "common/integer.h"
 #include "common/memo.h"
 #include "depthwise_conv2d/channel_tiles.cuh"
-#include "depthwise_conv2d/dispatch.h"
 
 namespace dwswap {
 namespace {

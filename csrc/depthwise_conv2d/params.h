@@ -6,18 +6,9 @@
 #include <cstdint>
 
 #include "common/activation.cuh"
+#include "common/data_type.h"
 
 namespace dwswap {
-
-enum class DataType { kFloat32, kFloat16, kBFloat16, kFloat64 };
-
-// Sizes and strides count elements. Dense: N, C, H, W in that order of strides (kContiguous) or
-// N, H, W, C (kChannelsLast), without gaps.
-enum class Layout { kContiguous, kChannelsLast, kStrided };
-
-struct Strides {
-  int64_t n, c, h, w;
-};
 
 // y = activation(bias + conv(input_activation(input + input_bias), weight)), zero padding after
 // the input activation; output channel k reads input channel k / multiplier.

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "depthwise_conv2d/dispatch.h"
+#include "common/data_type.h"
 #include "depthwise_conv2d/plane_strips.cuh"
 
 namespace dwswap {

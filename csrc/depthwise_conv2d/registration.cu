@@ -14,19 +14,6 @@
 namespace dwswap {
 namespace {
 
-constexpr std::array<const char*, 9> kActivationNames = {
-    "none", "relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "hardsigmoid", "sigmoid"};
-
-Activation parse_activation(const char* argument, const std::string& name) {
-  for (size_t i = 0; i < kActivationNames.size(); ++i) {
-    if (name == kActivationNames[i]) return static_cast<Activation>(i);
-  }
-  std::string known;
-  for (const char* entry : kActivationNames)
-    known += (known.empty() ? "" : ", ") + std::string(entry);
-  DWSWAP_CHECK(false, argument, " must be one of ", known, ", got '", name, "'");
-}
-
 struct Options {
   Geometry geometry;
   Activation input_activation, activation;
@@ -36,17 +23,8 @@ Options parse_options(const std::vector<int64_t>& stride, const std::vector<int6
                       const std::vector<int64_t>& dilation, const std::string& input_activation,
                       const std::string& activation) {
   return {parse_geometry(stride, padding, dilation),
-          parse_activation("input_activation", input_activation),
-          parse_activation("activation", activation)};
-}
-
-std::optional<Tensor> checked_vector(const char* name, const std::optional<Tensor>& tensor,
-                                     int64_t length, const Tensor& input) {
-  if (!tensor.has_value()) return std::nullopt;
-  DWSWAP_CHECK(tensor->dim() == 1 && tensor->size(0) == length, name, " must be 1-D of length ",
-               length, ", got shape ", shape_string(*tensor));
-  check_same(name, *tensor, input);
-  return dense(*tensor);
+          parse_activation(kOperator, "input_activation", input_activation),
+          parse_activation(kOperator, "activation", activation)};
 }
 
 Tensor call_aten(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -86,8 +64,9 @@ std::optional<Problem> describe(const Tensor& input, const Tensor& weight,
                                 const std::optional<Tensor>& input_bias) {
   DepthwiseConv2dParams p = checked_sizes(input, weight, options.geometry);
   p.input_activation = options.input_activation, p.activation = options.activation;
-  const auto bias_vector = checked_vector("bias", bias, p.out_channels(), input);
-  const auto input_bias_vector = checked_vector("input_bias", input_bias, p.channels, input);
+  const auto bias_vector = checked_vector(kOperator, "bias", bias, p.out_channels(), input);
+  const auto input_bias_vector =
+      checked_vector(kOperator, "input_bias", input_bias, p.channels, input);
 
   const auto dtype = kernel_data_type(input);
   if (!dtype.has_value()) return std::nullopt;
@@ -113,19 +92,19 @@ std::optional<Problem> describe(const Tensor& input, const Tensor& weight,
 
 Tensor run(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
            const Options& options, const std::optional<Tensor>& input_bias) {
-  check_cuda(input);
+  check_cuda(kOperator, input);
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   auto problem = describe(input, weight, bias, options, input_bias);
   if (!problem) return call_aten(input, weight, bias, options, input_bias);
   DepthwiseConv2dParams& p = problem->params;
-  const Tensor output =
-      allocate_image("output", p.batch, p.out_channels(), p.out_h, p.out_w, p.out_stride, input);
+  const Tensor output = allocate_image(kOperator, "output", p.batch, p.out_channels(), p.out_h,
+                                       p.out_w, p.out_stride, input);
   if (p.batch == 0) return output;
   p.output = output.mutable_data_ptr();
 
   const Choice choice = choose_forward(p);
-  check_launch(choice.launch(p, current_stream(device)), choice.family);
+  check_launch(kOperator, choice.launch(p, current_stream(kOperator, device)), choice.family);
   return output;
 }
 
@@ -162,7 +141,7 @@ std::string depthwise_conv2d_family(
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
     const std::vector<int64_t>& dilation, const std::optional<Tensor>& input_bias,
     const std::string& input_activation, const std::string& activation) {
-  check_cuda(input);
+  check_cuda(kOperator, input);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Options options = parse_options(stride, padding, dilation, input_activation, activation);
   const auto problem = describe(input, weight, bias, options, input_bias);

@@ -1,8 +1,8 @@
 #include <limits>
 
+#include "common/data_type.h"
 #include "common/device.h"
 #include "common/integer.h"
-#include "depthwise_conv2d/dispatch.h"
 #include "depthwise_conv2d/rolling_rows.cuh"
 
 namespace dwswap {

@@ -28,6 +28,8 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"^triton_(red|per)_", REDUCTION),
     (r"^triton_", ELEMENTWISE),
     (r"depthwise|conv2d_c1_k1_n", DEPTHWISE),
+    # Before squeeze_kernel: both have SqueezeExcitationParams among their arguments.
+    (r"dwswap::excite_kernel", ELEMENTWISE),
     (r"dwswap::.*(pool|reduce|mean|squeeze)", REDUCTION),
     (r"dwswap::.*(scale|elementwise|add_)", ELEMENTWISE),
     (r"dwswap::.*(copy|transpose|to_channels_last|to_nchw)", COPY),

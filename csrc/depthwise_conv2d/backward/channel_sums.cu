@@ -1,8 +1,8 @@
 #include <limits>
 
+#include "common/data_type.h"
 #include "common/device.h"
 #include "depthwise_conv2d/backward/channel_sums.cuh"
-#include "depthwise_conv2d/dispatch.h"
 
 namespace dwswap {
 

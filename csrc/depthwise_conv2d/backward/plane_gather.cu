@@ -1,7 +1,7 @@
 #include <limits>
 
+#include "common/data_type.h"
 #include "depthwise_conv2d/backward/plane_gather.cuh"
-#include "depthwise_conv2d/dispatch.h"
 
 namespace dwswap {
 

@@ -54,7 +54,7 @@ std::optional<Problem> describe(const Tensor& grad_output, const Tensor& input,
   DWSWAP_CHECK(expected == std::vector<int64_t>(sizes.begin(), sizes.end()),
                "grad_output must have the output's shape ", shape_string(expected), ", got ",
                shape_string(grad_output));
-  check_same("grad_output", grad_output, input);
+  check_same(kOperator, "grad_output", grad_output, input);
 
   const auto dtype = kernel_data_type(input);
   if (!dtype.has_value()) return std::nullopt;
@@ -79,13 +79,13 @@ Tensor allocate_grad_weight(const Problem& problem) {
       suggests_channels_last(problem.weight_image) ? Layout::kChannelsLast : Layout::kContiguous;
   // One channel per group: in either layout a channel's taps follow each other.
   const Strides stride = dense_strides(1, p.kernel_h, p.kernel_w, layout);
-  return allocate_image("gradient of the weight", p.out_channels(), 1, p.kernel_h, p.kernel_w,
-                        stride, problem.weight);
+  return allocate_image(kOperator, "gradient of the weight", p.out_channels(), 1, p.kernel_h,
+                        p.kernel_w, stride, problem.weight);
 }
 
 Tensor allocate_vector(const char* what, int64_t length, const Tensor& like, int32_t dtype) {
   constexpr int64_t kStride = 1;
-  return allocate(what, &length, &kStride, 1, like, dtype);
+  return allocate(kOperator, what, &length, &kStride, 1, like, dtype);
 }
 
 void run(const GradientChoice& choice, GradientParams& p, const Tensor& input,
@@ -97,7 +97,7 @@ void run(const GradientChoice& choice, GradientParams& p, const Tensor& input,
         allocate_vector("workspace of the gradients", bytes, input, aoti_torch_dtype_uint8());
     p.workspace = workspace->mutable_data_ptr();
   }
-  check_launch(choice.launch(p, stream), choice.family);
+  check_launch(kOperator, choice.launch(p, stream), choice.family);
 }
 
 Gradients call_aten(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -126,7 +126,7 @@ Gradients depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& inp
                                     const std::vector<int64_t>& padding,
                                     const std::vector<int64_t>& dilation,
                                     const std::vector<bool>& wanted) {
-  check_cuda(input);
+  check_cuda(kOperator, input);
   const Mask output_mask = parse_mask(wanted);
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -138,8 +138,8 @@ Gradients depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& inp
   Gradients gradients;
   auto& [grad_input, grad_weight, grad_bias] = gradients;
   if (output_mask[0]) {
-    grad_input = allocate_image("gradient of the input", p.batch, p.channels, p.in_h, p.in_w,
-                                p.in_stride, input);
+    grad_input = allocate_image(kOperator, "gradient of the input", p.batch, p.channels, p.in_h,
+                                p.in_w, p.in_stride, input);
     p.grad_input = grad_input.mutable_data_ptr();
   }
   if (output_mask[1]) {
@@ -147,7 +147,8 @@ Gradients depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& inp
     p.grad_weight = grad_weight.mutable_data_ptr();
   }
   if (output_mask[2]) {
-    grad_bias = allocate_vector("gradient of the bias", p.out_channels(), input, dtype_of(input));
+    grad_bias = allocate_vector("gradient of the bias", p.out_channels(), input,
+                                dtype_of(kOperator, input));
     p.grad_bias = grad_bias.mutable_data_ptr();
   }
   if (p.batch == 0) {
@@ -155,7 +156,7 @@ Gradients depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& inp
     if (output_mask[2]) torch::stable::zero_(grad_bias);
     return gradients;
   }
-  const cudaStream_t stream = current_stream(device);
+  const cudaStream_t stream = current_stream(kOperator, device);
   if (output_mask[0]) run(choose_input_gradient(p), p, input, stream);
   if (output_mask[1] || output_mask[2]) run(choose_weight_gradient(p), p, input, stream);
   return gradients;
@@ -169,7 +170,7 @@ std::string depthwise_conv2d_backward_family(const Tensor& grad_output, const Te
                                              const std::vector<int64_t>& padding,
                                              const std::vector<int64_t>& dilation,
                                              const std::vector<bool>& wanted) {
-  check_cuda(input);
+  check_cuda(kOperator, input);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Geometry geometry = parse_geometry(stride, padding, dilation);
   const Mask output_mask = parse_mask(wanted);

@@ -1,0 +1,286 @@
+// Squeeze-and-excitation in two launches, neither with atomics, so the results are the same in
+// every run:
+//
+//   squeeze_kernel   pools its channels and pixels, and goes through `reduce` with what it has.
+//                    Reducing is linear, so the sums of all blocks are the hidden units:
+//                    partials[n, part, h] = sum over c of its slice of
+//                                           reduce_weight[h, c] * (sum over its pixels of x) /
+//                                           pixels
+//   excite_kernel    adds the parts up, computes the gates of its own channels, and scales:
+//                    hidden[h] = activation(reduce_bias[h] + sum over parts of partials[n, part,
+//                    h]) y = x * gate(expand_bias[c] + sum over h of expand_weight[c, h] *
+//                    hidden[h])
+//
+// A block reads only its slice of either weight, and reads it from L1 for all samples but the
+// first. All sums, the hidden units and the gates are float32; the result is rounded once.
+#pragma once
+
+#include "common/numeric.cuh"
+#include "squeeze_excitation/params.h"
+
+namespace dwswap {
+
+struct ExcitationTile {
+  static constexpr int kThreads = 256;
+  // Loads that a thread has under way, and blocks of a multiprocessor: 3 x 256 threads x 4 x 16
+  // bytes = 48 KiB. Bandwidth times latency is about 22 KiB (4.2 TB/s, 700 ns, 132 of them).
+  static constexpr int kUnroll = 4;
+  static constexpr int kBlocks = 3;
+  static constexpr int kMostSlice = 64;   // channels
+  static constexpr int kReduceLanes = 8;  // threads per hidden unit: 8 x 16 bytes of weights
+  static constexpr int kExpandLanes = kThreads / kMostSlice;  // threads per channel
+  static_assert(kMostSlice * kExpandLanes == kThreads, "each channel has its threads");
+  static_assert(32 % kReduceLanes == 0 && 32 % kExpandLanes == 0, "shuffles stay within a warp");
+};
+
+__device__ __forceinline__ int64_t elements_before(const SqueezeExcitationParams& p, int sample) {
+  return int64_t{sample} * (p.channels * p.pixels);
+}
+
+// Sum over groups of `lanes` (a power of 2) neighbouring threads, in all of them.
+__device__ __forceinline__ float sum_over_lanes(float value, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// The vectors of V elements that one thread reads in its block's part of a sample: consecutive
+// channels of a pixel in channels_last, consecutive pixels of a plane otherwise.
+template <int V, bool kChannelsLast>
+struct ThreadShare {
+  static constexpr int kThreads = ExcitationTile::kThreads;
+  int channel;      // the first, counted from the first of the block
+  int base;         // of the channel, counted from the first element of the sample
+  int first, last;  // pixels
+  int step, pitch;  // pixels from vector to vector, elements from pixel to pixel
+
+  __device__ __forceinline__ ThreadShare(const SqueezeExcitationParams& p,
+                                         const ExcitationCut& cut) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int channel0 = static_cast<int>(blockIdx.x) % cut.slices * cut.slice;
+    const int pixel0 = static_cast<int>(blockIdx.x) / cut.slices * cut.chunk;
+    const int channels = min(cut.slice, p.channels - channel0);
+    last = min(pixel0 + cut.chunk, p.pixels);
+    bool active;
+    if constexpr (kChannelsLast) {
+      const int columns = cut.slice / V, row = thread / columns;
+      step = kThreads / columns, pitch = p.channels;
+      channel = thread % columns * V;
+      first = pixel0 + row;
+      base = channel0 + channel;
+      active = row < step && channel < channels;
+    } else {
+      step = cut.lanes * V, pitch = 1;
+      channel = thread / cut.lanes;
+      first = pixel0 + thread % cut.lanes * V;
+      base = (channel0 + channel) * p.pixels;
+      active = channel < channels;
+    }
+    if (!active) first = last;
+  }
+};
+
+// visit(pixel, words) for the vectors of the thread, of which kUnroll are read at a time.
+template <typename T, int V, bool kChannelsLast, typename Visit>
+__device__ __forceinline__ void for_each_vector(const ThreadShare<V, kChannelsLast>& share,
+                                                const T* sample, Visit&& visit) {
+  constexpr int kUnroll = ExcitationTile::kUnroll;
+  const T* source = sample + share.base;
+#pragma unroll 1
+  for (int pixel = share.first; pixel < share.last; pixel += kUnroll * share.step) {
+    Words<T, V> words[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const int at = pixel + i * share.step;
+      if (at < share.last) words[i] = load_words<V>(source + at * share.pitch);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const int at = pixel + i * share.step;
+      if (at < share.last) visit(at, words[i]);
+    }
+  }
+}
+
+// means[c] of the block's channels: the sums of its pixels, divided by all pixels. The block is
+// synchronized before they are written and after.
+template <typename T, int V, bool kChannelsLast>
+__device__ __forceinline__ void pool(const SqueezeExcitationParams& p, const ExcitationCut& cut,
+                                     const ThreadShare<V, kChannelsLast>& share, const T* sample,
+                                     float (&means)[ExcitationTile::kMostSlice]) {
+  constexpr int kThreads = ExcitationTile::kThreads;
+  const int thread = static_cast<int>(threadIdx.x);
+  float sums[V] = {};
+  for_each_vector(share, sample, [&](int, const Words<T, V>& words) {
+    float x[V];
+    widen_all(words, x);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sums[i] += x[i];
+  });
+  const auto pixels = static_cast<float>(p.pixels);
+  if constexpr (kChannelsLast) {
+    // Padded so that V neighbouring channels are in different banks.
+    constexpr int kPitch = kThreads + 32 / V;
+    __shared__ float rows[V * kPitch];
+#pragma unroll
+    for (int i = 0; i < V; ++i) rows[i * kPitch + thread] = sums[i];
+    __syncthreads();
+    if (thread < cut.slice) {
+      const int columns = cut.slice / V;
+      const float* column = rows + thread % V * kPitch + thread / V;
+      float total = 0.0f;
+#pragma unroll 4
+      for (int row = 0; row < share.step; ++row) total += column[row * columns];
+      means[thread] = total / pixels;
+    }
+  } else {
+    float total = sums[0];
+#pragma unroll
+    for (int i = 1; i < V; ++i) total += sums[i];
+    total = sum_over_lanes(total, cut.lanes);
+    __syncthreads();
+    if (thread % cut.lanes == 0 && share.channel < cut.slice) means[share.channel] = total / pixels;
+  }
+  __syncthreads();
+}
+
+// The part of `lane` in sum over c of row[c] * means[c], by vectors of V weights.
+template <int V, typename T>
+__device__ __forceinline__ float partial_product(const T* row,
+                                                 const float (&means)[ExcitationTile::kMostSlice],
+                                                 int channels, int lane) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int c = lane * V; c < channels; c += ExcitationTile::kReduceLanes * V) {
+    float weights[V];
+    load(row + c, weights);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum = fmaf(weights[i], means[c + i], sum);
+  }
+  return sum;
+}
+
+template <typename T, int V, bool kChannelsLast>
+__global__ void __launch_bounds__(ExcitationTile::kThreads, ExcitationTile::kBlocks)
+    squeeze_kernel(const SqueezeExcitationParams p, const ExcitationCut cut) {
+  constexpr int kLanes = ExcitationTile::kReduceLanes;
+  constexpr int kRows = ExcitationTile::kThreads / kLanes;
+  constexpr int kWide = 16 / static_cast<int>(sizeof(T));
+  __shared__ float means[ExcitationTile::kMostSlice];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
+  const int channel0 = static_cast<int>(blockIdx.x) % cut.slices * cut.slice;
+  const int channels = min(cut.slice, p.channels - channel0);
+  const ThreadShare<V, kChannelsLast> share(p, cut);
+  const auto* input = static_cast<const T*>(p.input);
+  const T* weight = static_cast<const T*>(p.reduce_weight) + channel0;
+  const int first = static_cast<int>(blockIdx.y) * cut.samples;
+  const int last = min(first + cut.samples, p.batch);
+
+  for (int n = first; n < last; ++n) {
+    pool(p, cut, share, input + elements_before(p, n), means);
+    float* partials = p.partials + (int64_t{n} * cut.parts() + blockIdx.x) * p.hidden;
+#pragma unroll 1
+    for (int h0 = 0; h0 < p.hidden; h0 += kRows) {
+      const int h = h0 + thread / kLanes;
+      float sum = 0.0f;
+      if (h < p.hidden) {
+        const T* row = weight + h * p.channels;
+        sum = cut.wide_weights ? partial_product<kWide>(row, means, channels, lane)
+                               : partial_product<1>(row, means, channels, lane);
+      }
+      sum = sum_over_lanes(sum, kLanes);
+      if (h < p.hidden && lane == 0) partials[h] = sum;
+    }
+  }
+}
+
+// hidden[h] of one sample. The block is synchronized after they are written.
+template <typename T>
+__device__ __forceinline__ void add_parts(const SqueezeExcitationParams& p,
+                                          const ExcitationCut& cut, int n,
+                                          float (&hidden)[kMostHidden]) {
+  constexpr int kThreads = ExcitationTile::kThreads;
+  __shared__ float sums[kThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int width = min(p.hidden, kThreads), groups = kThreads / width, group = thread / width;
+  const int parts = cut.parts();
+  const float* partials = p.partials + int64_t{n} * parts * p.hidden;
+  const auto* bias = static_cast<const T*>(p.reduce_bias);
+#pragma unroll 1
+  for (int h0 = 0; h0 < p.hidden; h0 += width) {
+    const int h = h0 + thread % width;
+    float sum = 0.0f;
+    if (group < groups && h < p.hidden) {
+#pragma unroll 4
+      for (int part = group; part < parts; part += groups) sum += partials[part * p.hidden + h];
+    }
+    sums[thread] = sum;
+    __syncthreads();
+    if (thread < width && h < p.hidden) {
+      float x[1] = {bias == nullptr ? 0.0f : widen(bias[h])};
+#pragma unroll 4
+      for (int i = 0; i < groups; ++i) x[0] += sums[i * width + thread];
+      activate(x, p.activation);
+      hidden[h] = x[0];
+    }
+    __syncthreads();
+  }
+}
+
+// scales[c] of the block's channels for one sample. The block is synchronized after they are
+// written.
+template <typename T>
+__device__ __forceinline__ void expand(const SqueezeExcitationParams& p, int channel0, int channels,
+                                       const float (&hidden)[kMostHidden],
+                                       float (&scales)[ExcitationTile::kMostSlice]) {
+  constexpr int kLanes = ExcitationTile::kExpandLanes;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int channel = thread / kLanes, lane = thread % kLanes;
+  const auto* bias = static_cast<const T*>(p.expand_bias);
+  float sum = 0.0f;
+  if (channel < channels) {
+    const T* row = static_cast<const T*>(p.expand_weight) + (channel0 + channel) * p.hidden;
+#pragma unroll 4
+    for (int h = lane; h < p.hidden; h += kLanes) sum = fmaf(widen(row[h]), hidden[h], sum);
+  }
+  sum = sum_over_lanes(sum, kLanes);
+  if (channel < channels && lane == 0) {
+    float x[1] = {bias == nullptr ? sum : sum + widen(bias[channel0 + channel])};
+    activate(x, p.gate);
+    scales[channel] = x[0];
+  }
+  __syncthreads();
+}
+
+template <typename T, int V, bool kChannelsLast>
+__global__ void __launch_bounds__(ExcitationTile::kThreads, ExcitationTile::kBlocks)
+    excite_kernel(const SqueezeExcitationParams p, const ExcitationCut cut) {
+  __shared__ float hidden[kMostHidden];
+  __shared__ float scales[ExcitationTile::kMostSlice];
+  const int channel0 = static_cast<int>(blockIdx.x) % cut.slices * cut.slice;
+  const int channels = min(cut.slice, p.channels - channel0);
+  const ThreadShare<V, kChannelsLast> share(p, cut);
+  // The last samples first: they were read last, and what the L2 cache still has is theirs.
+  const int first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * cut.samples;
+  const int last = min(first + cut.samples, p.batch);
+
+  for (int n = last - 1; n >= first; --n) {
+    add_parts<T>(p, cut, n, hidden);
+    expand<T>(p, channel0, channels, hidden, scales);
+    float scale[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) scale[i] = scales[share.channel + (kChannelsLast ? i : 0)];
+    const int64_t sample = elements_before(p, n);
+    T* target = static_cast<T*>(p.output) + sample + share.base;
+    for_each_vector(share, static_cast<const T*>(p.input) + sample,
+                    [&](int pixel, const Words<T, V>& words) {
+                      float x[V];
+                      widen_all(words, x);
+#pragma unroll
+                      for (int i = 0; i < V; ++i) x[i] *= scale[i];
+                      store(target + pixel * share.pitch, x);
+                    });
+  }
+}
+
+}  // namespace dwswap

@@ -1,0 +1,51 @@
+// What the squeeze_excitation kernels get, and how they cut a tensor into blocks.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/activation.cuh"
+#include "common/data_type.h"
+
+namespace dwswap {
+
+// y = x * gate(expand(activation(reduce(mean of x over the pixels)))), reduce and expand linear.
+struct SqueezeExcitationParams {
+  const void* input;          // (batch, channels, pixels), dense, contiguous or channels_last
+  const void* reduce_weight;  // (hidden, channels), dense
+  const void* reduce_bias;    // (hidden) or null
+  const void* expand_weight;  // (channels, hidden), dense
+  const void* expand_bias;    // (channels) or null
+  void* output;               // laid out as the input
+  float* partials;            // (batch, parts of the cut, hidden)
+
+  int32_t batch, channels, pixels, hidden;
+  Activation activation, gate;
+  DataType dtype;
+  Layout layout;
+};
+
+// A block takes `slice` channels and `chunk` pixels of `samples` samples, one after another.
+struct ExcitationCut {
+  int32_t slice, slices;  // channels of a block, blocks along the channels
+  int32_t chunk, chunks;  // pixels of a block, blocks along the pixels
+  int32_t samples;        // of a block
+  int32_t lanes;          // contiguous: threads that share a plane
+  bool wide;              // the tensor is read and written by 16 bytes
+  bool wide_weights;      // and the rows of reduce_weight are read by 16 bytes
+
+  // Each writes its sum for every hidden unit.
+  __host__ __device__ int32_t parts() const { return slices * chunks; }
+};
+
+// The kernels keep this many hidden units in shared memory.
+constexpr int32_t kMostHidden = 1024;
+
+bool covers_squeeze_excitation(const SqueezeExcitationParams& params);
+ExcitationCut cut_squeeze_excitation(const SqueezeExcitationParams& params, int multiprocessors);
+// Returns the CUDA status of the launches.
+cudaError_t launch_squeeze_excitation(const SqueezeExcitationParams& params,
+                                      const ExcitationCut& cut, cudaStream_t stream);
+
+}  // namespace dwswap
