@@ -35,7 +35,13 @@ CHANGE_REASONS: dict[str, str] = {
     "not_constant": "{user} pads its input, or depends on it in another way",
     "bias_there": "{user} would have a bias in its place",
     "overflow": "the bias of {user} would leave the range of its dtype",
-    # stays: both
+    # stays: squeeze-and-excitation
+    "no_pool": "it is computed from no mean over height and width",
+    "other_input": "it scales another tensor than {value}, which is pooled",
+    "gate": "its gate is {activation}, neither sigmoid nor hardsigmoid",
+    "gates": "its {gates} gates are not one for each of the {channels} channels",
+    "not_pointwise": "a convolution in it is not 1 x 1, or has groups or padding",
+    # stays: all
     "other_users": "{value} is used elsewhere as well",
     "call_form": "the layer is not called in a form that can be rewritten",
     "computed": "its tensors are computed in the graph",
@@ -48,8 +54,9 @@ class Change:
     """One neighbour of a convolution or linear layer, and what became of it.
 
     Attributes:
-        kind: ``"batchnorm"``, ``"activation"``, ``"input_activation"``, ``"input_bias"``, or
-            ``"bias"`` of a layer that gave its own to those after it, or kept it.
+        kind: ``"batchnorm"``, ``"activation"``, ``"input_activation"``, ``"input_bias"``,
+            ``"bias"`` of a layer that gave its own to those after it, or kept it, or
+            ``"squeeze_excitation"`` of the first layer of one.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
         done: whether it is gone from the graph.
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
@@ -74,6 +81,8 @@ class Change:
             return f"folded {self.subject}"
         if self.kind == "input_bias":
             return f"absorbed the bias of {self.subject}"
+        if self.kind == "squeeze_excitation":
+            return f"one call with {self.subject}, the pooling and the scaling"
         if self.kind == "bias":
             return f"gave its bias to {self.subject}"
         side = "after" if self.kind == "activation" else "before"

@@ -261,11 +261,14 @@ class Report:
         changes += [c for found in self.elsewhere.values() for c in found]
         done = Counter(change.kind for change in changes if change.done)
         pushed = len([change for change in changes if change.reason == "pushed"])
+        blocks = done["squeeze_excitation"]
         return (
             f"{self.calls_before} calls of operations per forward before, {self.calls_after} now; "
             f"folded {done['batchnorm']} BatchNorm, absorbed "
             f"{done['activation'] + done['input_activation']} activations and "
-            f"{done['input_bias']} biases" + (f", pushed {pushed} biases on" if pushed else "")
+            f"{done['input_bias']} biases"
+            + (f", pushed {pushed} biases on" if pushed else "")
+            + (f", made {blocks} squeeze-and-excitations one call each" if blocks else "")
         )
 
     def _notes(self) -> list[str]:

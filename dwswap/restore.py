@@ -8,6 +8,7 @@ from dwswap.copying import commit, copy_model, modules_by_path, shell_model
 from dwswap.cuda_graph_module import disable_cuda_graphs
 from dwswap.inference_graph import FOLDED
 from dwswap.modules import DepthwiseConv2d
+from dwswap.ops import squeeze_excitation
 from dwswap.passes.substitution import unswap_modules
 from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.report import detach, has_report
@@ -29,9 +30,9 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
-        ValueError: a graph was fused: BatchNorm is folded into other weights, or a call has
-            absorbed its neighbours and has no ``torch.conv2d`` to go back to. ``model`` is then as
-            it was.
+        ValueError: a graph was fused: BatchNorm is folded into other weights, a call has absorbed
+            its neighbours and has no ``torch.conv2d`` to go back to, or squeeze-and-excitation
+            became one call. ``model`` is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -71,6 +72,12 @@ def _restore(model: nn.Module) -> nn.Module:
                 raise ValueError(
                     "model cannot be restored: BatchNorm was folded into other weights; restore "
                     "needs the result of a swap alone, as dwswap.optimize(model, fuse=False) makes"
+                )
+            if any(node.target is squeeze_excitation for node in module.graph.nodes):
+                raise ValueError(
+                    "model cannot be restored: squeeze-and-excitation became calls of an operator; "
+                    "restore needs the result of a swap alone, as "
+                    "dwswap.optimize(model, fuse=False) makes"
                 )
             for node in list(swapped_calls(module)):
                 unswap_call(module, node)

@@ -15,6 +15,7 @@ from dwswap.passes.fold_batchnorm import fold_batchnorm
 from dwswap.passes.memory_format import set_memory_format
 from dwswap.passes.pointwise import fuse_residual
 from dwswap.passes.push_bias import push_bias
+from dwswap.passes.squeeze_excitation import fuse_squeeze_excitation
 from dwswap.passes.swap_depthwise import swap_depthwise
 
 __all__ = ["EXACT_PASSES", "INFERENCE_PASSES", "Context", "GraphPass", "run_passes"]
@@ -25,6 +26,7 @@ EXACT_PASSES: tuple[GraphPass, ...] = (swap_depthwise,)
 INFERENCE_PASSES: tuple[GraphPass, ...] = (
     fold_batchnorm,
     absorb_activation,
+    fuse_squeeze_excitation,
     push_bias,
     set_memory_format,
     fuse_residual,

@@ -29,6 +29,7 @@ SAME = "same"
 
 _NUMBERS = ("size", "dim", "numel", "shape", "ndim", "dtype", "device", "is_cuda")
 _ELEMENTWISE = {"add", "sub", "mul", "div", "truediv", "neg", "float", "half", "bfloat16", "double"}
+_ELEMENTWISE |= {"squeeze_excitation"}  # in the layout of what it scales
 _POOLS = {"adaptive_avg_pool2d", "avg_pool2d", "max_pool2d", "adaptive_max_pool2d", "interpolate"}
 _POOL_MODULES = (
     *(nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d),

@@ -1,0 +1,57 @@
+"""Run squeeze-and-excitation as one call of an operator.
+
+Pattern:
+    ``x * gate(expand(activation(reduce(mean of x over height and width))))`` with two pointwise
+    convolutions, or linear layers and the views around them, any activation that the operators
+    have, and sigmoid or hardsigmoid as the gate. Nothing else reads a value in between.
+Reason:
+    As layers they are six to eight kernels, of which the pooling is a badly shaped reduction and
+    most of the others take longer to launch than to run. The operator takes two.
+Limits:
+    The layers stay where they are read elsewhere, have hooks, change something in place that the
+    product reads, or differ in dtype. The operator reads the parameters of the layers, which keep
+    their keys.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dwswap.ops import squeeze_excitation
+from dwswap.passes.context import Context
+from dwswap.passes.excitation_call import ExcitationCall, excitation_call
+
+__all__ = ["fuse_squeeze_excitation"]
+
+
+def fuse_squeeze_excitation(graph_module: fx.GraphModule, context: Context) -> None:
+    """Fuse in place; writes what it did, and why not, to ``context.changes``."""
+    for node in list(graph_module.graph.nodes):
+        call = excitation_call(graph_module, node)
+        if call is None:
+            continue
+        kind = "squeeze_excitation"
+        if call.refusal is not None:
+            context.note(call.reduce.node, kind, node, *call.refusal)
+            continue
+        context.note(call.reduce.node, kind, call.expand.node, "absorbed")
+        _rewrite(graph_module.graph, context, call)
+
+
+def _rewrite(graph: fx.Graph, context: Context, call: ExcitationCall) -> None:
+    operands = (call.reduce.weight, call.reduce.bias, call.expand.weight, call.expand.bias)
+    with graph.inserting_before(call.node):
+        tensors = [graph.get_attr(o) if isinstance(o, str) else o for o in operands]
+        new = graph.call_function(
+            squeeze_excitation,
+            (call.input, *tensors),
+            {"activation": call.activation.name, "gate": call.gate.name},
+        )
+    # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
+    new.meta = {**call.node.meta, "is_wrapped": True}
+    context.replaced(call.node, new)
+    call.node.replace_all_uses_with(new)
+    graph.erase_node(call.node)
+    for node in reversed(call.inner):
+        graph.erase_node(node)
+        context.release(node)
