@@ -11,6 +11,7 @@ sees. Results are compared with float64 on the CPU.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from dwswap import build, depthwise_conv2d
+from dwswap.ops import squeeze_excitation
 from dwswap.schema import depthwise_conv2d_backward
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -141,7 +143,32 @@ def gradient_problems() -> Iterator[Problem]:
         yield general._replace(kernel=(4, 2), multiplier=3, dilation=2)
 
 
-def place(values: torch.Tensor, problem: Problem) -> torch.Tensor:
+class Excitation(NamedTuple):
+    """A problem of squeeze_excitation."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    shape: tuple[int, int, int, int]
+    hidden: int
+    offset: int = 0
+
+
+def excitations() -> Iterator[Excitation]:
+    """Channels, pixels and hidden units that no slice, vector or group of threads divides."""
+    for dtype, memory_format in itertools.product((torch.float32, *HALVES), FORMATS):
+        for shape, hidden in (
+            ((1, 72, 7, 7), 24),
+            ((2, 57, 13, 9), 5),
+            ((3, 200, 8, 10), 13),
+            ((1, 24, 56, 57), 300),
+            ((2, 1, 1, 1), 1),
+            ((300, 40, 7, 8), 10),
+        ):
+            for offset in (0, 1):
+                yield Excitation(dtype, memory_format, shape, hidden, offset)
+
+
+def place(values: torch.Tensor, problem: Problem | Excitation) -> torch.Tensor:
     """A copy on the GPU in the memory format and at the offset of the problem."""
     laid_out = values.contiguous(memory_format=problem.memory_format)
     buffer = torch.zeros(values.numel() + problem.offset, dtype=values.dtype, device="cuda")
@@ -227,6 +254,27 @@ def check_gradients(problem: Problem) -> str | None:
     return None
 
 
+def check_excitation(problem: Excitation) -> str | None:
+    """Run one problem of squeeze_excitation; returns what is wrong with its result."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(problem.dtype)
+
+    channels, hidden = problem.shape[1], problem.hidden
+    input, reduce_bias, expand_bias = draw(*problem.shape), draw(hidden), draw(channels)
+    reduce_weight, expand_weight = draw(hidden, channels, 1, 1), draw(channels, hidden)
+    expand_weight /= hidden
+    parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    ours = squeeze_excitation(place(input, problem), *(t.cuda() for t in parameters))
+    # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
+    result = (ours * 1).cpu().double()
+    wide = [t.double() for t in parameters]
+    units = F.relu(F.linear(input.double().mean((2, 3)), wide[0].flatten(1), wide[1]))
+    gates = torch.sigmoid(F.linear(units, *wide[2:]))
+    return difference(result, input.double() * gates[:, :, None, None], problem.dtype)
+
+
 def difference(result: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> str | None:
     if result.shape != exact.shape:
         return f"shape {tuple(result.shape)} instead of {tuple(exact.shape)}"
@@ -250,13 +298,15 @@ def main(arguments: list[str]) -> int:
         runs = [(run, p) for run, p in runs if p.family not in bulk or p.portable]
     # Gradients of the input run forward families.
     runs += [(check_gradients, p._replace(portable=not bulk_stores)) for p in gradient_problems()]
+    checks = [functools.partial(run, problem) for run, problem in runs]
+    checks += [functools.partial(check_excitation, problem) for problem in excitations()]
     with torch.no_grad():
-        for run, problem in runs:
-            wrong = run(problem)
+        for run_one in checks:
+            wrong = run_one()
             count += 1
             if wrong is not None:
                 failures += 1
-                print(f"{problem}: {wrong}", file=sys.stderr)
+                print(f"{run_one.args[0]}: {wrong}", file=sys.stderr)
     torch.cuda.synchronize()
     if not build.status().loaded:
         print(f"sanitize: no kernels of ours ran: {build.status().reason}", file=sys.stderr)

@@ -62,6 +62,7 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
         FOLDER / "channel_columns_cut.cu",
         FOLDER / "channel_direct_cut.cu",
         FOLDER / "toeplitz_cut.cu",
+        csrc_dir() / "squeeze_excitation" / "cut.cu",
     ]
     # The runtime library that the build of the kernels links: a compiler from PyPI has no other.
     link = ["-cudart", "none", "-Xlinker", f"{cudart},-rpath={cudart.parent}"]
@@ -212,3 +213,46 @@ def test_a_row_that_fills_a_stage(cuts):
     assert fits(problem)
     ((_, planes, rows, *_),) = cuts("plane_strips", [(problem, DEVICES[2])])
     assert (planes, rows) == (1, 1)
+
+
+def test_squeeze_excitation_can_always_be_launched(cuts):
+    """Of ``Problem``, kernel_h is the number of hidden units; stride 1 stands for channels_last."""
+    problems = [
+        problem._replace(kernel_h=hidden, batch=problem.batch * batch, stride=stride)
+        for problem, (hidden, batch), stride in itertools.product(
+            ragged(300), ((1, 1), (48, 1), (1024, 7), (4, 5000)), (1, 2)
+        )
+        if problem.height * problem.width * problem.channels < 2**30
+    ]
+    runs = list(itertools.product(problems, DEVICES))
+    for (problem, device), cut in zip(runs, cuts("squeeze_excitation", runs), strict=True):
+        covered, slice_, slices, chunk, chunks, samples, lanes, wide, wide_weights = cut
+        what = f"{problem} on {device}: {cut}"
+        pixels, elements = problem.height * problem.width, 16 // problem.element_bytes
+        assert covered, what
+        assert 1 <= slice_ <= 64, what
+        assert slice_ * (slices - 1) < problem.channels <= slice_ * slices, what
+        assert chunk * (chunks - 1) < pixels <= chunk * chunks, what
+        assert 1 <= chunks <= 256, what
+        assert samples >= 1, what
+        assert -(-problem.batch // samples) <= 65535, what
+        channels_last = problem.stride == 1
+        assert wide == ((problem.channels if channels_last else pixels) % elements == 0), what
+        if channels_last:
+            assert slice_ % (elements if wide else 1) == 0, what
+        else:
+            assert slice_ * lanes <= 256, what
+            assert lanes in (8, 32), what
+            assert chunk % (elements if wide else 1) == 0, what
+        assert not wide_weights or problem.channels % elements == slice_ % elements == 0, what
+
+
+def test_squeeze_excitation_fills_the_gpu(cuts):
+    """With one sample there are blocks along the pixels; with many, blocks of several samples."""
+    one = Problem(1, 32, 112, 112, 8, 1, 1, 2)
+    many = Problem(256, 1152, 7, 7, 48, 1, 1, 2)
+    runs = [(problem, DEVICES[0]) for problem in (one, many)]
+    for (problem, _), cut in zip(runs, cuts("squeeze_excitation", runs), strict=True):
+        _, _, slices, _, chunks, samples, *_ = cut
+        assert slices * chunks * -(-problem.batch // samples) >= 49
+        assert (samples > 1) == (problem is many)

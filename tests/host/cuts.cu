@@ -3,6 +3,7 @@
 //   family batch channels in_h in_w kernel_h kernel_w stride element_bytes
 //   multiprocessors shared_per_multiprocessor shared_per_block
 // with padding kernel / 2, and prints a line for each, with the microseconds that the search took.
+// squeeze_excitation takes kernel_h for its hidden units, and channels_last for stride 1.
 #include <chrono>
 #include <cstdio>
 #include <iostream>
@@ -12,6 +13,7 @@
 #include "depthwise_conv2d/channel_direct_cut.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
 #include "depthwise_conv2d/toeplitz_cut.h"
+#include "squeeze_excitation/params.h"
 
 int main() {
   using namespace dwswap;
@@ -44,6 +46,16 @@ int main() {
       const long long shared = cut.rows == 0 ? 0 : cut.shared_bytes(stride, p.kernel_h);
       std::printf("%d %d %d %d %d %d %d %lld %.0f\n", cut.steps, cut.tiles, cut.channels,
                   cut.images, cut.rows, cut.in_rows, cut.threads, shared, took.count());
+    } else if (family == "squeeze_excitation") {
+      SqueezeExcitationParams q{};
+      q.batch = static_cast<int32_t>(p.batch), q.channels = static_cast<int32_t>(p.channels);
+      q.pixels = static_cast<int32_t>(p.in_h * p.in_w), q.hidden = static_cast<int32_t>(p.kernel_h);
+      q.dtype = element_bytes == 4 ? DataType::kFloat32 : DataType::kFloat16;
+      q.layout = p.stride_h == 1 ? Layout::kChannelsLast : Layout::kContiguous;
+      const auto cut = cut_squeeze_excitation(q, device.multiprocessors);
+      std::printf("%d %d %d %d %d %d %d %d %d\n", covers_squeeze_excitation(q), cut.slice,
+                  cut.slices, cut.chunk, cut.chunks, cut.samples, cut.lanes, cut.wide,
+                  cut.wide_weights);
     } else if (family == "channel_direct") {
       const auto cut = channel_direct::choose_cut(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
