@@ -25,9 +25,9 @@ from dwswap.passes.affine_call import affine_call
 LEFT = {
     "mobilenet_v2": ["the head", "the classifier"],
     "mnasnet0_5": ["the head", "the classifier"],
-    "efficientnet_b0": ["the head", "the classifier", *["squeeze", "excite"] * 16],
+    "efficientnet_b0": ["the head", "the classifier"],
     "shufflenet_v2_x0_5": ["the stem", "the head", "the classifier", *["before relu"] * 19],
-    "mobilenet_v3_small": ["the head", *["the classifier"] * 2, *["squeeze", "excite"] * 9],
+    "mobilenet_v3_small": ["the head", *["the classifier"] * 2],
 }
 
 
@@ -191,12 +191,13 @@ def shuffle(x: Tensor) -> Tensor:
 class Gated(nn.Module):
     """The scale of squeeze-and-excitation."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Callable[[Tensor], Tensor] = torch.sigmoid) -> None:
         super().__init__()
         self.fc1, self.fc2 = pointwise(8, 2), pointwise(2, 8)
+        self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))) * x
+        return self.gate(self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))) * x
 
 
 KEPT: dict[str, tuple[Callable[[], nn.Module], list[bool], str]] = {
@@ -213,7 +214,12 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], list[bool], str]] = {
     ),
     "concat": (lambda: chain(Apply(cat), pointwise(16, 4)), [True, True], "not_linear"),
     "shuffle": (lambda: chain(Apply(shuffle), pointwise()), [True, True], "not_linear"),
-    "gate": (lambda: chain(Gated(), pointwise()), [True] * 4, "not_linear"),
+    "gate": (lambda: chain(Gated(torch.tanh), pointwise()), [True] * 4, "not_linear"),
+    "squeeze-and-excitation": (
+        lambda: chain(Gated(), pointwise()),
+        [True, True],
+        "not_linear",
+    ),
     "product": (lambda: chain(Apply(lambda x: x * x), pointwise()), [True, True], "not_linear"),
     "average": (lambda: chain(nn.AvgPool2d(3, 1, 1), pointwise()), [True, True], "not_linear"),
     "mean of channels": (
