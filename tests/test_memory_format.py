@@ -25,7 +25,7 @@ import dwswap
 from dwswap.example_inputs import Arguments
 from dwswap.layouts import memory_format, restored, to_layout
 from dwswap.passes import memory_format as memory_format_pass
-from dwswap.passes.affine_call import affine_call
+from dwswap.passes.affine_call import affine_call, value_of
 from dwswap.swapped_layers import run_watched
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
@@ -170,8 +170,10 @@ def test_runs_in_channels_last(case: str) -> None:
     assert layouts(fast, image(8)) == {CL}
     assert dwswap.report(fast).memory_format.startswith("channels_last (converted: 1 inputs")
     assert "memory format: channels_last" in str(dwswap.report(fast))
-    for weight in (p for p in fast.parameters() if p.dim() == 4 and p.shape[1] > 1):
-        assert memory_format(weight) == CL
+    for call in (affine_call(fast, node) for node in fast.graph.nodes):
+        weight = None if call is None else value_of(fast, call.weight)
+        if weight is not None and weight.dim() == 4 and weight.shape[1] > 1:
+            assert memory_format(weight) == CL
 
 
 STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {

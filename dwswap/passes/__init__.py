@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from dwswap.passes.absorb_activation import absorb_activation
+from dwswap.passes.channel_shuffle import fuse_shuffle
 from dwswap.passes.context import Context, GraphPass
 from dwswap.passes.fold_batchnorm import fold_batchnorm
 from dwswap.passes.memory_format import set_memory_format
@@ -29,6 +30,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     fuse_squeeze_excitation,
     push_bias,
     set_memory_format,
+    fuse_shuffle,
     fuse_residual,
 )
 

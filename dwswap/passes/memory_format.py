@@ -79,7 +79,8 @@ def set_memory_format(graph_module: fx.GraphModule, context: Context) -> None:
         context.layout = f"preserve ({refusal})"
         return
     if layout is CHANNELS_LAST:
-        keep_layout(graph_module.graph)
+        replaced = keep_layout(graph_module)
+        outputs = {replaced.get(node, node): kind for node, kind in outputs.items()}
     outputs = {n: kind for n, kind in outputs.items() if kind in (IMAGE, PLAIN) and n not in images}
     _restore(graph_module.graph, outputs, images, known == {CHANNELS_LAST})
     _convert(graph_module, images, layout)

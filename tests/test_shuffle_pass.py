@@ -1,0 +1,144 @@
+"""Channel shuffles of two concatenated images: one copy, or as they are."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_memory_format import same
+from test_torchvision import build_with_data
+from tiny_models import depthwise, image
+from torch import Tensor, fx, nn
+
+import dwswap
+from dwswap.shuffling import interleaved
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def shuffle(x: Tensor, groups: int = 2) -> Tensor:
+    """As torchvision has it."""
+    batch, channels, height, width = x.size()
+    x = x.view(batch, groups, channels // groups, height, width)
+    return torch.transpose(x, 1, 2).contiguous().view(batch, channels, height, width)
+
+
+def count(model: nn.Module) -> int:
+    assert isinstance(model, fx.GraphModule)
+    return [node.target for node in model.graph.nodes].count(interleaved)
+
+
+class Unit(nn.Module):
+    """Two halves of the channels; the second goes through a layer, then both are joined."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.start, self.body, self.join = depthwise(), nn.Conv2d(4, 4, 1), join
+
+    def forward(self, x: Tensor) -> Any:
+        first, second = self.start(x).chunk(2, dim=1)
+        return self.join(first, self.body(second))
+
+
+@pytest.mark.parametrize("first_layout", FORMATS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("size", [1, 5])
+def test_function(
+    first_layout: torch.memory_format, channels_last: bool, sliced: bool, size: int
+) -> None:
+    wide = image(12, size=size).to(memory_format=first_layout)
+    first = wide[:, 3:9] if sliced else wide[:, 3:9].clone()
+    second = image(6, size=size).exp()
+    result = interleaved(first, second, channels_last)
+    expected = shuffle(torch.cat((first, second), 1).contiguous())
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    assert result.is_contiguous(memory_format=FORMATS[channels_last])
+    assert interleaved(first[:0], second[:0], channels_last).shape == (0, 12, size, size)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_function_of_different_channels(channels_last: bool) -> None:
+    first, second = image(2), image(6).exp()
+    expected = shuffle(torch.cat((first, second), 1))
+    result = interleaved(first, second, channels_last)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["preserve", "channels_last", "contiguous"])
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: shuffle(torch.cat((a, b), dim=1)),
+        lambda a, b: shuffle(torch.cat([b, a], 1)),
+        lambda a, b: shuffle(torch.cat((a, torch.cat((b, b), 1)), 1)),
+    ],
+)
+def test_interleaves(layout: Any, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = Unit(join).eval()
+    fast = dwswap.optimize(model, memory_format=layout)
+    assert count(fast) == 1
+    assert "size" not in str(fast.code)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for x in (image(8), image(8).to(memory_format=torch.channels_last)):
+            for other in (fast, copy.deepcopy(fast), compiled):
+                same(other(x), model(x))
+                assert other(x).stride() == model(x).stride()
+    if layout == "preserve":
+        same(pickle.loads(pickle.dumps(fast))(image(8)), fast(image(8)))
+
+
+def twice(a: Tensor, b: Tensor) -> Any:
+    joined = torch.cat((a, b), 1)
+    return shuffle(joined), joined
+
+
+def sized(a: Tensor, b: Tensor) -> Tensor:
+    joined = torch.cat((a, b), 1)
+    return shuffle(joined) + joined.size(0)
+
+
+def changed(a: Tensor, b: Tensor) -> Tensor:
+    joined = torch.cat((a, b), 1)
+    b.mul_(2)
+    return shuffle(joined) + torch.cat((b, b), 1)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        twice,
+        sized,
+        changed,
+        lambda a, b: shuffle(torch.cat((a, b), 1), 4),
+        lambda a, b: shuffle(torch.cat((a, b, a, b), 1)),
+        lambda a, b: shuffle(torch.cat((a, b), 0)),
+        lambda a, b: shuffle(a),
+    ],
+)
+@pytest.mark.parametrize("layout", ["preserve", "channels_last"])
+def test_leaves_alone(layout: Any, join: Callable[[Tensor, Tensor], Any]) -> None:
+    model = Unit(join).eval()
+    fast = dwswap.optimize(model, memory_format=layout)
+    assert count(fast) == 0
+    with torch.no_grad():
+        ours, theirs = fast(image(8)), model(image(8))
+    same(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["preserve", "channels_last"])
+def test_shufflenet(layout: Any) -> None:
+    model = build_with_data("shufflenet_v2_x0_5").double()
+    fast = dwswap.optimize(model, memory_format=layout)
+    assert count(fast) == 16
+    assert not any(node.target is torch.cat for node in fast.graph.nodes)
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        assert float((fast(x) - expected).abs().max() / expected.abs().max()) < 1e-12
