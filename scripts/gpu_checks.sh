@@ -41,6 +41,7 @@ for dtype in float32 float16 bfloat16 float64; do
   tests "kernels-$dtype" tests/gpu/test_kernels.py -k "$chosen" &
   tests "gradients-$dtype" tests/gpu/test_gradient_kernels.py -k "$chosen" &
 done
+tests excitation tests/gpu/test_excitation_kernels.py &
 tests fuzz-other tests/gpu/test_fuzz.py -k "not forward and not gradients" &
 tests kernels-other tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64" &
 tests reliability tests/gpu/test_reliability.py &
