@@ -44,6 +44,16 @@ __device__ __forceinline__ float sum_over_lanes(float value, int lanes) {
   return value;
 }
 
+// The hidden units and the gates are few, and an error of a gate is one of a whole plane: the exact
+// forms where `activate` has fast ones of exp and division.
+__device__ __forceinline__ float activated(float x, Activation activation) {
+  if (activation == Activation::kSigmoid) return 1.0f / (1.0f + expf(-x));
+  if (activation == Activation::kSilu) return x / (1.0f + expf(-x));
+  float values[1] = {x};
+  activate(values, activation);
+  return values[0];
+}
+
 // The vectors of V elements that one thread reads in its block's part of a sample: consecutive
 // channels of a pixel in channels_last, consecutive pixels of a plane otherwise.
 template <int V, bool kChannelsLast>
@@ -217,11 +227,10 @@ __device__ __forceinline__ void add_parts(const SqueezeExcitationParams& p,
     sums[thread] = sum;
     __syncthreads();
     if (thread < width && h < p.hidden) {
-      float x[1] = {bias == nullptr ? 0.0f : widen(bias[h])};
+      float total = bias == nullptr ? 0.0f : widen(bias[h]);
 #pragma unroll 4
-      for (int i = 0; i < groups; ++i) x[0] += sums[i * width + thread];
-      activate(x, p.activation);
-      hidden[h] = x[0];
+      for (int i = 0; i < groups; ++i) total += sums[i * width + thread];
+      hidden[h] = activated(total, p.activation);
     }
     __syncthreads();
   }
@@ -245,9 +254,8 @@ __device__ __forceinline__ void expand(const SqueezeExcitationParams& p, int cha
   }
   sum = sum_over_lanes(sum, kLanes);
   if (channel < channels && lane == 0) {
-    float x[1] = {bias == nullptr ? sum : sum + widen(bias[channel0 + channel])};
-    activate(x, p.gate);
-    scales[channel] = x[0];
+    if (bias != nullptr) sum += widen(bias[channel0 + channel]);
+    scales[channel] = activated(sum, p.gate);
   }
   __syncthreads();
 }
