@@ -1,5 +1,6 @@
 """Fast depthwise convolutions for PyTorch models: ``fast = dwswap.optimize(model)``."""
 
+from dwswap import export
 from dwswap.cuda_graphs import CudaGraphOptions
 from dwswap.modules import DepthwiseConv2d
 from dwswap.ops import depthwise_conv2d
@@ -15,6 +16,7 @@ __all__ = [
     "__version__",
     "depthwise_conv2d",
     "explain",
+    "export",
     "optimize",
     "report",
     "restore",

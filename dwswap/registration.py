@@ -35,7 +35,7 @@ from dwswap.plain import differentiated_elsewhere, is_plain, needs_gradient
 from dwswap.schema import depthwise_conv2d, depthwise_conv2d_backward, direct, library
 from dwswap.transforms import autocast_kernel, forward_vmap
 
-__all__ = ["apply", "depthwise_conv2d", "depthwise_conv2d_backward", "kernel_family"]
+__all__ = ["apply", "decomposed", "depthwise_conv2d", "depthwise_conv2d_backward", "kernel_family"]
 
 Ints = Sequence[int]
 
@@ -49,7 +49,7 @@ _ACTIVATION_PAIRS = {
 # --- forward on every device ------------------------------------------------------------------
 
 
-def _decomposed(
+def decomposed(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -60,6 +60,7 @@ def _decomposed(
     input_activation: str = "none",
     activation: str = "none",
 ) -> Tensor:
+    """The operator made of aten's: what it means, on every device and in every trace."""
     stride, padding, dilation = geometry(stride, padding, dilation)
     check_arguments(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
@@ -75,7 +76,7 @@ def _preactivate(input: Tensor, input_bias: Tensor | None, input_activation: str
 
 
 def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    return laid_out(_decomposed(input, weight, *args), output_memory_format(input, weight))
+    return laid_out(decomposed(input, weight, *args), output_memory_format(input, weight))
 
 
 def _forward(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -246,7 +247,7 @@ def _forward_autograd(
     )
     # aten differentiates a complex convolution as real ones, which convolution_backward does not.
     if differentiated_elsewhere() or input.is_complex():
-        return _decomposed(*args)
+        return decomposed(*args)
     if needs_gradient(input, weight, bias, input_bias):
         return _DepthwiseConv2d.apply(*args)
     return _below_autograd(*args)

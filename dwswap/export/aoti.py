@@ -1,0 +1,73 @@
+"""AOTInductor packages: compiled ahead of time, run without tracing or compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from dwswap.export.errors import ExportError
+from dwswap.export.input_specs import InputSpecs
+from dwswap.export.program import program_device, to_aten
+
+__all__ = ["CompiledModel", "load_compiled", "save_compiled"]
+
+# Keys of the package's metadata; the C++ example reads the second.
+INPUTS = "dwswap_inputs"
+DTYPE = "dwswap_dtype"
+
+
+def save_compiled(program: ExportedProgram, path: Path) -> None:
+    """Compile ``program`` for its device. On CUDA it keeps our operator, elsewhere it is of aten.
+
+    Our operator is a composite of Python there, which a process without Python has not.
+    """
+    specs = InputSpecs.of_program(program)
+    if program_device(program).type != "cuda":
+        program = to_aten(program)
+    metadata = {INPUTS: specs.to_json(), DTYPE: specs.dtype}
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(path),
+            inductor_configs={"aot_inductor.metadata": metadata},
+        )
+
+
+class CompiledModel:
+    """A package of AOTInductor that is called like the model.
+
+    The compiled code takes its inputs for what the example inputs were, and reads wrong numbers
+    where they are not. So dtype, device and shape are checked here, and strides are made right.
+    """
+
+    def __init__(self, runner: Callable[..., Any], specs: InputSpecs) -> None:
+        self.runner = runner
+        self.specs = specs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what it must be and what it is.
+        """
+        args, kwargs = self.specs.conform(args, kwargs)
+        return self.runner(*args, **kwargs)
+
+
+def load_compiled(path: Path) -> CompiledModel:
+    """Load a package that :func:`save_compiled` wrote.
+
+    Raises:
+        ExportError: it is a package of another program.
+    """
+    runner = torch._inductor.aoti_load_package(str(path))
+    metadata = runner.get_metadata()
+    if INPUTS not in metadata:
+        raise ExportError(
+            f"{path} was not written by dwswap.export: use torch._inductor.aoti_load_package"
+        )
+    return CompiledModel(runner, InputSpecs.from_json(metadata[INPUTS]))

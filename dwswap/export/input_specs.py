@@ -1,0 +1,186 @@
+"""What the inputs of a compiled program must be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+__all__ = ["InputSpecs", "TensorSpec"]
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor; a size that may vary is the name of its symbol."""
+
+    dtype: str
+    device: str
+    shape: tuple[int | str, ...]
+    channels_last: bool
+
+    @classmethod
+    def of(cls, example: Tensor, shape: Sequence[int | torch.SymInt]) -> TensorSpec:
+        """Of an example input whose shape in the program is ``shape``.
+
+        Raises:
+            ValueError: its strides are neither those of a contiguous nor of a channels_last tensor.
+        """
+        channels_last = not example.is_contiguous()
+        if channels_last and not _is_channels_last(example):
+            raise ValueError(
+                "the example inputs of a program that is compiled must be contiguous or "
+                f"channels_last, got shape {list(example.shape)} with strides {example.stride()}"
+            )
+        sizes = tuple(size if isinstance(size, int) else str(size) for size in shape)
+        return cls(_name(example.dtype), example.device.type, sizes, channels_last)
+
+    def conform(self, name: str, value: Any, symbols: dict[str, int]) -> Tensor:
+        """``value`` with the strides that the compiled code expects.
+
+        Args:
+            symbols: the sizes that symbols have in this call; those of ``value`` are added.
+
+        Raises:
+            TypeError: ``value`` is no tensor, or of another dtype or device.
+            ValueError: of another shape.
+        """
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        found = (_name(value.dtype), value.device.type)
+        if found != (self.dtype, self.device):
+            raise TypeError(
+                f"{name} must be {self.dtype} on {self.device}, got {found[0]} on {found[1]}"
+            )
+        expected = list(self.shape)
+        if value.dim() == len(expected):
+            for i, size in enumerate(expected):
+                if isinstance(size, str):
+                    expected[i] = symbols.setdefault(size, value.shape[i])
+        if list(value.shape) != expected:
+            wanted = ", ".join(map(str, expected))
+            raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return value.contiguous(memory_format=layout)
+
+
+@dataclass(frozen=True)
+class InputSpecs:
+    """Of all leaves of the arguments, by their paths: ``args[0]``, ``kwargs['x']``.
+
+    Attributes:
+        tensors: what the tensors must be.
+        constants: values that are part of the compiled code.
+        ranges: least and, where there is one, largest size of every symbol.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    constants: Mapping[str, Any]
+    ranges: Mapping[str, tuple[int, int | None]]
+
+    @classmethod
+    def of_program(cls, program: ExportedProgram) -> InputSpecs:
+        """The specs of the example inputs of ``program``, and of its constraints.
+
+        Raises:
+            ValueError: it has no example inputs, or some with strides that cannot be described.
+        """
+        if program.example_inputs is None:
+            raise ValueError("a program that is compiled must have example inputs, got none")
+        leaves = _leaves(*program.example_inputs)
+        nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        tensors, constants = {}, {}
+        inputs = program.graph_signature.user_inputs
+        for (path, leaf), name in zip(leaves.items(), inputs, strict=True):
+            if isinstance(leaf, Tensor):
+                tensors[path] = TensorSpec.of(leaf, nodes[str(name)].meta["val"].shape)
+            elif isinstance(leaf, _PLAIN):
+                constants[path] = leaf
+        ranges = {str(s): _bounds(r) for s, r in program.range_constraints.items()}
+        return cls(tensors, constants, ranges)
+
+    @property
+    def dtype(self) -> str:
+        """That of the first tensor of floating point; empty where there is none."""
+        dtypes = (spec.dtype for spec in self.tensors.values())
+        return next((name for name in dtypes if getattr(torch, name).is_floating_point), "")
+
+    def conform(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the strides that the compiled code expects.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what it must be, and what it is.
+        """
+        found = _leaves(args, kwargs)
+        known = self.tensors.keys() | self.constants.keys()
+        if not known <= found.keys() or any(
+            isinstance(found[path], (Tensor, *_PLAIN)) for path in found.keys() - known
+        ):
+            raise TypeError(
+                f"the arguments must be {', '.join(sorted(known))}, got "
+                f"{', '.join(found) or 'none'}"
+            )
+        symbols: dict[str, int] = {}
+        for path, spec in self.tensors.items():
+            found[path] = spec.conform(path, found[path], symbols)
+        for path, value in self.constants.items():
+            if found[path] != value:
+                raise ValueError(
+                    f"{path} must be {value!r}, which it was in the export, got {found[path]!r}"
+                )
+        for symbol, size in symbols.items():
+            least, most = self.ranges.get(symbol, (0, None))
+            if size < least or (most is not None and size > most):
+                limit = f"at least {least}" + ("" if most is None else f" and at most {most}")
+                raise ValueError(f"the size {symbol} of the inputs must be {limit}, got {size}")
+        _, structure = pytree.tree_flatten((args, kwargs))
+        result: tuple[tuple[Any, ...], dict[str, Any]]
+        result = pytree.tree_unflatten(list(found.values()), structure)
+        return result
+
+    def to_json(self) -> str:
+        """As text, for the metadata of a package."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> InputSpecs:
+        """The inverse of :meth:`to_json`."""
+        content = json.loads(text)
+        tensors = {
+            path: TensorSpec(**{**spec, "shape": tuple(spec["shape"])})
+            for path, spec in content["tensors"].items()
+        }
+        ranges = {symbol: tuple(bounds) for symbol, bounds in content["ranges"].items()}
+        return cls(tensors, content["constants"], ranges)
+
+
+def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        root + pytree.keystr(path): leaf
+        for root, tree in (("args", args), ("kwargs", kwargs))
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]
+    }
+
+
+def _bounds(values: Any) -> tuple[int, int | None]:
+    # A trace holds 0 and 1 for special and says 2; what it makes is right for them too.
+    least = 0 if values.lower <= 2 else int(values.lower)
+    return least, int(values.upper) if values.upper < sys.maxsize else None
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

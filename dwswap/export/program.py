@@ -1,0 +1,144 @@
+"""From a model to a ``torch.export.ExportedProgram``, and from our operator back to aten."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from dwswap.example_inputs import Arguments
+from dwswap.export.errors import ExportError
+from dwswap.registration import decomposed
+from dwswap.schema import depthwise_conv2d
+from dwswap.tracing import NotTraceable, check_not_compiled, is_training, one_line
+
+__all__ = ["program_device", "to_aten", "to_program"]
+
+
+def to_program(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    dynamic_batch: bool,
+    dynamic_shapes: Any,
+) -> ExportedProgram:
+    """``model`` as a program; the arguments are those of ``dwswap.export.save``."""
+    if isinstance(model, ExportedProgram):
+        if example_inputs is not None or dynamic_batch or dynamic_shapes is not None:
+            raise ValueError(
+                "example_inputs, dynamic_batch and dynamic_shapes must not be given for an "
+                "ExportedProgram, which has inputs and shapes of its own"
+            )
+        _check_tensors((*model.state_dict.values(), *model.constants.values()))
+        return model
+    _check_model(model)
+    if example_inputs is None:
+        raise ValueError(
+            "example_inputs must be given to export a model: a tensor, a tuple of positional "
+            "arguments or a dict of keyword arguments; got None"
+        )
+    if dynamic_batch and dynamic_shapes is not None:
+        raise ValueError("dynamic_batch=True and dynamic_shapes must not both be given")
+    arguments = Arguments.parse(model, example_inputs).map(_plain_layout)
+    tensors = [t for t in pytree.tree_leaves((arguments.args, arguments.kwargs)) if _is_tensor(t)]
+    _check_tensors((*model.parameters(), *model.buffers(), *tensors))
+    if dynamic_batch:
+        arguments = _traceable_batch(arguments, tensors)
+        dynamic_shapes = _batch_shapes(model, arguments)
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                model, arguments.args, arguments.kwargs, dynamic_shapes=dynamic_shapes
+            )
+    except Exception as error:  # whatever a user's model, or a trace of it, raises
+        raise ExportError(
+            f"torch.export cannot export {type(model).__name__}: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def to_aten(program: ExportedProgram) -> ExportedProgram:
+    """``program`` with every call of our operator made of aten's: conv2d, add, activations.
+
+    Everything else stays as it is; a program without our operator is returned itself.
+    """
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    if not any(node.target is depthwise_conv2d for graph in graphs for node in graph.nodes):
+        return program
+    with torch.no_grad():
+        return program.run_decompositions({depthwise_conv2d: decomposed})
+
+
+def program_device(program: ExportedProgram) -> torch.device:
+    """The one device of a program; the CPU where it has no tensors."""
+    inputs = program.example_inputs or ()
+    leaves = (*program.state_dict.values(), *pytree.tree_leaves(inputs))
+    return next((t.device for t in leaves if _is_tensor(t)), torch.device("cpu"))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "model must be an nn.Module or a torch.export.ExportedProgram, "
+            f"got {type(model).__name__}"
+        )
+    try:
+        check_not_compiled(model)
+    except NotTraceable as error:
+        raise TypeError(f"model must not be compiled: {error}") from error
+    if type(model).__module__.startswith("torch._dynamo"):
+        raise TypeError(
+            "model must not be compiled, got the result of torch.compile: give the model itself"
+        )
+    if is_training(model):
+        raise ValueError("model must be in eval mode, got one in train mode: call model.eval()")
+
+
+def _check_tensors(tensors: Iterable[Any]) -> None:
+    """Refuse meta tensors, and tensors of several devices."""
+    devices = {str(t.device) for t in tensors if _is_tensor(t)}
+    if "meta" in devices:
+        raise ValueError("model and example_inputs must have data, got tensors on the meta device")
+    if len(devices) > 1:
+        raise ValueError(
+            "model and example_inputs must be on one device, got tensors on "
+            f"{', '.join(sorted(devices))}"
+        )
+
+
+def _plain_layout(tensor: Tensor) -> Tensor:
+    """A view with other strides than a whole tensor would be a promise for every later input."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.contiguous()
+
+
+def _traceable_batch(arguments: Arguments, tensors: list[Tensor]) -> Arguments:
+    """``arguments`` with a batch of at least 2: what is 1 in a trace stays 1."""
+    sizes = {t.shape[0] if t.dim() else None for t in tensors}
+    if len(sizes) != 1 or None in sizes:
+        shapes = ", ".join(str(list(t.shape)) for t in tensors)
+        raise ValueError(
+            "dynamic_batch=True needs example_inputs whose tensors all have the batch as their "
+            f"first dimension, got shapes {shapes or 'of no tensor'}"
+        )
+    if sizes != {1}:
+        return arguments
+    return arguments.map(lambda t: _plain_layout(torch.cat([t, t])))
+
+
+def _batch_shapes(model: nn.Module, arguments: Arguments) -> dict[str, Any]:
+    batch = Dim("batch")
+    bound = inspect.signature(model.forward).bind(*arguments.args, **arguments.kwargs)
+    return {
+        name: pytree.tree_map(lambda leaf: {0: batch} if _is_tensor(leaf) else None, value)
+        for name, value in bound.arguments.items()
+    }
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,255 @@
+"""Exports that cannot work: clear errors with their cause, and the old file stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import Block, image
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import dwswap
+from dwswap import export
+from dwswap.export import ExportError, load, save
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def fast() -> nn.Module:
+    return dwswap.optimize(Block().eval())
+
+
+# where to
+
+
+def test_unknown_format(fast, tmp_path):
+    with pytest.raises(ValueError, match="pt2, aten, onnx, aoti, got 'tflite'"):
+        save(fast, tmp_path / "m.pt2", image(), format="tflite")
+
+
+@pytest.mark.parametrize(("format", "name"), [("pt2", "m.onnx"), ("onnx", "m.pt2"), ("aoti", "m")])
+def test_wrong_ending(fast, tmp_path, format, name):
+    with pytest.raises(
+        ValueError, match=f'path must end with .* for format="{format}", got .*{name}'
+    ):
+        save(fast, tmp_path / name, image(), format=format)
+
+
+def test_missing_folder(fast, tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing does not"):
+        save(fast, tmp_path / "missing" / "m.pt2", image())
+
+
+def test_a_folder_in_the_place_of_the_file(fast, tmp_path):
+    (tmp_path / "m.pt2").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"m\.pt2 is a folder"):
+        save(fast, tmp_path / "m.pt2", image())
+
+
+def test_unwritable_folder_is_found_before_the_work(fast, tmp_path, monkeypatch):
+    folder = Path("/sys") if os.geteuid() == 0 else tmp_path
+    if os.geteuid() != 0:
+        folder.chmod(0o500)
+    monkeypatch.setattr(export, "to_program", lambda *_: pytest.fail("exported in vain"))
+    with pytest.raises(PermissionError) as caught:
+        save(fast, folder / "m.pt2", image())
+    assert caught.value.filename == str(folder / "m.pt2")
+
+
+# what
+
+
+@pytest.mark.parametrize("model", [None, torch.relu, {"weight": 1}])
+def test_not_a_model(tmp_path, model):
+    with pytest.raises(TypeError, match=f"nn.Module or .*, got {type(model).__name__}"):
+        save(model, tmp_path / "m.pt2", image())
+
+
+def test_no_example_inputs(fast, tmp_path):
+    with pytest.raises(ValueError, match=r"example_inputs must be given .* got None"):
+        save(fast, tmp_path / "m.pt2")
+
+
+def test_example_inputs_of_a_wrong_kind(fast, tmp_path):
+    with pytest.raises(TypeError, match=r"example_inputs must be a tensor, .* got list"):
+        save(fast, tmp_path / "m.pt2", [image()])
+    with pytest.raises(ValueError, match="example_inputs must fit the forward"):
+        save(fast, tmp_path / "m.pt2", (image(), image()))
+
+
+def test_example_inputs_that_the_model_refuses(fast, tmp_path):
+    with pytest.raises(
+        ExportError, match=r"torch.export cannot export Block: .*channels"
+    ) as caught:
+        save(fast, tmp_path / "m.pt2", image(channels=5))
+    assert isinstance(caught.value.__cause__, Exception)
+
+
+def test_train_mode(tmp_path):
+    model = dwswap.optimize(Block().train())
+    with pytest.raises(ValueError, match=r"eval mode.*model\.eval\(\)"):
+        save(model, tmp_path / "m.pt2", image())
+
+
+def test_compiled_models(fast, tmp_path):
+    with pytest.raises(TypeError, match=r"must not be compiled, got the result of torch.compile"):
+        save(torch.compile(fast, backend="eager"), tmp_path / "m.pt2", image())
+    model = Block().eval()
+    model.compile(backend="eager")
+    with pytest.raises(TypeError, match="must not be compiled"):
+        save(model, tmp_path / "m.pt2", image())
+
+
+def test_meta_tensors(fast, tmp_path):
+    with torch.device("meta"):
+        model = Block().eval()
+    for given, x in ((model, image()), (fast, image().to("meta"))):
+        with pytest.raises(ValueError, match="must have data, got tensors on the meta device"):
+            save(given, tmp_path / "m.pt2", x)
+
+
+def test_several_devices(tmp_path):
+    model = Block().eval()
+    with FakeTensorMode():
+        model.norm.weight = nn.Parameter(torch.empty(8, device="cuda"))
+    with pytest.raises(ValueError, match="must be on one device, got tensors on cpu, cuda:0"):
+        save(model, tmp_path / "m.pt2", image())
+
+
+def test_dynamic_batch_of_inputs_without_one(fast, tmp_path):
+    class Sum(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    args = (torch.ones(2, 3), torch.ones(3))
+    with pytest.raises(ValueError, match=r"first dimension, got shapes \[2, 3\], \[3\]"):
+        save(Sum().eval(), tmp_path / "m.pt2", args, dynamic_batch=True)
+    with pytest.raises(ValueError, match="must not both be given"):
+        save(fast, tmp_path / "m.pt2", image(), dynamic_batch=True, dynamic_shapes=({0: 2},))
+
+
+def test_inputs_for_a_program(fast, tmp_path):
+    program = torch.export.export(fast, (image(),))
+    with pytest.raises(ValueError, match="must not be given for an ExportedProgram"):
+        save(program, tmp_path / "m.pt2", image())
+
+
+# extras
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_missing_exporter(fast, tmp_path, monkeypatch, package):
+    pytest.importorskip("onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", sys)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"package {package}, .* 'dwswap\[onnx\]'"):
+        save(fast, tmp_path / "m.onnx", image(), format="onnx")
+
+
+def test_missing_runtime(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x0a")
+    with pytest.raises(ModuleNotFoundError, match=r"running an ONNX file needs .* onnxruntime"):
+        load(tmp_path / "m.onnx")
+
+
+def test_an_onnx_file_that_would_be_too_large(fast, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(export.onnx, "MOST_BYTES", 100)
+    with pytest.raises(ExportError, match=r"less than 2 GiB, the weights are [\d,]+ bytes"):
+        save(fast, tmp_path / "m.onnx", image(), format="onnx")
+
+
+# files
+
+
+def test_a_failing_export_leaves_the_old_file(fast, tmp_path, monkeypatch):
+    path = tmp_path / "m.pt2"
+    path.write_text("old")
+
+    def fails(program, partial):
+        partial.write_text("half a file")
+        raise RuntimeError("the compiler stopped\nlast line")
+
+    monkeypatch.setitem(export._WRITERS, "aoti", fails)
+    with pytest.raises(
+        ExportError, match=r'format="aoti": RuntimeError: the compiler stopped$'
+    ) as e:
+        save(fast, path, image(), format="aoti")
+    assert str(e.value.__cause__) == "the compiler stopped\nlast line"
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_export_leaves_the_old_file(tmp_path):
+    path = tmp_path / "m.pt2"
+    path.write_text("old")
+    code = """
+import sys, time, torch
+from dwswap import export
+def slow(program, partial):
+    partial.write_text("half a file")
+    print("writing", flush=True)
+    time.sleep(60)
+export._WRITERS["pt2"] = slow
+export.save(torch.nn.ReLU().eval(), sys.argv[1], torch.ones(2))
+"""
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix != ".tmp"] == ["m.pt2"]
+    save(torch.nn.ReLU().eval(), path, torch.ones(2))
+    assert load(path)(torch.tensor([-1.0, 1.0])).tolist() == [0.0, 1.0]
+
+
+def test_a_file_has_the_rights_of_any_other(fast, tmp_path):
+    (tmp_path / "other").touch()
+    path = save(fast, tmp_path / "m.pt2", image())
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.pt2", "other"]
+
+
+# loading
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"m\.pt2"):
+        load(tmp_path / "m.pt2")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"no model"])
+def test_a_file_that_is_no_model(tmp_path, content):
+    if not content.startswith(b"P"):
+        pytest.importorskip("onnxruntime")
+    path = tmp_path / "m.pt2"
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match=r"m\.pt2 "):
+        load(path)
+
+
+def test_a_truncated_file(fast, tmp_path):
+    path = save(fast, tmp_path / "m.pt2", image())
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ExportError, match=r"m\.pt2 "):
+        load(path)
+
+
+def test_a_process_without_dwswap_says_what_is_missing(fast, tmp_path):
+    path = save(fast, tmp_path / "m.pt2", image())
+    code = "import sys, torch; torch.export.load(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "torch.ops.dwswap.depthwise_conv2d" in done.stderr
+    assert "import the custom op" in done.stderr

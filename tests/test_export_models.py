@@ -1,0 +1,161 @@
+"""What can be exported: graphs of every kind, shapes that vary, several inputs and outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import Block, ControlFlow, InvertedResidual, depthwise, image
+from torch import Tensor, nn
+
+import dwswap
+from dwswap.export import load, save
+from dwswap.export.program import to_aten, to_program
+from dwswap.schema import depthwise_conv2d as operator
+
+
+def targets(program: torch.export.ExportedProgram) -> list[object]:
+    return [node.target for node in program.graph.nodes if node.op == "call_function"]
+
+
+class TwoInputs(nn.Module):
+    """A tensor by position, one by name, a number, and a dict of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = depthwise(), depthwise(stride=2)
+
+    def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"left": self.left(x) * scale, "right": self.right(y).relu()}
+
+
+MODELS = {
+    "graph": lambda: dwswap.optimize(Block().eval()),
+    "channels_last graph": lambda: dwswap.optimize(Block().eval(), memory_format="channels_last"),
+    "cuda_graph": lambda: dwswap.optimize(Block().eval(), cuda_graph=True),
+    "modules": lambda: dwswap.optimize(Block().eval(), fuse=False),
+    "multiplier": lambda: dwswap.optimize(Block(multiplier=2).eval()),
+    "residual": lambda: dwswap.optimize(InvertedResidual().eval()),
+    "not optimized": lambda: Block().eval(),
+}
+
+
+@pytest.mark.parametrize("format", ["pt2", "aten"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_kinds_of_models(tmp_path: Path, kind: str, format: str) -> None:
+    model = MODELS[kind]()
+    path = save(model, tmp_path / "m.pt2", image(batch=1), format=format, dynamic_batch=True)
+    loaded = load(path)
+    for x in (image(batch=1), image(batch=4), image().to(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pt2_keeps_the_operator_and_aten_has_none(memory_format: torch.memory_format) -> None:
+    fast = dwswap.optimize(Block().eval())
+    x = image().to(memory_format=memory_format)
+    program = to_program(fast, x, False, None)
+    assert operator in targets(program)
+    lowered = targets(to_aten(program))
+    names = [str(target) for target in lowered]
+    assert not any("dwswap" in name for name in names)
+    # Not decomposed any further, and folded: no BatchNorm.
+    assert names.count("aten.conv2d.default") == 2
+    assert not any("norm" in name or "convolution" in name for name in names)
+
+
+def test_a_program_without_the_operator_stays_as_it_is() -> None:
+    program = to_program(nn.ReLU().eval(), image(), False, None)
+    assert to_aten(program) is program
+
+
+def test_parameters_that_need_no_copy_are_not_changed(tmp_path: Path) -> None:
+    fast = dwswap.optimize(Block().eval())
+    before = {k: (v.data_ptr(), v.requires_grad) for k, v in fast.named_parameters()}
+    save(fast, tmp_path / "m.pt2", image(), format="aten")
+    assert {k: (v.data_ptr(), v.requires_grad) for k, v in fast.named_parameters()} == before
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("format", ["pt2", "aten", "onnx"])
+def test_dynamic_sizes(tmp_path: Path, format: str) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    fast = dwswap.optimize(Block().eval())
+    shapes = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+    path = tmp_path / ("m.onnx" if format == "onnx" else "m.pt2")
+    loaded = load(save(fast, path, image(), format=format, dynamic_shapes=shapes))
+    for size in (5, 9, 32):
+        x = image(size=size, batch=3)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), fast(x))
+
+
+def test_a_fixed_batch_refuses_another(tmp_path: Path) -> None:
+    loaded = load(save(dwswap.optimize(Block().eval()), tmp_path / "m.pt2", image()))
+    with pytest.raises((AssertionError, RuntimeError), match="2"):
+        loaded(image(batch=3))
+
+
+@pytest.mark.parametrize("format", ["pt2", "aten"])
+def test_several_inputs_and_outputs(tmp_path: Path, format: str) -> None:
+    fast = dwswap.optimize(TwoInputs().eval())
+    inputs = {"x": image(8), "y": image(8), "scale": 0.5}
+    path = save(fast, tmp_path / "m.pt2", inputs, format=format, dynamic_batch=True)
+    given = {"x": image(8, batch=5), "y": image(8, batch=5), "scale": 0.5}
+    with torch.no_grad():
+        torch.testing.assert_close(load(path)(**given), fast(**given))
+
+
+def test_onnx_of_several_inputs_and_outputs(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    fast = dwswap.optimize(TwoInputs().eval())
+    x, y = image(8), image(8) + 1
+    loaded = load(save(fast, tmp_path / "m.onnx", (x, y), format="onnx"))
+    with torch.no_grad():
+        expected = tuple(fast(x, y).values())
+    torch.testing.assert_close(loaded(x, y), expected)
+    torch.testing.assert_close(loaded(x, y=y), expected)
+    with pytest.raises(TypeError, match="x, y"):
+        loaded(x)
+
+
+def test_an_exported_program(tmp_path: Path) -> None:
+    fast = dwswap.optimize(Block().eval())
+    program = torch.export.export(fast, (image(),))
+    for format in ("pt2", "aten"):
+        loaded = load(save(program, tmp_path / "m.pt2", format=format))
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(image()), fast(image()))
+
+
+def test_part_of_an_untraceable_model(tmp_path: Path) -> None:
+    """What was rewritten in parts is exported as a whole where torch.export can follow it."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] > 100:  # torch.fx cannot trace this, torch.export can
+                return x
+            return self.block(x)
+
+    fast = dwswap.optimize(Parts().eval())
+    assert dwswap.report(fast).swapped
+    loaded = load(save(fast, tmp_path / "m.pt2", image(), format="aten"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(image()), fast(image()))
+
+
+def test_what_torch_export_cannot_follow_is_an_export_error(tmp_path: Path) -> None:
+    fast = dwswap.optimize(ControlFlow().eval())
+    with pytest.raises(dwswap.export.ExportError, match="cannot export ControlFlow") as caught:
+        save(fast, tmp_path / "m.pt2", image())
+    assert caught.value.__cause__ is not None
+    assert list(tmp_path.iterdir()) == []
