@@ -97,12 +97,17 @@ def load() -> bool:
         return True
 
 
-def build(architectures: Sequence[str] | None = None, *, force: bool = False) -> Path:
+def build(
+    architectures: Sequence[str] | None = None, *, force: bool = False, standalone: bool = False
+) -> Path:
     """Build the library ahead of time; needs nvcc, but no GPU where architectures are given.
 
     Args:
         architectures: such as ``["8.0", "9.0", "12.0"]``; default: those of the visible GPUs.
         force: build even if the cache has the library.
+        standalone: return the library for processes without Python, which has the same kernels and
+            defines the operator itself. A process loads it with ``dlopen``; importing dwswap in
+            such a process is an error.
 
     Returns:
         The library, in the cache, where ``load()`` finds it on a machine with any of these GPUs.
@@ -127,7 +132,13 @@ def build(architectures: Sequence[str] | None = None, *, force: bool = False) ->
     _require_linux()
     try:
         found = None if force else library_cache.find(_fingerprint(), holds=targets)
-        return found or _build(targets, force=force)[0]
+        library = found or _build(targets, force=force)[0]
+        if not standalone:
+            return library
+        name = library_cache.STANDALONE
+        return library_cache.intact(library.parent, name) or (
+            _build(targets, force=True)[0].with_name(name)
+        )
     except OSError as error:
         raise BuildError(f"the build could not use its files: {error}") from error
 
@@ -191,11 +202,13 @@ def _build(targets: Collection[Target], *, force: bool = False) -> tuple[Path, f
         start = time.monotonic()
         staging = library_cache.new_staging_dir(folder, key)
         try:
-            library = staging / library_cache.LIBRARY
-            compile_library(sources, targets, staging, folder / f"{key}.log", library)
+            names = (library_cache.LIBRARY, library_cache.STANDALONE)
+            library, standalone = (staging / name for name in names)
+            log = folder / f"{key}.log"
+            compile_library(sources, targets, staging, log, library, standalone)
             if _fingerprint() != fingerprint:
                 raise BuildError(f"the sources in {sources} changed during the build: try again")
-            published = library_cache.publish(staging, library, folder / key)
+            published = library_cache.publish(staging, folder / key)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return published, time.monotonic() - start

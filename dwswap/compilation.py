@@ -29,6 +29,8 @@ from .toolkit import (
 NINJA_FILE = "build.ninja"
 NINJA_STATUS = "@dwswap %f %t@ "
 TAIL_LINES = 30
+# The file that makes a library serve processes without Python, where it is linked in.
+STANDALONE_SOURCE = "standalone.cu"
 TORCH_LIBRARIES = ("-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10")
 
 
@@ -109,16 +111,22 @@ def jobs() -> int:
 
 
 def compile_library(
-    sources: Path, targets: Collection[Target], workdir: Path, log: Path, library: Path
+    sources: Path,
+    targets: Collection[Target],
+    workdir: Path,
+    log: Path,
+    library: Path,
+    standalone: Path,
 ) -> None:
-    """Compile every .cu file below ``sources`` and link them as ``library``.
+    """Compile every .cu file below ``sources`` and link them as ``library`` and ``standalone``.
 
     Args:
         sources: the root of the CUDA sources.
         targets: what to make code for.
         workdir: an empty folder for everything in between.
         log: receives the compiler's whole output.
-        library: the shared library to write; its folder exists.
+        library: the shared library to write for processes that import dwswap; its folder exists.
+        standalone: that for processes without Python.
 
     Raises:
         BuildError: a tool is missing, or the compiler fails (with the end of its output).
@@ -131,7 +139,8 @@ def compile_library(
     files = sorted(sources.rglob("*.cu"))
     if not files:
         raise BuildError(f"there are no .cu files below {sources}: reinstall dwswap")
-    (workdir / NINJA_FILE).write_text(_ninja_file(nvcc, sources, files, targets, library))
+    text = _ninja_file(nvcc, sources, files, targets, library, standalone)
+    (workdir / NINJA_FILE).write_text(text)
     command = [str(find_ninja()), "-C", str(workdir), "-f", NINJA_FILE, f"-j{jobs()}"]
     _run(command, ", ".join(target.name for target in sorted(set(targets))), log)
 
@@ -227,9 +236,14 @@ def _failure(output: str, log: Path) -> str:
 
 
 def _ninja_file(
-    nvcc: Nvcc, sources: Path, files: list[Path], targets: Iterable[Target], library: Path
+    nvcc: Nvcc,
+    sources: Path,
+    files: list[Path],
+    targets: Iterable[Target],
+    library: Path,
+    standalone: Path,
 ) -> str:
-    """One edge per source file and one for the link."""
+    """One edge per source file and one per link."""
     lines = [
         "rule nvcc",
         f"  command = {_command(compile_command(nvcc, sources, targets))} $in -o $out",
@@ -238,13 +252,14 @@ def _ninja_file(
         f"  command = {_command(link_command())} $in -o $out {_command(link_libraries(nvcc))}",
         "  description = $label",
     ]
-    objects = []
+    objects, schema = [], []
     for file in files:
         name = file.relative_to(sources).as_posix()
         target = _path(f"{name}.o")
         lines += [f"build {target}: nvcc {_path(str(file))}", f"  label = {_text(name)}"]
-        objects.append(target)
-    lines += [f"build {_path(str(library))}: link {' '.join(objects)}", "  label = link"]
+        (schema if file.name == STANDALONE_SOURCE else objects).append(target)
+    for output, inputs in ((library, objects), (standalone, objects + schema)):
+        lines += [f"build {_path(str(output))}: link {' '.join(inputs)}", "  label = link"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,9 @@
 """Where compiled CUDA libraries are kept.
 
-A library lies in ``<cache>/<key>/`` together with a manifest that holds its digest. That folder is
-renamed into place when it is complete, so whatever has a key for a name is a finished build. The
-digest is checked before a library is loaded, because loading a truncated one kills the process.
+A library lies in ``<cache>/<key>/``, beside the one for processes without Python and a manifest that
+holds their digests. That folder is renamed into place when it is complete, so whatever has a key for
+a name is a finished build. The digest is checked before a library is loaded, because loading a
+truncated one kills the process.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .toolkit import BuildError, Target
 logger = logging.getLogger("dwswap")
 
 LIBRARY = "libdwswap.so"
+STANDALONE = "libdwswap_standalone.so"
 MANIFEST = "manifest.json"
 STALE_SECONDS = 24 * 3600
 CUDA_SUFFIXES = (".cu", ".cuh", ".cpp", ".h")
@@ -109,11 +111,11 @@ def find(
     return best[2] if best else None
 
 
-def intact(folder: Path) -> Path | None:
-    """The library in ``folder`` if it is complete and undamaged."""
+def intact(folder: Path, name: str = LIBRARY) -> Path | None:
+    """The library ``name`` in ``folder`` if it is complete and undamaged."""
     try:
-        expected = json.loads((folder / MANIFEST).read_text())["sha256"]
-        actual = _digest(folder / LIBRARY)
+        expected = json.loads((folder / MANIFEST).read_text())["sha256"][name]
+        actual = _digest(folder / name)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
@@ -122,7 +124,7 @@ def intact(folder: Path) -> Path | None:
     if actual != expected:
         logger.info("ignoring the damaged library in %s", folder)
         return None
-    return folder / LIBRARY
+    return folder / name
 
 
 def built_at(folder: Path) -> int | None:
@@ -187,13 +189,14 @@ def new_staging_dir(folder: Path, key: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{key}.partial-", dir=folder))
 
 
-def publish(staging: Path, library: Path, destination: Path) -> Path:
-    """Make ``library``, built below ``staging``, and its manifest appear as ``destination``."""
+def publish(staging: Path, destination: Path) -> Path:
+    """Make the two libraries in ``staging`` and their manifest appear as ``destination``."""
     finished = staging / "finished"
     finished.mkdir()
-    os.replace(library, finished / LIBRARY)
-    digest = _digest(finished / LIBRARY)
-    (finished / MANIFEST).write_text(json.dumps({"sha256": digest, "python": sys.version}) + "\n")
+    for name in (LIBRARY, STANDALONE):
+        os.replace(staging / name, finished / name)
+    digests = {name: _digest(finished / name) for name in (LIBRARY, STANDALONE)}
+    (finished / MANIFEST).write_text(json.dumps({"sha256": digests, "python": sys.version}) + "\n")
     if destination.exists():
         os.rename(destination, staging / "replaced")
     os.rename(finished, destination)

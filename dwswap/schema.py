@@ -26,7 +26,14 @@ _EXCITATION = (
 
 library = torch.library.Library("dwswap", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
-library.define(f"depthwise_conv2d{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
+# csrc/depthwise_conv2d/standalone.cu has the same for processes without Python.
+try:
+    library.define(f"depthwise_conv2d{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
+except RuntimeError as error:
+    raise ImportError(
+        "dwswap cannot be imported where its standalone operator library has been loaded before: "
+        "import dwswap first, or not at all"
+    ) from error
 # What the CUDA kernels do not cover (integer and complex dtypes) they send here.
 library.define(f"_depthwise_conv2d_aten{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
 # depthwise_conv2d for plain calls without a gradient: lists, strings and a kernel of autograd cost

@@ -176,6 +176,18 @@ def test_build_finds_what_it_built(machine):
     assert len(machine.toolkit.compiled) == 4
 
 
+def test_the_library_for_processes_without_python(machine):
+    """From the same objects, in the same folder; built again where it is damaged."""
+    library = build(["9.0"])
+    standalone = build(["9.0"], standalone=True)
+    assert standalone == library.with_name(library_cache.STANDALONE)
+    assert len(machine.toolkit.compiled) == 2
+    standalone.write_text("cut off")
+    assert build(["9.0"], standalone=True) == standalone
+    assert standalone.read_text() != "cut off"
+    assert len(machine.toolkit.compiled) == 4
+
+
 def test_build_is_for_the_gpus_at_hand(machine):
     machine.gpus((8, 0), (9, 0))
     assert "-sm80_sm90-" in str(build())
@@ -264,7 +276,7 @@ def test_progress_on_a_terminal_is_updated_in_place(machine):
     build(["9.0"])
     lines = terminal.getvalue().split("\r\x1b[K")
     assert any(
-        re.fullmatch(r"dwswap: building CUDA kernels for sm_90 \(once\) \[1/3\] \d+ s", line)
+        re.fullmatch(r"dwswap: building CUDA kernels for sm_90 \(once\) \[1/4\] \d+ s", line)
         for line in lines
     )
     assert re.fullmatch(r"dwswap: built CUDA kernels for sm_90 after \d+ s\n", lines[-1])
@@ -334,6 +346,20 @@ REAL_CHILD = """
 """
 
 
+STANDALONE_CHILD = """
+    import sys
+    import torch
+    torch.ops.load_library(sys.argv[1])
+    assert "dwswap" not in sys.modules
+    torch.ops.dwswap_build_test.twice
+    print(torch.ops.dwswap.depthwise_conv2d.default._schema)
+    try:
+        import dwswap
+    except ImportError as error:
+        print(error)
+"""
+
+
 def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, monkeypatch):
     if torch.version.cuda is None:
         pytest.skip("this PyTorch is built without CUDA")
@@ -342,7 +368,10 @@ def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, mon
         toolkit.find_host_compiler()
     except BuildError as error:
         pytest.skip(f"nothing to compile with: {error}")
-    sources = write_sources(tmp_path / "with space", twice=REAL_SOURCE)
+    standalone = ROOT / "csrc" / "depthwise_conv2d" / "standalone.cu"
+    sources = write_sources(
+        tmp_path / "with space", twice=REAL_SOURCE, standalone=standalone.read_text()
+    )
     monkeypatch.setattr(build_module, "csrc_dir", lambda: sources)
     monkeypatch.setenv("DWSWAP_CACHE_DIR", str(tmp_path / "cache"))
     architectures = ["9.0"]
@@ -363,3 +392,31 @@ def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, mon
     assert float(seconds) < 1
     assert imported == ""
     assert process.stderr == ""
+
+    standalone = build(architectures, standalone=True)
+    assert standalone.parent == library.parent
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STANDALONE_CHILD), standalone],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.returncode == 0, process.stderr
+    schema, error = process.stdout.splitlines()
+    assert schema == str(torch.ops.dwswap.depthwise_conv2d.default._schema)
+    assert error == (
+        "dwswap cannot be imported where its standalone operator library has been loaded before: "
+        "import dwswap first, or not at all"
+    )
+
+    # The other way round nothing is defined twice.
+    code = "import sys, torch, dwswap; torch.ops.load_library(sys.argv[1]); print(dwswap.optimize)"
+    process = subprocess.run(
+        [sys.executable, "-c", code, standalone],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.returncode == 0, process.stderr

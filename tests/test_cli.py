@@ -241,14 +241,33 @@ def test_doctor_notices_wrong_numbers(monkeypatch):
 # build
 
 
-def test_build_passes_the_request_on(monkeypatch, capsys, wide):
+def test_build_passes_the_request_on(monkeypatch, capsys, wide, tmp_path):
     seen = []
+    library = tmp_path / "cached.so"
+    library.write_text("code")
     monkeypatch.setattr(
-        build, "build", lambda archs, force: seen.append((archs, force)) or Path("/cache/lib.so")
+        build, "build", lambda archs, **options: seen.append((archs, options)) or library
     )
     assert main(["build", "--arch", "8.0", "9.0", "--force"]) == 0
-    assert seen == [(["8.0", "9.0"], True)]
-    assert "/cache/lib.so" in capsys.readouterr().out
+    assert seen == [(["8.0", "9.0"], {"force": True, "standalone": False})]
+    assert str(library) in capsys.readouterr().out
+
+    copy = tmp_path / "copy.so"
+    assert main(["build", "--standalone", "-o", str(copy)]) == 0
+    assert seen[1] == (None, {"force": False, "standalone": True})
+    assert copy.read_text() == "code"
+    assert str(copy) in capsys.readouterr().out
+
+
+def test_build_refuses_wrong_outputs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(build, "build", lambda *_, **options: Path(__file__))
+    assert main(["build", "-o", str(tmp_path / "copy.so")]) == 2
+    assert "--output needs --standalone" in capsys.readouterr().err
+    assert main(["build", "--standalone", "-o", str(tmp_path / "missing" / "copy.so")]) == 2
+    err = capsys.readouterr().err
+    assert "cannot write" in err
+    assert "No such file" in err
+    assert "Traceback" not in err
 
 
 def test_build_error_is_one_message(monkeypatch, capsys):

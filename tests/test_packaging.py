@@ -90,7 +90,7 @@ def test_wheel_metadata(wheel):
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
         scripts = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     assert "dwswap = dwswap.cli:main" in scripts
-    for extra in ("nvcc", "bench", "test", "dev"):
+    for extra in ("nvcc", "bench", "onnx", "test", "dev"):
         assert f"Provides-Extra: {extra}\n" in metadata
     assert "Requires-Python: >=3.10\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata

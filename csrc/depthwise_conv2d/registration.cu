@@ -45,8 +45,10 @@ Tensor call_aten(const Tensor& input, const Tensor& weight, const std::optional<
                                     name(options.activation)};
   DWSWAP_CHECK(torch_call_dispatcher("dwswap::_depthwise_conv2d_aten", "", stack.data(),
                                      TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-               "aten::conv2d, which computes what has no kernel here, failed for dtype ",
-               torch::headeronly::toString(input.scalar_type()));
+               "aten::conv2d, which computes what has no kernel here (other dtypes than float32, "
+               "float16, bfloat16 and float64; GPUs before sm_80), failed for dtype ",
+               torch::headeronly::toString(input.scalar_type()),
+               "; a process without Python does not have it");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
