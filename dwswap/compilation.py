@@ -252,7 +252,8 @@ def _ninja_file(
         f"  command = {_command(link_command())} $in -o $out {_command(link_libraries(nvcc))}",
         "  description = $label",
     ]
-    objects, schema = [], []
+    objects: list[str] = []
+    schema: list[str] = []
     for file in files:
         name = file.relative_to(sources).as_posix()
         target = _path(f"{name}.o")
