@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	find csrc tests/host -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \
+	find csrc tests/host examples -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \
 	    | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 
 bench: $(VENV)/.installed-bench
@@ -43,7 +43,7 @@ bench: $(VENV)/.installed-bench
 	$(PY) -m dwswap bench layers $(BENCH_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info dwswap-demo gpu-checks .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info dwswap-demo dwswap-export gpu-checks .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find dwswap tests examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 	if [ -f $(VENV)/.made-by-make ]; then rm -rf $(VENV); fi
 

@@ -1,9 +1,9 @@
 """Where compiled CUDA libraries are kept.
 
-A library lies in ``<cache>/<key>/``, beside the one for processes without Python and a manifest with
-the digests of both. That folder is renamed into place when it is complete, so whatever has a key
-for a name is a finished build. The digest is checked before a library is loaded, because loading a
-truncated one kills the process.
+A library lies in ``<cache>/<key>/``, beside the one for processes without Python and a manifest
+with the digests of both. That folder is renamed into place when it is complete, so whatever has a
+key for a name is a finished build. The digest is checked before a library is loaded, because to
+load a truncated one kills the process.
 """
 
 from __future__ import annotations

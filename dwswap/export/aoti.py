@@ -28,12 +28,15 @@ def save_compiled(program: ExportedProgram, path: Path) -> None:
     specs = InputSpecs.of_program(program)
     if program_device(program).type != "cuda":
         program = to_aten(program)
-    metadata = {INPUTS: specs.to_json(), DTYPE: specs.dtype}
+    configs = {
+        "aot_inductor.metadata": {INPUTS: specs.to_json(), DTYPE: specs.dtype},
+        # A trace holds 1 for special, but code for a dynamic size is right for it too. Without this
+        # a host that sets AOTI_RUNTIME_CHECK_INPUTS could not run a single picture.
+        "aot_inductor.check_lowerbound": False,
+    }
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": metadata},
+            program, package_path=str(path), inductor_configs=configs
         )
 
 
