@@ -15,6 +15,7 @@ from torch import nn
 import dwswap
 from dwswap import build
 from dwswap.cli import doctor, main, models
+from dwswap.cli import export as export_command
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = """
@@ -281,6 +282,72 @@ def test_build_error_is_one_message(monkeypatch, capsys):
 def test_build_refuses_an_architecture(capsys):
     assert main(["build", "--arch", "hopper"]) == 1
     assert "hopper" in capsys.readouterr().err
+
+
+# export
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "saved"),
+    [
+        ("m.pt2", [], "as pt2"),
+        ("m.pt2", ["--format", "aten", "--batch", "3", "--dtype", "bfloat16"], "as aten"),
+        ("m.onnx", [], "as onnx"),
+    ],
+)
+def test_export(own, tmp_path, capsys, wide, name, options, saved):
+    if name.endswith(".onnx"):
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    path = tmp_path / name
+    arguments = [f"{own}:model", "-o", str(path), "--size", "1x6x20x30", "--device", "cpu"]
+    assert main(["export", *arguments, *options]) == 0
+    out = capsys.readouterr().out
+    assert saved in out
+    assert "6x20x30, " + ("batch size 3" if options else "any batch size") in out
+    assert "against float64): ok" in out
+    loaded = dwswap.export.load(path)
+    x = torch.randn(3, 6, 20, 30, dtype=torch.bfloat16 if options else torch.float32)
+    assert loaded(x).shape == (3, 6, 18, 28)
+
+
+def test_export_torchvision_on_a_photograph(tmp_path, capsys, wide):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("torchvision")
+    path = str(tmp_path / "m.pt2")
+    size = ["--size", "64x96", "--device", "cpu"]
+    assert main(["export", "shufflenet_v2_x0_5", "-o", path, *size]) == 0
+    out = capsys.readouterr().out
+    assert "3x64x96, any batch size: china.jpg of scikit-learn" in out
+    assert "against float64): ok" in out
+    assert f"dwswap.export.load('{path}')" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["-o", "m.bin"], 2, "path must end with .pt2"),
+        (["-o", "missing/m.pt2"], 2, "missing does not"),
+        (["-o", "m.pt2", "--format", "onnx"], 2, "path must end with .onnx"),
+        (["-o", "m.pt2", "--device", "tpu"], 2, "--device must be cpu or cuda"),
+        (["-o", "m.pt2", "--weights", "none.pth"], 2, "cannot load the weights of none.pth"),
+        (["-o", "m.pt2", "--size", "20x30"], 1, "cannot export"),
+    ],
+)
+def test_export_errors(own, capsys, wide, arguments, status, text):
+    size = [] if "--size" in arguments else ["--size", "1x6x20x30"]
+    assert main(["export", f"{own}:model", *arguments, *size]) == status
+    err = capsys.readouterr().err
+    assert text in err
+    assert "Traceback" not in err
+
+
+def test_export_says_where_the_outputs_differ(own, tmp_path, capsys, wide, monkeypatch):
+    other = nn.Conv2d(6, 6, 3).eval()
+    monkeypatch.setattr(export_command, "load", lambda path: other)
+    arguments = ["-o", str(tmp_path / "m.pt2"), "--size", "1x6x20x30", "--device", "cpu"]
+    assert main(["export", f"{own}:model", *arguments]) == 1
+    assert "FAILED, too large" in capsys.readouterr().out
 
 
 # demo

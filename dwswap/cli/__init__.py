@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import dwswap
-from dwswap.cli import bench, build, demo, doctor, explain
+from dwswap.cli import bench, build, demo, doctor, explain, export
 from dwswap.cli.common import CliError, console
 
 __all__ = ["main"]
@@ -45,6 +45,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dwswap {dwswap.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, explain, doctor, build, bench):
+    for command in (demo, explain, export, doctor, build, bench):
         command.add_parser(commands)
     return parser

@@ -8,11 +8,23 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import torch
 from rich.console import Console
 
 from dwswap.bench.records import write_json
 
-__all__ = ["CliError", "console", "missing_extra", "output_folder", "positive", "save_json"]
+__all__ = [
+    "CliError",
+    "chosen_device",
+    "console",
+    "device_text",
+    "input_shape",
+    "missing_extra",
+    "output_folder",
+    "positive",
+    "save_json",
+    "say",
+]
 
 PIPE_WIDTH = 160
 
@@ -73,3 +85,53 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def input_shape(text: str) -> tuple[int, ...]:
+    """The shape that a command line argument gives: 224, 224x320 or a whole one."""
+    try:
+        sizes = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be sizes joined by x, such as 224 or 224x320, got {text!r}"
+        ) from None
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"sizes must be at least 1, got {text!r}")
+    if len(sizes) == 1:
+        return (1, 3, *sizes, *sizes)
+    if len(sizes) == 2:
+        return (1, 3, *sizes)
+    return sizes
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device that ``--device`` names; by default the GPU where there is one.
+
+    Raises:
+        CliError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CliError(f"--device must be cpu or cuda, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CliError(f"--device must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CliError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs (try dwswap doctor)"
+        )
+    return device
+
+
+def device_text(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def say(out: Console, label: str, text: str) -> None:
+    """Print one line of ``label: text``."""
+    out.print(f"{label + ':':<11}{text}", markup=False, soft_wrap=True)

@@ -16,8 +16,18 @@ from torch import Tensor, nn
 import dwswap
 from dwswap import build, demo
 from dwswap.bench.records import record
-from dwswap.cli.common import CliError, console, missing_extra, output_folder, positive, save_json
-from dwswap.cli.models import find
+from dwswap.cli.common import (
+    CliError,
+    chosen_device,
+    console,
+    device_text,
+    missing_extra,
+    output_folder,
+    positive,
+    save_json,
+    say,
+)
+from dwswap.cli.models import find, load_checkpoint
 from dwswap.precision import float32_convolutions
 from dwswap.report import Report
 
@@ -62,14 +72,14 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0, or 1 where the optimized model is outside the tolerance."""
     out = console()
-    device = _device(args.device)
+    device = chosen_device(args.device)
     folder = output_folder(args.output)
     image, picture, classes = _image(args)
 
-    _say(out, "device", _device_text(device))
-    _say(out, "image", picture)
+    say(out, "device", device_text(device))
+    say(out, "image", picture)
     model, weights = _model(args, image)
-    _say(out, "model", f"{args.model}, {weights}")
+    say(out, "model", f"{args.model}, {weights}")
     if device.type == "cuda":
         # Before any other progress display: a first build shows its own.
         build.load()
@@ -82,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         fast = dwswap.optimize(model, batch, verify=True)
         seconds = time.perf_counter() - start
     report = dwswap.report(fast)
-    _say(out, "kernels", report.kernels)
+    say(out, "kernels", report.kernels)
     out.print(_layers(report))
     out.print(report.summary(), markup=False, soft_wrap=True)
     out.print(
@@ -95,10 +105,10 @@ def run(args: argparse.Namespace) -> int:
     if args.weights is not None:
         with torch.no_grad():
             top = [m(batch[:1]).argmax().item() for m in (model, fast)]
-        _say(out, "class", f"{classes[top[0]]} (optimized: {classes[top[1]]})")
+        say(out, "class", f"{classes[top[0]]} (optimized: {classes[top[1]]})")
 
     comparisons = _compare(out, model, image, demo.variants(device, args.batch), device)
-    out.print(_table(comparisons, f"{args.model} on {_device_text(device)}"))
+    out.print(_table(comparisons, f"{args.model} on {device_text(device)}"))
     if device.type != "cuda":
         out.print(
             "On the CPU the operator is a composite of PyTorch's own: this shows that the outputs "
@@ -112,33 +122,17 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             weights=weights,
             image=picture,
-            device=_device_text(device),
+            device=device_text(device),
             seconds_to_optimize=seconds,
             report=report.to_dict(),
             timings=[c.to_dict() for c in comparisons],
         ),
     )
-    _say(out, "saved", str(path))
+    say(out, "saved", str(path))
     if failed:
         out.print(f"FAILED: {len(failed)} outputs are outside the tolerance", style="bold red")
         return 1
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CliError(f"--device must be cpu or cuda, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise CliError(f"--device must be cpu or cuda, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CliError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs (try dwswap doctor)"
-        )
-    return device
 
 
 def _image(args: argparse.Namespace) -> tuple[Tensor, str, list[str]]:
@@ -167,11 +161,7 @@ def _model(args: argparse.Namespace, image: Tensor) -> tuple[nn.Module, str]:
     if args.weights is None:
         demo.randomize(model, demo.views(image, 4), SEED)
         return model, f"random weights (seed {SEED}; --weights FILE loads a checkpoint)"
-    try:
-        demo.load_weights(model, args.weights)
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise CliError(f"cannot load the weights of {args.weights}: {first_line}") from error
+    load_checkpoint(model, args.weights)
     return model, f"weights of {Path(args.weights).name}"
 
 
@@ -230,13 +220,3 @@ def _table(comparisons: list[demo.Comparison], title: str) -> Table:
             "[green]ok" if c.errors.passed else "[bold red]FAILED",
         )
     return table
-
-
-def _device_text(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _say(out: Console, label: str, text: str) -> None:
-    out.print(f"{label + ':':<11}{text}", markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import torch
 
 import dwswap
 from dwswap.bench.records import record
-from dwswap.cli.common import CliError, console, save_json
+from dwswap.cli.common import CliError, console, input_shape, save_json
 from dwswap.cli.models import construct, find
 
 __all__ = ["add_parser"]
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--train", action="store_true", help="the model in train mode")
     parser.add_argument(
         "--input-size",
-        type=_shape,
+        type=input_shape,
         metavar="SIZE",
         help="run shapes through the model, to report those of the layers: 224, 224x320, or a "
         "whole shape such as 1x3x16x112x112",
@@ -62,19 +62,3 @@ def run(args: argparse.Namespace) -> int:
         path = save_json(args.json, record("explain", model=args.model, report=report.to_dict()))
         out.print(f"saved: {path}", markup=False)
     return 0
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be sizes joined by x, such as 224 or 224x320, got {text!r}"
-        ) from None
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"sizes must be at least 1, got {text!r}")
-    if len(sizes) == 1:
-        return (1, 3, *sizes, *sizes)
-    if len(sizes) == 2:
-        return (1, 3, *sizes)
-    return sizes

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from dwswap.cli.common import CliError, missing_extra
+from dwswap.demo import load_weights
 
-__all__ = ["construct", "find"]
+__all__ = ["construct", "find", "load_checkpoint"]
 
 
 def find(name: str) -> Callable[[], nn.Module]:
@@ -80,6 +81,19 @@ def construct(builder: Callable[[], nn.Module], name: str, *, meta: bool) -> nn.
     if not isinstance(model, nn.Module):
         raise CliError(f"{name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def load_checkpoint(model: nn.Module, path: str) -> None:
+    """Load the file of ``--weights`` into ``model``.
+
+    Raises:
+        CliError: it cannot be read, holds no weights, or not those of the model.
+    """
+    try:
+        load_weights(model, path)
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise CliError(f"cannot load the weights of {path}: {first_line}") from error
 
 
 def _on_meta(builder: Callable[[], nn.Module]) -> nn.Module | None:

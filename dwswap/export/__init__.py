@@ -22,11 +22,10 @@ from torch.export import ExportedProgram
 
 from dwswap.atomic_file import replacing
 from dwswap.export.aoti import load_compiled, save_compiled
-from dwswap.export.errors import ExportError
+from dwswap.export.errors import ExportError, summary
 from dwswap.export.onnx import OnnxModel, check_packages, save_onnx
 from dwswap.export.program import to_program
 from dwswap.export.pt2 import load_program, save_aten, save_pt2
-from dwswap.tracing import one_line
 
 __all__ = ["FORMATS", "ExportError", "load", "save"]
 
@@ -87,8 +86,7 @@ def save(
             raise
         except Exception as error:  # of the exporter or compiler of the format, whatever it is
             raise ExportError(
-                f'the program cannot be saved as format="{format}": '
-                f"{type(error).__name__}: {one_line(error)}"
+                f'the program cannot be saved as format="{format}": {summary(error)}'
             ) from error
     return target
 
@@ -111,9 +109,7 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     except (ExportError, OSError, ModuleNotFoundError):
         raise
     except Exception as error:  # of the loader of the format, whatever it is
-        raise ExportError(
-            f"{source} cannot be loaded: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        raise ExportError(f"{source} cannot be loaded: {summary(error)}") from error
 
 
 def _checked_target(path: str | os.PathLike[str], suffix: str, format: str) -> Path:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["ExportError", "required"]
+from dwswap.tracing import one_line
+
+__all__ = ["ExportError", "required", "summary"]
+
+_LONGEST = 300
 
 
 class ExportError(RuntimeError):
@@ -28,3 +32,9 @@ def required(package: str, purpose: str) -> ModuleType:
             "pip install 'dwswap[onnx]'",
             name=package,
         ) from error
+
+
+def summary(error: BaseException) -> str:
+    """Type and first line of ``error``, for a message whose cause tells all of it."""
+    text = f"{type(error).__name__}: {one_line(error)}"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."

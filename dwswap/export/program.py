@@ -12,10 +12,10 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from dwswap.example_inputs import Arguments
-from dwswap.export.errors import ExportError
+from dwswap.export.errors import ExportError, summary
 from dwswap.registration import decomposed
 from dwswap.schema import depthwise_conv2d
-from dwswap.tracing import NotTraceable, check_not_compiled, is_training, one_line
+from dwswap.tracing import NotTraceable, check_not_compiled, is_training
 
 __all__ = ["program_device", "to_aten", "to_program"]
 
@@ -56,8 +56,7 @@ def to_program(
             )
     except Exception as error:  # whatever a user's model, or a trace of it, raises
         raise ExportError(
-            f"torch.export cannot export {type(model).__name__}: "
-            f"{type(error).__name__}: {one_line(error)}"
+            f"torch.export cannot export {type(model).__name__}: {summary(error)}"
         ) from error
 
 
