@@ -65,7 +65,7 @@ def serve(model_file: Path, inputs_file: Path, outputs_file: Path, device: str) 
     model = dwswap.export.load(model_file)
     loaded = time.perf_counter()
     images = torch.from_numpy(np.load(inputs_file)).to(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_convolutions():
         outputs = model(images).cpu()
     done = time.perf_counter()
     np.save(outputs_file, outputs.numpy())

@@ -37,6 +37,7 @@ import numpy as np
 jobs = json.loads(sys.argv[1])
 """
 _RUN_TORCH = """
+torch.backends.cudnn.allow_tf32 = False
 with torch.no_grad():
     for job in jobs:
         model = load(job["path"])

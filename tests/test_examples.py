@@ -18,11 +18,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(example: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run an example on the CPU, from the checkout."""
+def run(example: str, *arguments: str, device: str = "cpu") -> subprocess.CompletedProcess[str]:
+    """Run an example, from the checkout."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / example), "--device", "cpu", *arguments],
+        [sys.executable, str(ROOT / "examples" / example), "--device", device, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,

@@ -42,6 +42,7 @@ at::Tensor normalize(const at::Tensor& pixels) {
 void classify(const std::string& package, const std::string& picture, const char* library) {
   if (library != nullptr && dlopen(library, RTLD_NOW | RTLD_GLOBAL) == nullptr)
     throw std::runtime_error(dlerror());
+  at::globalContext().setAllowTF32CuDNN(false);  // float32 is float32
   // Compiled code takes its inputs for what the example inputs were. This lets it look.
   setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", 1);
   torch::inductor::AOTIModelPackageLoader model(package);
