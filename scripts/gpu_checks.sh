@@ -49,9 +49,11 @@ tests models tests/gpu/test_gpu_models.py &
 tests operator tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py &
 tests registration tests/test_operator_registration.py tests/test_operator_errors.py &
 tests selection tests/gpu/test_gpu_selection.py &
+tests gpu-export tests/gpu/test_gpu_export.py &
+tests export tests/test_export*.py tests/test_cpp_example.py &
 others=()
 for file in tests/test_*.py; do
-  case $file in */test_operator* | */test_module.py | */test_torchvision.py) ;; *) others+=("$file") ;; esac
+  case $file in */test_operator* | */test_module.py | */test_torchvision.py | */test_export* | */test_cpp_example.py) ;; *) others+=("$file") ;; esac
 done
 third=$(((${#others[@]} + 2) / 3))
 for i in 0 1 2; do tests "others-$i" "${others[@]:i * third:third}" & done
