@@ -124,6 +124,25 @@ def test_onnx_of_several_inputs_and_outputs(tmp_path: Path) -> None:
         loaded(x)
 
 
+def test_names_in_an_onnx_file(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    fast = dwswap.optimize(TwoInputs().eval())
+    inputs = {"x": image(8), "y": image(8)}
+    path = save(fast, tmp_path / "m.onnx", inputs, format="onnx", dynamic_batch=True)
+    graph = onnx.load(path).graph
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert shapes == {
+        "x": ["batch", 8, 9, 9],
+        "y": ["batch", 8, 9, 9],
+        "output_0": ["batch", 8, 9, 9],
+        "output_1": ["batch", 8, 5, 5],
+    }
+
+
 def test_an_exported_program(tmp_path: Path) -> None:
     fast = dwswap.optimize(Block().eval())
     program = torch.export.export(fast, (image(),))

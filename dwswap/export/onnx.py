@@ -53,7 +53,18 @@ def save_onnx(program: ExportedProgram, path: Path) -> None:
             output_names=["output"] if outputs == 1 else [f"output_{i}" for i in range(outputs)],
         )
     assert exported is not None
+    batches = _batch_symbols(program)
+    if len(batches) == 1:
+        exported.rename_axes({batches.pop(): "batch"})
     exported.save(path)
+
+
+def _batch_symbols(program: ExportedProgram) -> set[str]:
+    """The symbols of the inputs' first dimensions."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in program.graph.nodes if node.name in inputs]
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    return {str(size) for size in sizes if isinstance(size, torch.SymInt)}
 
 
 class OnnxModel:
