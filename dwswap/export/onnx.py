@@ -64,7 +64,7 @@ def _batch_symbols(program: ExportedProgram) -> set[str]:
     inputs = set(program.graph_signature.user_inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.name in inputs]
     sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
-    return {str(size) for size in sizes if isinstance(size, torch.SymInt)}
+    return {str(size) for size in sizes if type(size) is not int}
 
 
 class OnnxModel:
