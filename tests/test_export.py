@@ -8,11 +8,13 @@ import pytest
 from export_models import MODELS, check_exports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt2", "aten"])
 def test_programs_in_a_fresh_process(tmp_path: Path, format: str) -> None:
     check_exports(format, MODELS, tmp_path)
 
 
+@pytest.mark.slow
 def test_onnx_in_a_fresh_process(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

@@ -115,10 +115,12 @@ def test_a_package_of_another_program(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     fast = dwswap.optimize(Block(channels=9).eval())
-    with pytest.raises(ExportError, match='cannot be saved as format="aoti"') as caught:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ExportError, match='cannot be saved as format="aoti"') as caught,
+    ):
         save(fast, tmp_path / "m.pt2", image(), format="aoti")
     assert caught.value.__cause__ is not None
     assert not (tmp_path / "m.pt2").exists()

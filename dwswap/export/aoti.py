@@ -21,9 +21,10 @@ DTYPE = "dwswap_dtype"
 
 
 def save_compiled(program: ExportedProgram, path: Path) -> None:
-    """Compile ``program`` for its device. On CUDA it keeps our operator, elsewhere it is of aten.
+    """Compile ``program`` for its device.
 
-    Our operator is a composite of Python there, which a process without Python has not.
+    On CUDA it keeps our operator. Elsewhere it is made of aten's: what computes our operator there
+    is Python, and a package must run without.
     """
     specs = InputSpecs.of_program(program)
     if program_device(program).type != "cuda":
