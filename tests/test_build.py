@@ -360,6 +360,18 @@ STANDALONE_CHILD = """
 """
 
 
+def fresh_process(code: str, argument: Path) -> subprocess.CompletedProcess[str]:
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), argument],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
 def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, monkeypatch):
     if torch.version.cuda is None:
         pytest.skip("this PyTorch is built without CUDA")
@@ -380,14 +392,7 @@ def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, mon
     library = build(architectures)
     assert library_cache.intact(library.parent) == library
 
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(REAL_CHILD), sources],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert process.returncode == 0, process.stderr
+    process = fresh_process(REAL_CHILD, sources)
     seconds, imported = process.stdout.split("\n")[:2]
     assert float(seconds) < 1
     assert imported == ""
@@ -395,28 +400,11 @@ def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, mon
 
     standalone = build(architectures, standalone=True)
     assert standalone.parent == library.parent
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(STANDALONE_CHILD), standalone],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert process.returncode == 0, process.stderr
-    schema, error = process.stdout.splitlines()
+    schema, error = fresh_process(STANDALONE_CHILD, standalone).stdout.splitlines()
     assert schema == str(torch.ops.dwswap.depthwise_conv2d.default._schema)
     assert error == (
         "dwswap cannot be imported where its standalone operator library has been loaded before: "
         "import dwswap first, or not at all"
     )
-
     # The other way round nothing is defined twice.
-    code = "import sys, torch, dwswap; torch.ops.load_library(sys.argv[1]); print(dwswap.optimize)"
-    process = subprocess.run(
-        [sys.executable, "-c", code, standalone],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert process.returncode == 0, process.stderr
+    fresh_process("import sys, torch, dwswap; torch.ops.load_library(sys.argv[1])", standalone)
