@@ -35,7 +35,7 @@ from dwswap.plain import differentiated_elsewhere, needs_gradient
 from dwswap.schema import library, squeeze_excitation
 from dwswap.transforms import cast
 
-__all__ = ["apply"]
+__all__ = ["apply", "decomposed"]
 
 NAME = "dwswap.squeeze_excitation"
 NAMES = ("input", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
@@ -123,7 +123,8 @@ def _kernel(weight: Tensor) -> Tensor:
     return weight[:, :, None, None] if weight.dim() == 2 else weight
 
 
-def _decomposed(input: Tensor, *args: Any) -> Tensor:
+def decomposed(input: Tensor, *args: Any) -> Tensor:
+    """The operator made of aten's: what it means, on every device and in every trace."""
     _check_arguments(input, *args)
     return laid_out(input * _scale(input, *args), _layout(input))
 
@@ -166,7 +167,7 @@ def _below_autograd(*args: Any) -> Tensor:
 
 def _forward_autograd(*args: Any) -> Tensor:
     if differentiated_elsewhere() or needs_gradient(*args[:5]):
-        return _decomposed(*args)
+        return decomposed(*args)
     return _below_autograd(*args)
 
 

@@ -26,7 +26,7 @@ _EXCITATION = (
 
 library = torch.library.Library("dwswap", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
-# csrc/depthwise_conv2d/standalone.cu has the same for processes without Python.
+# csrc/standalone.cu has those of inference too, for processes without Python.
 try:
     library.define(f"depthwise_conv2d{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
 except RuntimeError as error:

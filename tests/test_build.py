@@ -353,6 +353,7 @@ STANDALONE_CHILD = """
     assert "dwswap" not in sys.modules
     torch.ops.dwswap_build_test.twice
     print(torch.ops.dwswap.depthwise_conv2d.default._schema)
+    print(torch.ops.dwswap.squeeze_excitation.default._schema)
     try:
         import dwswap
     except ImportError as error:
@@ -380,7 +381,7 @@ def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, mon
         toolkit.find_host_compiler()
     except BuildError as error:
         pytest.skip(f"nothing to compile with: {error}")
-    standalone = ROOT / "csrc" / "depthwise_conv2d" / "standalone.cu"
+    standalone = ROOT / "csrc" / "standalone.cu"
     sources = write_sources(
         tmp_path / "with space", twice=REAL_SOURCE, standalone=standalone.read_text()
     )
@@ -400,8 +401,9 @@ def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, mon
 
     standalone = build(architectures, standalone=True)
     assert standalone.parent == library.parent
-    schema, error = fresh_process(STANDALONE_CHILD, standalone).stdout.splitlines()
-    assert schema == str(torch.ops.dwswap.depthwise_conv2d.default._schema)
+    *schemas, error = fresh_process(STANDALONE_CHILD, standalone).stdout.splitlines()
+    operators = (torch.ops.dwswap.depthwise_conv2d, torch.ops.dwswap.squeeze_excitation)
+    assert schemas == [str(operator.default._schema) for operator in operators]
     assert error == (
         "dwswap cannot be imported where its standalone operator library has been loaded before: "
         "import dwswap first, or not at all"

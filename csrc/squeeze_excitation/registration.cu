@@ -46,7 +46,8 @@ Tensor call_aten(const Arguments& a) {
                   torch_call_dispatcher("dwswap::_squeeze_excitation_aten", "", stack.data(),
                                         TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
                   "aten, which computes what has no kernel here, failed for dtype ",
-                  torch::headeronly::toString(a.input.scalar_type()));
+                  torch::headeronly::toString(a.input.scalar_type()),
+                  "; a process without Python does not have it");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

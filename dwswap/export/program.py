@@ -1,4 +1,4 @@
-"""From a model to a ``torch.export.ExportedProgram``, and from our operator back to aten."""
+"""From a model to a ``torch.export.ExportedProgram``, and from our operators back to aten."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from dwswap import excitation_registration, registration
 from dwswap.example_inputs import Arguments
 from dwswap.export.errors import ExportError, summary
-from dwswap.registration import decomposed
-from dwswap.schema import depthwise_conv2d
+from dwswap.schema import depthwise_conv2d, squeeze_excitation
 from dwswap.tracing import NotTraceable, check_not_compiled, is_training
 
 __all__ = ["program_device", "to_aten", "to_program"]
+
+# What our operators are made of, outside of CUDA.
+_DECOMPOSITIONS = {
+    depthwise_conv2d: registration.decomposed,
+    squeeze_excitation: excitation_registration.decomposed,
+}
 
 
 def to_program(
@@ -61,15 +67,15 @@ def to_program(
 
 
 def to_aten(program: ExportedProgram) -> ExportedProgram:
-    """``program`` with every call of our operator made of aten's: conv2d, add, activations.
+    """``program`` with every call of our operators made of aten's: conv2d, add, activations.
 
-    Everything else stays as it is; a program without our operator is returned itself.
+    Everything else stays as it is; a program without our operators is returned itself.
     """
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
-    if not any(node.target is depthwise_conv2d for graph in graphs for node in graph.nodes):
+    if not any(node.target in _DECOMPOSITIONS for graph in graphs for node in graph.nodes):
         return program
     with torch.no_grad():
-        return program.run_decompositions({depthwise_conv2d: decomposed})
+        return program.run_decompositions(dict(_DECOMPOSITIONS))
 
 
 def program_device(program: ExportedProgram) -> torch.device:
