@@ -34,17 +34,7 @@ class Arguments:
             TypeError: it is no tensor, tuple or dict.
             ValueError: the model's forward does not take such arguments.
         """
-        if isinstance(example_inputs, Tensor):
-            result = cls((example_inputs,))
-        elif isinstance(example_inputs, tuple):
-            result = cls(example_inputs)
-        elif isinstance(example_inputs, dict):
-            result = cls((), dict(example_inputs))
-        else:
-            raise TypeError(
-                "example_inputs must be a tensor, a tuple of positional arguments or a dict of "
-                f"keyword arguments, got {type(example_inputs).__name__}"
-            )
+        result = cls.of(example_inputs)
         try:
             inspect.signature(model.forward).bind(*result.args, **result.kwargs)
         except TypeError as error:
@@ -52,6 +42,24 @@ class Arguments:
                 f"example_inputs must fit the forward of {type(model).__name__}: {error}"
             ) from error
         return result
+
+    @classmethod
+    def of(cls, example_inputs: Any) -> Arguments:
+        """``example_inputs`` as arguments of whatever takes them.
+
+        Raises:
+            TypeError: it is no tensor, tuple or dict.
+        """
+        if isinstance(example_inputs, Tensor):
+            return cls((example_inputs,))
+        if isinstance(example_inputs, tuple):
+            return cls(example_inputs)
+        if isinstance(example_inputs, dict):
+            return cls((), dict(example_inputs))
+        raise TypeError(
+            "example_inputs must be a tensor, a tuple of positional arguments or a dict of "
+            f"keyword arguments, got {type(example_inputs).__name__}"
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
         """The same arguments with ``function`` applied to every tensor."""

@@ -13,7 +13,10 @@ from torch.fx.graph_module import reduce_graph_module
 from dwswap.copying import complete_copy
 from dwswap.module_access import shortened
 
-__all__ = ["FOLDED", "InferenceGraph"]
+__all__ = ["EXPORTED", "FOLDED", "InferenceGraph"]
+
+EXPORTED = "dwswap_exported"
+"""Key in ``GraphModule.meta`` of the graph of an exported program."""
 
 FOLDED = "dwswap_folded"
 """Key in ``GraphModule.meta``: keys of the original's ``state_dict`` that a fold used up."""

@@ -14,6 +14,7 @@ __all__ = [
     "memory_format",
     "output_memory_format",
     "restored",
+    "restored_layout",
     "to_layout",
 ]
 
@@ -68,14 +69,19 @@ def restored(output: Tensor, channels_last_weights: bool, *inputs: Any) -> Tenso
 
     That is channels_last where its weights or ``inputs`` are, contiguous otherwise.
     """
-    layout = torch.contiguous_format
-    images = (value for value in inputs if isinstance(value, Tensor) and value.dim() == 4)
-    if channels_last_weights or any(map(_suggests_channels_last, images)):
-        layout = torch.channels_last
+    layout = restored_layout(channels_last_weights, *inputs)
     if output.dim() == 3:
         return laid_out(output, layout)
     # Not contiguous(), which keeps whatever strides dimensions of one element have.
     return output.to(memory_format=layout)
+
+
+def restored_layout(channels_last_weights: bool, *inputs: Any) -> torch.memory_format:
+    """In which layout :func:`restored` returns an output."""
+    images = (value for value in inputs if isinstance(value, Tensor) and value.dim() == 4)
+    if channels_last_weights or any(map(_suggests_channels_last, images)):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def _suggests_channels_last(tensor: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from dwswap.changes import Change
 
@@ -290,13 +291,15 @@ class Report:
         return lines
 
 
-def report(model: nn.Module) -> Report:
-    """The report of a model that :func:`dwswap.optimize` returned.
+def report(model: nn.Module | ExportedProgram) -> Report:
+    """The report of what :func:`dwswap.optimize` returned.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
-        ValueError: the model has none.
+        TypeError: ``model`` is neither an ``nn.Module`` nor an ``ExportedProgram``.
+        ValueError: the model has none; files of exported programs keep none.
     """
+    if isinstance(model, ExportedProgram):
+        model = model.graph_module
     if not isinstance(model, nn.Module):
         raise TypeError(f"dwswap.report: model must be an nn.Module, got {type(model).__name__}")
     found = _find(model)

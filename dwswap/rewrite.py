@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
-import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from dwswap import build
 from dwswap.convolution_call import ConvolutionCall, find_calls
@@ -17,6 +17,7 @@ from dwswap.cuda_graph_module import with_cuda_graphs
 from dwswap.cuda_graphs import CudaGraphOptions
 from dwswap.eligibility import Skip, inspect_modules, is_convolution
 from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
+from dwswap.exported_program import flat_inputs, lift, unlift
 from dwswap.fusion import fuse as fuse_graph
 from dwswap.inference_graph import InferenceGraph
 from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
@@ -40,10 +41,11 @@ __all__ = ["explain", "optimize"]
 logger = logging.getLogger("dwswap")
 
 Select = Literal["always", "measured"]
+Model = TypeVar("Model", nn.Module, ExportedProgram)
 
 
 def optimize(
-    model: nn.Module,
+    model: Model,
     example_inputs: Any = None,
     *,
     inplace: bool = False,
@@ -53,7 +55,7 @@ def optimize(
     select: Select = "always",
     memory_format: MemoryFormat = "auto",
     cuda_graph: bool | CudaGraphOptions = False,
-) -> nn.Module:
+) -> Model:
     """``model`` with its depthwise convolutions on the dwswap operator; same outputs.
 
     In eval mode the result is a ``torch.fx.GraphModule`` for inference, where the model can be
@@ -64,13 +66,18 @@ def optimize(
     class, ``state_dict`` keys, attributes and hooks, shares nothing else, and trains. What cannot
     be rewritten safely stays; ``dwswap.report`` tells why.
 
+    A ``torch.export.ExportedProgram`` gives a new one, rewritten as the graph that it is: what it
+    was exported in, eval or train mode, stays in it, and so do its dynamic shapes. Folded weights
+    are in its ``state_dict`` and its signature. It is itself never changed.
+
     Args:
-        model: ``nn.Module`` or ``torch.fx.GraphModule``, on any device.
+        model: ``nn.Module``, ``torch.fx.GraphModule`` or ``torch.export.ExportedProgram``, on any
+            device.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
             Tells the report the shapes, and finds some more convolutions in functional form.
         inplace: do not copy the weights. Where modules are replaced, they are replaced in
             ``model`` itself, which is returned; a new graph shares the weights of ``model`` that
-            nothing was folded into. (A ``GraphModule`` is changed itself.)
+            nothing was folded into. (A ``GraphModule`` is changed itself, a program never.)
         fuse: False swaps only: modules are replaced, or calls in a ``GraphModule``; nothing is
             folded or absorbed, and all keys stay.
         skip: ``skip(module, path)`` is asked about every convolution that would be swapped; true
@@ -84,8 +91,9 @@ def optimize(
         memory_format: in which a graph for inference runs: ``"channels_last"``, ``"contiguous"``,
             ``"preserve"`` for that of its inputs and weights, or ``"auto"``: channels_last on
             CUDA (not in float64), else preserve. Weights are converted once, inputs where they come
-            in, and outputs get the strides that those of ``model`` have. Where that is not safe
-            the layout stays.
+            in, and outputs get the strides that those of ``model`` have (those of a program, for
+            inputs with the strides that it was exported with). Where that is not safe the layout
+            stays.
         cuda_graph: capture a CUDA graph per input signature, for the small batches at which
             launching kernels takes longer than running them. Only a model that became one graph
             gets it; ``dwswap.report`` tells. A :class:`CudaGraphOptions` chooses more.
@@ -98,7 +106,8 @@ def optimize(
         TypeError: ``model``, ``example_inputs``, ``skip`` or ``cuda_graph`` is of the wrong kind.
         ValueError: the model fails on ``example_inputs`` or cannot be copied; ``verify`` without
             or ``select="measured"`` without ``example_inputs``; an unknown ``select`` or
-            ``memory_format``. ``model`` is unchanged whatever is raised.
+            ``memory_format``; ``cuda_graph`` for a program. ``model`` is unchanged whatever is
+            raised.
     """
     if select not in get_args(Select):
         raise ValueError(f'select must be "always" or "measured", got {select!r}')
@@ -107,75 +116,93 @@ def optimize(
             'memory_format must be "auto", "preserve", "channels_last" or "contiguous", '
             f"got {memory_format!r}"
         )
-    arguments = _check(model, example_inputs)
     options = CudaGraphOptions.parse(cuda_graph)
+    subject, arguments = _check(model, example_inputs)
+    if isinstance(model, ExportedProgram) and options is not None:
+        raise ValueError(
+            "cuda_graph must be False for an ExportedProgram, which is not called; use "
+            "dwswap.optimize(program.module(), cuda_graph=...)"
+        )
     if verify and arguments is None:
         raise ValueError("verify=True needs example_inputs, got None")
     if select == "measured" and arguments is None:
         raise ValueError('select="measured" needs example_inputs, got None')
-    workspace = shell_model(model) if inplace else copy_model(model)
+    workspace = shell_model(subject) if inplace else copy_model(subject)
     before = modules_by_path(workspace)
-    result, report, context = _rewrite(model, workspace, arguments, fuse, skip)
+    result, report, context = _rewrite(subject, workspace, arguments, fuse, skip)
     context.memory_format = memory_format
-    report.kernels = _kernels(model, load=bool(report.swapped))
+    report.kernels = _kernels(subject, load=bool(report.swapped))
     changed = report.mode != "unchanged"
     if arguments is not None and changed and select == "measured":
         if fuse:
-            _lay_out(model, result, report, context)
+            _lay_out(subject, result, report, context)
         # A layer that goes back to PyTorch's kernel is none that could absorb anything.
         result, report = select_faster(result, report, arguments)
     if fuse:
-        report = _fuse(model, result, report, context)
+        report = _fuse(subject, result, report, context)
     if arguments is not None and changed and verify:
-        result, report = verify_result(model, result, report, arguments)
+        result, report = verify_result(subject, result, report, arguments)
     failed = report.verification is not None and not report.verification.passed
     if failed or not report.swapped:
         rewritten = result is not workspace or report.traced  # and then put back
-        result = model if inplace else copy_model(model) if rewritten else workspace
+        result = subject if inplace else copy_model(subject) if rewritten else workspace
         report.mode, report.traced = "unchanged", ()
         report.without_changes()
     elif inplace and result is workspace:
-        commit(model, before, modules_by_path(result))
-        if isinstance(model, fx.GraphModule) and isinstance(result, fx.GraphModule):
-            model.graph = result.graph
-            model.meta.update(result.meta)
-        result = model
+        commit(subject, before, modules_by_path(result))
+        if isinstance(subject, fx.GraphModule) and isinstance(result, fx.GraphModule):
+            subject.graph = result.graph
+            subject.meta.update(result.meta)
+        result = subject
     if options is not None:
         result = with_cuda_graphs(result, report, options)
     attach(result, report)
     logger.info("%s", report.summary())
+    if isinstance(model, ExportedProgram):
+        assert isinstance(result, fx.GraphModule)
+        return cast(Any, lift(result, model))
     return result
 
 
 def explain(
-    model: nn.Module, example_inputs: Any = None, *, fuse: bool = True, skip: Skip | None = None
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    fuse: bool = True,
+    skip: Skip | None = None,
 ) -> Report:
     """The report that :func:`optimize` would make, without changing or copying anything.
 
     Arguments and errors are those of :func:`optimize`. Models on the meta device are fine.
     """
-    arguments = _check(model, example_inputs)
-    result, report, context = _rewrite(model, shell_model(model), arguments, fuse, skip)
-    report.kernels = _kernels(model, load=False)
+    subject, arguments = _check(model, example_inputs)
+    result, report, context = _rewrite(subject, shell_model(subject), arguments, fuse, skip)
+    report.kernels = _kernels(subject, load=False)
     if fuse:
         context.values = False
-        report = _fuse(model, result, report, context)
+        report = _fuse(subject, result, report, context)
     return report
 
 
-def _check(model: Any, example_inputs: Any) -> Arguments | None:
+def _check(model: Any, example_inputs: Any) -> tuple[nn.Module, Arguments | None]:
+    """The module to rewrite, and its arguments."""
+    if isinstance(model, ExportedProgram):
+        arguments = None
+        if example_inputs is not None:
+            arguments = flat_inputs(model, Arguments.of(example_inputs))
+        return unlift(model), arguments
     if not isinstance(model, nn.Module):
-        hint = "; pass program.module()" if isinstance(model, torch.export.ExportedProgram) else ""
         raise TypeError(
-            "model must be an nn.Module or a torch.fx.GraphModule, "
-            f"got {type(model).__name__}{hint}"
+            "model must be an nn.Module, a torch.fx.GraphModule or a "
+            f"torch.export.ExportedProgram, got {type(model).__name__}"
         )
     if type(model).__module__.startswith("torch._dynamo"):
         raise TypeError(
             "model must not be compiled yet, got the result of torch.compile; "
             "use torch.compile(dwswap.optimize(model))"
         )
-    return None if example_inputs is None else Arguments.parse(model, example_inputs)
+    arguments = None if example_inputs is None else Arguments.parse(model, example_inputs)
+    return model, arguments
 
 
 def _rewrite(

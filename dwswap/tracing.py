@@ -24,7 +24,7 @@ from dwswap.convolution_call import has_depthwise_call
 from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
 from dwswap.guarded_proxy import GuardingTracer, NotTraceable
-from dwswap.inference_graph import FOLDED, InferenceGraph
+from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph
 from dwswap.ops import depthwise_conv2d
 
 __all__ = ["NotTraceable", "Tracer", "is_training", "trace", "traceable_submodules"]
@@ -174,8 +174,11 @@ def is_training(model: nn.Module) -> bool:
 
     The graph of an exported program has its mode in its calls, and flags that mean nothing.
     """
-    if isinstance(model, fx.GraphModule) and "train" in model.__dict__:
-        return any(_trains(node) for node in model.graph.nodes)
+    if isinstance(model, fx.GraphModule):
+        if any(_trains(node) for node in model.graph.nodes):
+            return True
+        if "train" in model.__dict__ or EXPORTED in model.meta:
+            return False
     return any(m.training for m in model.modules() if type(m) is not nn.Module)
 
 

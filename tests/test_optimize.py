@@ -180,8 +180,6 @@ def test_graph_module_in_graph_module_out() -> None:
 def test_exported_program_module() -> None:
     model = Block().eval()
     program = torch.export.export(model, (image(),))
-    with pytest.raises(TypeError, match=r"ExportedProgram; pass program\.module"):
-        dwswap.optimize(program)  # type: ignore[arg-type]
     module = program.module()
     fast = dwswap.optimize(module)
     (layer,) = dwswap.report(fast).swapped

@@ -232,8 +232,8 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], list[bool], str]] = {
         [True, True],
         "not_linear",
     ),
-    "in place": (
-        lambda: chain(Apply(lambda x: x.add_(1)), pointwise()),
+    "in place and read elsewhere": (
+        lambda: chain(Apply(lambda x: x.add_(1) + x), pointwise()),
         [True, True],
         "not_linear",
     ),

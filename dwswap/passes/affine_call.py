@@ -64,6 +64,13 @@ _CALLS: dict[Any, Any] = {
     **dict.fromkeys((aten.linear, aten.linear.default), F.linear),
     **dict.fromkeys(OPERATOR, depthwise_conv2d),
 }
+# ``aten.convolution``: whether it is transposed, dimensions of the weight -> functional form.
+_GENERAL: dict[tuple[Any, int], Any] = {
+    (transposed, spatial + 2): function
+    for function, (options, spatial) in _FORMS.items()
+    for transposed in (False, True)
+    if function is not depthwise_conv2d and options is (_TRANSPOSED if transposed else _CONV)
+}
 
 
 @dataclass(frozen=True)
@@ -213,10 +220,10 @@ def _of_function(graph_module: fx.GraphModule, node: fx.Node) -> AffineCall | No
     weight, input = given.get("weight"), given.get("input")
     if function is None:  # of any number of dimensions, transposed or not
         known = value_of(graph_module, weight)
-        plain = given.get("transposed") is False and known is not None and known.dim() == 4
-        function = torch.conv2d
-        if not plain:
-            return AffineCall(node, function, None, refusal=("call_form", {}))
+        if known is not None:
+            function = _GENERAL.get((given.get("transposed"), known.dim()))
+        if function is None:
+            return AffineCall(node, torch.conv2d, None, refusal=("call_form", {}))
     options = {"output_padding": 0, **_NEUTRAL, **given}
     return AffineCall(
         node,

@@ -129,7 +129,7 @@ def _fold(
     context.keep_path(new, path)
     context.replaced(norm.node, new)
     norm.node.replace_all_uses_with(new)
-    graph_module.graph.erase_node(norm.node)
+    norm.erase()
     context.release(layer.node, norm.node, *old)
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,16 @@ _RANKS: dict[type, int | None] = {
 }
 _PYTHON = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _ATEN = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+_EVAL = tuple(name for name in _ATEN if name != "training")
 _SIGNATURES: dict[Any, tuple[str, ...]] = {
     F.batch_norm: _PYTHON,
     **dict.fromkeys((torch.batch_norm, aten.batch_norm, aten.batch_norm.default), _ATEN),
+}
+# They return what backward needs as well.
+_OF_SEVERAL: dict[Any, tuple[str, ...]] = {
+    aten._native_batch_norm_legit_no_training.default: _EVAL,
+    aten._native_batch_norm_legit.default: _ATEN,
+    aten.native_batch_norm.default: _ATEN,
 }
 _DEFAULTS = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
 
@@ -38,6 +46,7 @@ class NormCall:
     """A node that computes BatchNorm.
 
     Attributes:
+        node: the output. Where the function returns more than that, a ``getitem``.
         operands: mean, variance, weight and bias.
         rank: the number of dimensions that it takes, where that is fixed.
         refusal: a reason code and its facts: why it must stay as it is.
@@ -50,6 +59,14 @@ class NormCall:
     rank: int | None = None
     refusal: tuple[str, dict[str, object]] | None = None
 
+    def erase(self) -> None:
+        """Take the call, whose output has no users any more, out of the graph."""
+        source = self.node.args[0]
+        self.node.graph.erase_node(self.node)
+        if self.node.target is operator.getitem and isinstance(source, fx.Node):
+            for unused in (*source.users, source):
+                self.node.graph.erase_node(unused)
+
 
 def norm_call(graph_module: fx.GraphModule, node: fx.Node) -> NormCall | None:
     """``node`` as BatchNorm; None where it is none."""
@@ -58,7 +75,12 @@ def norm_call(graph_module: fx.GraphModule, node: fx.Node) -> NormCall | None:
         if isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm):
             return _of_module(module, node)
     elif node.op == "call_function" and _is_norm(node.target):
-        return _of_function(node)
+        return _of_function(node, node, _SIGNATURES[node.target])
+    elif node.target is operator.getitem and node.args[1] == 0:
+        several: Any = node.args[0]
+        # Nothing else of what it returns is used.
+        if several.target in _OF_SEVERAL and all(n is node or not n.users for n in several.users):
+            return _of_function(node, several, _OF_SEVERAL[several.target])
     return None
 
 
@@ -90,11 +112,10 @@ def _of_module(module: _NormBase, node: fx.Node) -> NormCall:
     )
 
 
-def _of_function(node: fx.Node) -> NormCall:
-    given = dict(zip(_SIGNATURES[node.target], node.args, strict=False)) | node.kwargs
+def _of_function(node: fx.Node, call: fx.Node, names: tuple[str, ...]) -> NormCall:
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
     given = {**_DEFAULTS, **given}
-    names = ("running_mean", "running_var", "weight", "bias")
-    operands = [given.get(name) for name in names]
+    operands = [given.get(n) for n in ("running_mean", "running_var", "weight", "bias")]
     refusal: tuple[str, dict[str, object]] | None = None
     if given["training"] is not False:
         unknown = isinstance(given["training"], fx.Node)

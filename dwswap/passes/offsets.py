@@ -27,6 +27,7 @@ __all__ = ["Axis", "Role", "find_roles"]
 aten = torch.ops.aten
 
 _SUMS = (operator.add, torch.add, aten.add, aten.add.Tensor, "add")
+_SUMS_IN_PLACE = (operator.iadd, aten.add_, aten.add_.Tensor, "add_")
 _MEANS = (torch.mean, aten.mean, aten.mean.dim, "mean")
 _FLATTENS = (torch.flatten, aten.flatten, aten.flatten.using_ints, "flatten")
 _POOLS = (
@@ -134,7 +135,9 @@ def _of_layer(
 
 
 def _of_sum(node: fx.Node, roles: dict[fx.Node, Role]) -> Role | None:
-    if node.op == "call_module" or node.target not in _SUMS or len(node.args) != 2 or node.kwargs:
+    if node.op == "call_module" or len(node.args) != 2 or node.kwargs:
+        return None
+    if node.target not in _SUMS and not _is_sum_in_place(node, roles):
         return None
     axes = [_axis(operand, roles) for operand in node.args]
     known = [axis for axis in axes if axis is not None]
@@ -148,6 +151,14 @@ def _of_sum(node: fx.Node, roles: dict[fx.Node, Role]) -> Role | None:
     taken = [o for o, axis in zip(node.args, axes, strict=True) if axis is not None]
     axis = replace(known[0], pooled=pooled and not others, plain=plain and not others)
     return Role("sum", _nodes(taken), axis)
+
+
+def _is_sum_in_place(node: fx.Node, roles: dict[fx.Node, Role]) -> bool:
+    """Whether it changes a value that is new and that nothing else reads."""
+    first = node.args[0]
+    if node.target not in _SUMS_IN_PLACE or not isinstance(first, fx.Node) or first not in roles:
+        return False
+    return roles[first].kind in ("layer", "sum") and len(first.users) == 1
 
 
 def _of_pass(

@@ -73,6 +73,8 @@ def unswap_call(graph_module: fx.GraphModule, node: fx.Node, *, expand: bool = F
         conv = graph.call_function(torch.conv2d, args)
         conv.meta = {k: v for k, v in node.meta.items() if k != "is_wrapped"}
         new = _activated(graph, conv, given["activation"])
+        if "val" in conv.meta:  # of an exported program
+            new.meta["val"] = conv.meta["val"]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
