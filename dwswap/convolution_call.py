@@ -19,6 +19,7 @@ __all__ = [
     "ConvolutionCall",
     "Shapes",
     "bind",
+    "example_of",
     "find_calls",
     "has_depthwise_call",
     "owner_of",
@@ -129,6 +130,11 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return {**_DEFAULTS, "groups": None if inferred else 1, **given}
 
 
+def example_of(node: fx.Node) -> Any:
+    """The fake value of ``node`` that an export or Dynamo left; None where there is none."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
 def owner_of(node: fx.Node) -> str:
     """Path of the module whose forward makes the call ``node``, inside its graph module."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -217,7 +223,7 @@ def _known_tensor(
         return None, None
     if value in shapes:
         return shapes[value], None
-    example = value.meta.get("val")
+    example = example_of(value)
     if isinstance(example, Tensor) and all(isinstance(size, int) for size in example.shape):
         return tuple(example.shape), example.dtype
     return None, None

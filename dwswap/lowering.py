@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from dwswap.checks import pair
-from dwswap.convolution_call import bind
+from dwswap.convolution_call import bind, example_of
 from dwswap.layouts import restored, restored_layout, to_layout
 from dwswap.ops import depthwise_conv2d
 from dwswap.schema import depthwise_conv2d as depthwise_operator
 
-__all__ = ["lower"]
+__all__ = ["lower", "lower_depthwise"]
 
 aten = torch.ops.aten
 
@@ -57,23 +57,36 @@ def lower(graph: fx.Graph, *, general_convolutions: bool = False) -> set[fx.Node
     Args:
         general_convolutions: ``aten.convolution`` for all, as in a decomposed program.
     """
-    made: set[fx.Node] = set()
     lowering = _Lowering(graph, general_convolutions)
+    return _replace(graph, lowering.replacement)
+
+
+def lower_depthwise(graph: fx.Graph) -> None:
+    """Replace in place calls of ``dwswap.depthwise_conv2d`` by those of the operator.
+
+    Where ``padding="same"``, the weight has a fake value in ``meta``.
+    """
+    lowering = _Lowering(graph, False)
+    _replace(graph, lambda node: lowering.depthwise if node.target is depthwise_conv2d else None)
+
+
+Replace: TypeAlias = Callable[[fx.Node], fx.Node]
+
+
+def _replace(graph: fx.Graph, choose: Callable[[fx.Node], Replace | None]) -> set[fx.Node]:
+    made: set[fx.Node] = set()
     for node in list(graph.nodes):
-        replace = lowering.replacement(node)
+        replace = choose(node)
         if replace is None:
             continue
         with graph.inserting_before(node):
             new = replace(node)
-        if isinstance(new, fx.Node) and new.op != "placeholder":
+        if new.op != "placeholder":
             new.meta = {k: v for k, v in node.meta.items() if k != "is_wrapped"}
             made.add(new)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     return made
-
-
-Replace: TypeAlias = Callable[[fx.Node], fx.Node]
 
 
 class _Lowering:
@@ -87,7 +100,7 @@ class _Lowering:
         if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
             return None
         if node.target is depthwise_conv2d:
-            return self._depthwise
+            return self.depthwise
         if node.target in _CONVOLUTIONS:
             return self._convolution
         if node.target is to_layout:
@@ -104,7 +117,7 @@ class _Lowering:
     def _view(self, node: fx.Node) -> fx.Node:
         return self.graph.call_function(aten.view.default, (node.args[0], list(node.args[1:])))
 
-    def _depthwise(self, node: fx.Node) -> fx.Node:
+    def depthwise(self, node: fx.Node) -> fx.Node:
         given = bind(node)
         input, padding = given["input"], given["padding"]
         stride, dilation = (list(pair(n, given[n], 1)) for n in ("stride", "dilation"))
@@ -168,7 +181,7 @@ class _Lowering:
 
 
 def _example(node: Any) -> Any:
-    return node.meta.get("val") if isinstance(node, fx.Node) else node
+    return example_of(node) if isinstance(node, fx.Node) else node
 
 
 def _is_image(value: Any) -> bool:

@@ -7,10 +7,9 @@ import logging
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from dwswap import build
 from dwswap.convolution_call import ConvolutionCall, find_calls
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
 from dwswap.cuda_graph_module import with_cuda_graphs
@@ -20,6 +19,7 @@ from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
 from dwswap.exported_program import flat_inputs, lift, unlift
 from dwswap.fusion import fuse as fuse_graph
 from dwswap.inference_graph import InferenceGraph
+from dwswap.kernels_in_use import kernels_in_use
 from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
 from dwswap.passes.count_calls import count_calls
 from dwswap.passes.memory_format import MemoryFormat, set_memory_format
@@ -131,7 +131,7 @@ def optimize(
     before = modules_by_path(workspace)
     result, report, context = _rewrite(subject, workspace, arguments, fuse, skip)
     context.memory_format = memory_format
-    report.kernels = _kernels(subject, load=bool(report.swapped))
+    report.kernels = kernels_in_use(_tensors(subject), load=bool(report.swapped))
     changed = report.mode != "unchanged"
     if arguments is not None and changed and select == "measured":
         if fuse:
@@ -177,7 +177,7 @@ def explain(
     """
     subject, arguments = _check(model, example_inputs)
     result, report, context = _rewrite(subject, shell_model(subject), arguments, fuse, skip)
-    report.kernels = _kernels(subject, load=False)
+    report.kernels = kernels_in_use(_tensors(subject), load=False)
     if fuse:
         context.values = False
         report = _fuse(subject, result, report, context)
@@ -266,6 +266,11 @@ def _fuse(model: nn.Module, result: nn.Module, report: Report, context: Context)
     return fuse_graph(result, report, context, INFERENCE_PASSES)
 
 
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
 def _nearest(model: nn.Module, path: str) -> nn.Module:
     """The module at ``path`` or the one nearest above: exported graphs name modules they lost."""
     modules = modules_by_path(model)
@@ -321,17 +326,3 @@ def _smallest_graph(
 
 def _inside(path: str, others: Any) -> bool:
     return any(path == other or path.startswith(f"{other}.") for other in others)
-
-
-def _kernels(model: nn.Module, *, load: bool) -> str:
-    """Which implementation of the operator the model runs, for the report."""
-    devices = {t.device.type for t in (*model.parameters(), *model.buffers())}
-    if "cuda" in devices:
-        if load:
-            build.load()
-        status = build.status()
-        if status.loaded:
-            built = "" if status.seconds is None else f", built in {status.seconds:.0f} s"
-            return f"CUDA kernels{built}"
-        return f"aten on CUDA: {status.reason}"
-    return f"composite ({', '.join(sorted(d.upper() for d in devices)) or 'CPU'})"

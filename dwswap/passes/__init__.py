@@ -19,7 +19,14 @@ from dwswap.passes.push_bias import push_bias
 from dwswap.passes.squeeze_excitation import fuse_squeeze_excitation
 from dwswap.passes.swap_depthwise import swap_depthwise
 
-__all__ = ["EXACT_PASSES", "INFERENCE_PASSES", "Context", "GraphPass", "run_passes"]
+__all__ = [
+    "COMPILED_PASSES",
+    "EXACT_PASSES",
+    "INFERENCE_PASSES",
+    "Context",
+    "GraphPass",
+    "run_passes",
+]
 
 # Exact in training too: parameters, state_dict keys and gradients stay. The passes for inference
 # run only where these have swapped something.
@@ -33,6 +40,8 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     fuse_shuffle,
     fuse_residual,
 )
+# In front of a compiler that chooses layouts itself.
+COMPILED_PASSES: tuple[GraphPass, ...] = (fold_batchnorm, absorb_activation, push_bias)
 
 
 def run_passes(

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, fx
 
 from dwswap.changes import CHANGE_REASONS, Change
-from dwswap.convolution_call import owner_of
+from dwswap.convolution_call import example_of, owner_of
 from dwswap.report import REASONS, Layer
 
 __all__ = ["PATH", "Context", "GraphPass"]
@@ -63,10 +63,10 @@ class Context:
         node.meta[PATH] = path
 
     def rank(self, node: fx.Node) -> int | None:
-        """Number of dimensions of a value, where ``example_inputs`` or an export told."""
+        """Number of dimensions of a value, where ``example_inputs``, an export or Dynamo told."""
         if node in self.shapes:
             return len(self.shapes[node])
-        example = node.meta.get("val")
+        example = example_of(node)
         return example.dim() if isinstance(example, Tensor) else None
 
     def replaced(self, old: fx.Node, new: fx.Node) -> None:
