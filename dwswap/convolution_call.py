@@ -87,14 +87,15 @@ def find_calls(
     *,
     prefix: str = "",
     shapes: Shapes | None = None,
-    skip: Callable[[str], bool] | None = None,
+    skip: Callable[[str], str | None] | None = None,
 ) -> Iterator[ConvolutionCall]:
     """The convolution calls of ``graph_module``, in graph order.
 
     Args:
         prefix: path of ``graph_module`` inside the model.
         shapes: what is known about the shapes of values that the graph computes.
-        skip: called with the owner's path for calls that would be swapped.
+        skip: called with the owner's path for calls that would be swapped; the reason code for
+            those that stay.
     """
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or not _is_convolution(node.target):
@@ -103,8 +104,8 @@ def find_calls(
         owner = _join(prefix, owner_of(node))
         layer = _describe(graph_module, node, arguments, owner, shapes or {})
         code, facts = _judge(node, arguments, layer)
-        if code == "depthwise" and skip is not None and skip(owner):
-            code = "skipped"
+        if code == "depthwise" and skip is not None:
+            code = skip(owner) or code
         decision = "swapped" if code in ("depthwise", "already_swapped") else "kept"
         yield ConvolutionCall(node, arguments, owner, layer.decided(decision, code, **facts))
 

@@ -23,6 +23,7 @@ __all__ = [
     "Skip",
     "inspect_modules",
     "is_convolution",
+    "is_prepared",
     "reason_not_plain",
     "reason_to_keep",
 ]
@@ -65,14 +66,24 @@ def inspect_modules(model: nn.Module, skip: Skip | None = None) -> dict[str, Lay
         if is_convolution(module):
             paths.setdefault(module, []).append(path)
     layers = {}
+    prepared = is_prepared(model)
     for module, names in paths.items():
         layer = _describe(module, names)
         code, facts = _judge(module)
+        if code == "depthwise" and prepared:
+            code = "quantization_prepared"
         if code == "depthwise" and skip and any(skip(module, name) for name in names):
             code = "skipped"
         decision = "swapped" if code in ("depthwise", "already_swapped") else "kept"
         layers[names[0]] = layer.decided(decision, code, **facts)
     return layers
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether quantization has put observers into ``model``, to convert it later."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    places = ("torch.ao.quantization.", "torchao.quantization.")
+    return any(cls.__module__.startswith(places) for cls in classes)
 
 
 def is_convolution(module: nn.Module) -> bool:

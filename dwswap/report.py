@@ -34,6 +34,7 @@ REASONS: dict[str, str] = {
     "subclass": "{type} is a subclass of nn.Conv2d and may compute something else",
     "quantized": "{type} is a quantized module",
     "qat": "{type} is a quantization-aware training module",
+    "quantization_prepared": "the model has observers of quantization, which converts it later",
     "scripted": "compiled by TorchScript",
     "lazy": "lazy: its parameters do not exist before the first forward",
     "parametrized": "parametrized by torch.nn.utils.parametrize: {names}",

@@ -14,7 +14,7 @@ from dwswap.convolution_call import ConvolutionCall, find_calls
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
 from dwswap.cuda_graph_module import with_cuda_graphs
 from dwswap.cuda_graphs import CudaGraphOptions
-from dwswap.eligibility import Skip, inspect_modules, is_convolution
+from dwswap.eligibility import Skip, inspect_modules, is_convolution, is_prepared
 from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
 from dwswap.exported_program import flat_inputs, lift, unlift
 from dwswap.fusion import fuse as fuse_graph
@@ -216,8 +216,10 @@ def _rewrite(
     report = Report(model=type(model).__name__)
     layers = inspect_modules(model, skip)
     context = Context(layers)
-    if skip is not None:
-        context.skip = lambda path: bool(skip(_nearest(model, path), path))
+    if is_prepared(model):
+        context.skip = lambda path: "quantization_prepared"
+    elif skip is not None:
+        context.skip = lambda path: "skipped" if skip(_nearest(model, path), path) else None
     inference = fuse and not is_training(model)
     result = workspace
     graph_module = workspace if isinstance(workspace, fx.GraphModule) else None

@@ -26,7 +26,7 @@ class Context:
         layers: the report so far, by path in the whole model; decisions on modules are in it.
         prefix: path of the graph module inside the model.
         shapes: shapes of values, from ``example_inputs``.
-        skip: the user's predicate for calls, given the path of the module that makes them.
+        skip: why a call stays, a reason code, given the path of the module that makes it.
         changes: what passes did to a layer and what they left, by the layer's path.
         released: paths of modules and tensors that the graph may not need any more.
         memory_format: as ``dwswap.optimize`` was asked.
@@ -37,7 +37,7 @@ class Context:
     layers: dict[str, Layer]
     prefix: str = ""
     shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
-    skip: Callable[[str], bool] | None = None
+    skip: Callable[[str], str | None] | None = None
     changes: dict[str, list[Change]] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
     memory_format: str = "auto"
