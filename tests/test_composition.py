@@ -249,14 +249,14 @@ def test_a_model_that_is_prepared_for_quantization_is_left_alone() -> None:
         assert names[0] == names[1]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_functional_calls_beside_observers_stay() -> None:
-    from torch.ao import quantization
-    from torch.ao.quantization.quantize_fx import prepare_fx
+    from torch.ao.quantization import MinMaxObserver
 
     model = Functional(lambda x, w, b, groups: F.conv2d(x, w, b, groups=groups)).eval()
-    prepared = prepare_fx(model, quantization.get_default_qconfig_mapping(), (image(8),))
-    report = dwswap.explain(prepared, image(8))
+    prepared = torch.fx.symbolic_trace(model)
+    assert dwswap.explain(prepared).swapped
+    prepared.add_submodule("observer", MinMaxObserver())
+    report = dwswap.explain(prepared)
     assert [layer.reason for layer in report.layers] == ["quantization_prepared"]
 
 

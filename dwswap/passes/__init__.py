@@ -16,6 +16,7 @@ from dwswap.passes.fold_batchnorm import fold_batchnorm
 from dwswap.passes.memory_format import set_memory_format
 from dwswap.passes.pointwise import fuse_residual
 from dwswap.passes.push_bias import push_bias
+from dwswap.passes.recompose_activation import recompose_activation
 from dwswap.passes.squeeze_excitation import fuse_squeeze_excitation
 from dwswap.passes.swap_depthwise import swap_depthwise
 
@@ -33,6 +34,7 @@ __all__ = [
 EXACT_PASSES: tuple[GraphPass, ...] = (swap_depthwise,)
 INFERENCE_PASSES: tuple[GraphPass, ...] = (
     fold_batchnorm,
+    recompose_activation,
     absorb_activation,
     fuse_squeeze_excitation,
     push_bias,
@@ -41,7 +43,12 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     fuse_residual,
 )
 # In front of a compiler that chooses layouts itself.
-COMPILED_PASSES: tuple[GraphPass, ...] = (fold_batchnorm, absorb_activation, push_bias)
+COMPILED_PASSES: tuple[GraphPass, ...] = (
+    fold_batchnorm,
+    recompose_activation,
+    absorb_activation,
+    push_bias,
+)
 
 
 def run_passes(
