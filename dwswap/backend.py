@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo.source
+import torch._inductor
 from torch import Tensor, fx
 
 from dwswap.convolution_call import example_of
