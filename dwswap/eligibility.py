@@ -80,10 +80,18 @@ def inspect_modules(model: nn.Module, skip: Skip | None = None) -> dict[str, Lay
 
 
 def is_prepared(model: nn.Module) -> bool:
-    """Whether quantization has put observers into ``model``, to convert it later."""
-    classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    places = ("torch.ao.quantization.", "torchao.quantization.")
-    return any(cls.__module__.startswith(places) for cls in classes)
+    """Whether quantization has put observers into ``model``, to convert it later.
+
+    Those inside its own layers, which are left alone anyway, do not count.
+    """
+    layers = (m for m in model.modules() if any(map(_is_quantized_class, type(m).__mro__)))
+    inside = {module for layer in layers for module in layer.modules()}
+    return any(
+        cls.__name__ in ("ObserverBase", "FakeQuantizeBase")
+        for module in model.modules()
+        if module not in inside
+        for cls in type(module).__mro__
+    )
 
 
 def is_convolution(module: nn.Module) -> bool:

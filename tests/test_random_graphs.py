@@ -15,6 +15,7 @@ from tiny_models import depthwise, image
 from torch import Tensor, nn
 
 import dwswap
+from dwswap.backend import rewrite_graph
 
 LAYERS: list[Callable[[], nn.Module]] = [
     *(depthwise, depthwise, lambda: depthwise(bias=False), norm, norm),
@@ -39,7 +40,8 @@ class Net(nn.Module):
         self.steps: list[tuple[str, int, int]] = []
         for last in range(draw.randint(4, 14)):
             source = last if draw.random() < 0.75 else draw.randint(0, last)
-            kind = draw.choices(["layer", "shared", "function", "add"], [6, 1, 3, 1])[0]
+            kinds = ["layer", "shared", "function", "add", "add_"]
+            kind = draw.choices(kinds, [12, 2, 6, 2, 1])[0]
             if kind == "layer" or not self.layers:
                 self.layers.append(draw.choice(LAYERS)())
                 step = "layer", len(self.layers) - 1
@@ -57,9 +59,19 @@ class Net(nn.Module):
                 values.append(self.layers[which](value))
             elif kind == "function":
                 values.append(FUNCTIONS[which](value))
-            else:
+            elif kind == "add":
                 values.append(value + values[which])
+            else:
+                values.append(value.add_(values[which]))
         return values[-1], values[len(values) // 2]
+
+
+def check(own: Any, expected: Any, what: str) -> None:
+    for one, other in zip(own, expected, strict=True):
+        # aten multiplies by a float32 sixth in hardswish.
+        torch.testing.assert_close(
+            one, other, rtol=1e-6, atol=1e-6, msg=lambda text: f"{what}: {text}"
+        )
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
@@ -76,13 +88,43 @@ def test_outputs_stay(first: int) -> None:
             results = {"optimized": fast, "pickled": pickle.loads(pickle.dumps(fast))}
             results["again"] = dwswap.optimize(fast)
             for how, result in results.items():
-                for own, other in zip(result(x), expected, strict=True):
-                    # aten multiplies by a float32 sixth in hardswish.
-                    torch.testing.assert_close(
-                        own,
-                        other,
-                        rtol=1e-6,
-                        atol=1e-6,
-                        msg=lambda text, what=f"seed {seed}, {how}": f"{what}: {text}",
-                    )
+                check(result(x), expected, f"seed {seed}, {how}")
     assert done > 10
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+@pytest.mark.parametrize("decompose", [False, True])
+def test_outputs_of_exported_programs_stay(first: int, decompose: bool) -> None:
+    x = image(8, size=6).double()
+    done = 0
+    for seed in range(first, first + 20):
+        torch.manual_seed(seed)
+        model = Net(seed).eval().double()
+        program = torch.export.export(model, (x,))
+        program = program.run_decompositions() if decompose else program
+        with torch.no_grad():
+            expected = model(x)
+            for layout in ("preserve", "channels_last"):
+                fast = dwswap.optimize(program, memory_format=layout)
+                changed = [c for layer in dwswap.report(fast).layers for c in layer.changes]
+                done += sum(c.done for c in changed)
+                check(fast.module()(x), expected, f"seed {seed}, {layout}")
+    assert done > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freezing", [False, True])
+def test_outputs_of_compiled_graphs_stay(freezing: bool) -> None:
+    def compiler(graph_module: torch.fx.GraphModule, inputs: Any) -> Any:
+        rewrite_graph(graph_module)
+        return graph_module.forward
+
+    x = image(8, size=6).double()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        torch._dynamo.reset()
+        model = Net(seed).eval().double()
+        with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
+            expected = model(x)
+            own = torch.compile(model, backend=compiler, fullgraph=True)(x)
+            check(own, expected, f"seed {seed}")

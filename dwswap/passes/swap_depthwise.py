@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import fx
 
-from dwswap.convolution_call import ConvolutionCall, find_calls
+from dwswap.convolution_call import ConvolutionCall, bind, find_calls
 from dwswap.ops import depthwise_conv2d
 from dwswap.passes.context import Context
 from dwswap.passes.substitution import swap_modules
@@ -42,7 +42,8 @@ def swap_depthwise(graph_module: fx.GraphModule, context: Context) -> None:
 
 
 def _swap_call(graph: fx.Graph, call: ConvolutionCall) -> fx.Node:
-    node, arguments = call.node, call.arguments
+    node = call.node
+    arguments = bind(node)  # as they are now: an input may have been swapped since
     with graph.inserting_before(node):
         new = graph.call_function(
             depthwise_conv2d,
@@ -51,7 +52,7 @@ def _swap_call(graph: fx.Graph, call: ConvolutionCall) -> fx.Node:
                 "stride": _tuple(arguments["stride"]),
                 "padding": _tuple(arguments["padding"]),
                 "dilation": _tuple(arguments["dilation"]),
-                "groups": arguments["groups"],
+                "groups": call.arguments["groups"],
             },
         )
     # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
