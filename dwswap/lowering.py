@@ -17,8 +17,10 @@ from torch import Tensor, fx
 from dwswap.checks import pair
 from dwswap.convolution_call import bind, example_of
 from dwswap.layouts import restored, restored_layout, to_layout
-from dwswap.ops import depthwise_conv2d
+from dwswap.ops import depthwise_conv2d, squeeze_excitation
+from dwswap.residual import pointwise_residual
 from dwswap.schema import depthwise_conv2d as depthwise_operator
+from dwswap.schema import squeeze_excitation as excitation_operator
 
 __all__ = ["lower", "lower_depthwise"]
 
@@ -103,6 +105,10 @@ class _Lowering:
             return self.depthwise
         if node.target in _CONVOLUTIONS:
             return self._convolution
+        if node.target is squeeze_excitation:
+            return self._excitation
+        if node.target is pointwise_residual:
+            return self._residual
         if node.target is to_layout:
             return self._converted
         if node.target is restored:
@@ -154,6 +160,22 @@ class _Lowering:
         else:
             args += (sizes["dilation"], groups)
         return self.graph.call_function(named if is_named else plain, args)
+
+    def _excitation(self, node: fx.Node) -> fx.Node:
+        given = {"activation": "relu", "gate": "sigmoid", **node.kwargs}
+        args = (*node.args, given["activation"], given["gate"])
+        return self.graph.call_function(excitation_operator, args)
+
+    def _residual(self, node: fx.Node) -> fx.Node:
+        """A product that changes its residual in place is none for a functional graph."""
+        input, weight, residual = node.args
+        zero, one = [0, 0], [1, 1]
+        if self.general:
+            args = (input, weight, None, one, zero, one, False, zero, 1)
+            product = self.graph.call_function(aten.convolution.default, args)
+        else:
+            product = self.graph.call_function(aten.conv2d.default, (input, weight))
+        return self.graph.call_function(aten.add.Tensor, (residual, product))
 
     def _converted(self, node: fx.Node) -> fx.Node:
         value, layout = node.args

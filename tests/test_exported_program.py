@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_torchvision import DEPTHWISE, build_with_data
 from tiny_models import Block, InvertedResidual, Unfusable, depthwise, image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 
 import dwswap
+from dwswap.passes import pointwise
 
 OPERATOR = torch.ops.dwswap.depthwise_conv2d.default
 DIALECTS = [
@@ -488,3 +490,22 @@ def test_a_second_optimize_changes_nothing() -> None:
     twice = dwswap.optimize(once)
     assert targets(twice) == targets(once)
     check(twice, model, x)
+
+
+# --- whole models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_mobilenet_v3(dialect: Dialect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With squeeze-and-excitation, and with the sums that a GPU would have in the products."""
+    monkeypatch.setattr(pointwise, "_gains", lambda weight: True)
+    model = build_with_data("mobilenet_v3_small")
+    shapes = ({0: Dim("batch", min=1, max=16)},)
+    program = dialect(export(model, (torch.rand(2, 3, 64, 64),), dynamic_shapes=shapes))
+    fast = dwswap.optimize(program, memory_format="channels_last")
+    x = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fast.module()(x), model(x), rtol=1e-4, atol=1e-4)
+    assert targets(fast).count(OPERATOR) == DEPTHWISE["mobilenet_v3_small"]
+    excitations = targets(fast).count(torch.ops.dwswap.squeeze_excitation.default)
+    assert excitations == (9 if "adaptive_avg_pool2d" in str(program.graph) else 0)
