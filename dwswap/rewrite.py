@@ -89,8 +89,8 @@ def optimize(
             back where PyTorch's kernel is more than 3 % faster. The times are cached on disk, so
             only new shapes take time.
         memory_format: in which a graph for inference runs: ``"channels_last"``, ``"contiguous"``,
-            ``"preserve"`` for that of its inputs and weights, or ``"auto"``: channels_last on
-            CUDA (not in float64), else preserve. Weights are converted once, inputs where they come
+            ``"preserve"`` for that of its inputs and weights, or ``"auto"``: channels_last in half
+            precision on CUDA, else preserve. Weights are converted once, inputs where they come
             in, and outputs get the strides that those of ``model`` have (those of a program, for
             inputs with the strides that it was exported with). Where that is not safe the layout
             stays.
