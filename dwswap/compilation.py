@@ -136,7 +136,8 @@ def compile_library(
     if unknown:
         names = ", ".join(target.name for target in unknown)
         raise BuildError(f"{nvcc.path} of CUDA {nvcc.version} does not know {names}")
-    files = sorted(sources.rglob("*.cu"))
+    # Ninja starts them in this order, and those that take longest have names towards the end.
+    files = sorted(sources.rglob("*.cu"), reverse=True)
     if not files:
         raise BuildError(f"there are no .cu files below {sources}: reinstall dwswap")
     text = _ninja_file(nvcc, sources, files, targets, library, standalone)
