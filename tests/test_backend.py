@@ -218,7 +218,6 @@ def test_a_second_batch_size_compiles_nothing(train: bool) -> None:
     assert len(made.graphs) == 1
 
 
-@pytest.mark.slow
 def test_a_training_step() -> None:
     torch.manual_seed(0)
     check_training(InvertedResidual(), image(), 1)

@@ -263,7 +263,6 @@ def test_functional_calls_beside_observers_stay() -> None:
 # --- several processes --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 def test_two_processes(kind: str, backend: str) -> None:

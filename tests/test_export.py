@@ -8,20 +8,19 @@ import pytest
 from export_models import MODELS, check_exports
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt2", "aten"])
 def test_programs_in_a_fresh_process(tmp_path: Path, format: str) -> None:
     check_exports(format, MODELS, tmp_path)
 
 
-@pytest.mark.slow
 def test_onnx_in_a_fresh_process(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     check_exports("onnx", MODELS, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [MODELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS[1:])]
+)
 def test_compiled_in_a_fresh_process(tmp_path: Path, name: str) -> None:
     check_exports("aoti", [name], tmp_path)
