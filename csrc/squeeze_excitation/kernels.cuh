@@ -17,6 +17,7 @@
 
 #include "common/numeric.cuh"
 #include "squeeze_excitation/params.h"
+#include "squeeze_excitation/sums.cuh"
 
 namespace dwswap {
 
@@ -35,23 +36,6 @@ struct ExcitationTile {
 
 __device__ __forceinline__ int64_t elements_before(const SqueezeExcitationParams& p, int sample) {
   return int64_t{sample} * (p.channels * p.pixels);
-}
-
-// Sum over groups of `lanes` (a power of 2) neighbouring threads, in all of them.
-__device__ __forceinline__ float sum_over_lanes(float value, int lanes) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2)
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
-// The hidden units and the gates are few, and an error of a gate is one of a whole plane: the exact
-// forms where `activate` has fast ones of exp and division.
-__device__ __forceinline__ float activated(float x, Activation activation) {
-  if (activation == Activation::kSigmoid) return 1.0f / (1.0f + expf(-x));
-  if (activation == Activation::kSilu) return x / (1.0f + expf(-x));
-  float values[1] = {x};
-  activate(values, activation);
-  return values[0];
 }
 
 // The vectors of V elements that one thread reads in its block's part of a sample: consecutive
@@ -120,12 +104,12 @@ __device__ __forceinline__ void pool(const SqueezeExcitationParams& p, const Exc
                                      float (&means)[ExcitationTile::kMostSlice]) {
   constexpr int kThreads = ExcitationTile::kThreads;
   const int thread = static_cast<int>(threadIdx.x);
-  float sums[V] = {};
+  sum_t<T> sums[V];
   for_each_vector(share, sample, [&](int, const Words<T, V>& words) {
     float x[V];
     widen_all(words, x);
 #pragma unroll
-    for (int i = 0; i < V; ++i) sums[i] += x[i];
+    for (int i = 0; i < V; ++i) sums[i].add(x[i]);
   });
   const auto pixels = static_cast<float>(p.pixels);
   if constexpr (kChannelsLast) {
@@ -133,21 +117,20 @@ __device__ __forceinline__ void pool(const SqueezeExcitationParams& p, const Exc
     constexpr int kPitch = kThreads + 32 / V;
     __shared__ float rows[V * kPitch];
 #pragma unroll
-    for (int i = 0; i < V; ++i) rows[i * kPitch + thread] = sums[i];
+    for (int i = 0; i < V; ++i) rows[i * kPitch + thread] = sums[i].value();
     __syncthreads();
     if (thread < cut.slice) {
       const int columns = cut.slice / V;
       const float* column = rows + thread % V * kPitch + thread / V;
-      float total = 0.0f;
+      sum_t<T> total;
 #pragma unroll 4
-      for (int row = 0; row < share.step; ++row) total += column[row * columns];
-      means[thread] = total / pixels;
+      for (int row = 0; row < share.step; ++row) total.add(column[row * columns]);
+      means[thread] = total.value() / pixels;
     }
   } else {
-    float total = sums[0];
 #pragma unroll
-    for (int i = 1; i < V; ++i) total += sums[i];
-    total = sum_over_lanes(total, cut.lanes);
+    for (int i = 1; i < V; ++i) sums[0].add(sums[i]);
+    const float total = sum_over_lanes(sums[0], cut.lanes);
     __syncthreads();
     if (thread % cut.lanes == 0 && share.channel < cut.slice) means[share.channel] = total / pixels;
   }
@@ -156,16 +139,15 @@ __device__ __forceinline__ void pool(const SqueezeExcitationParams& p, const Exc
 
 // The part of `lane` in sum over c of row[c] * means[c], by vectors of V weights.
 template <int V, typename T>
-__device__ __forceinline__ float partial_product(const T* row,
-                                                 const float (&means)[ExcitationTile::kMostSlice],
-                                                 int channels, int lane) {
-  float sum = 0.0f;
+__device__ __forceinline__ sum_t<T> partial_product(
+    const T* row, const float (&means)[ExcitationTile::kMostSlice], int channels, int lane) {
+  sum_t<T> sum;
 #pragma unroll 1
   for (int c = lane * V; c < channels; c += ExcitationTile::kReduceLanes * V) {
     float weights[V];
     load(row + c, weights);
 #pragma unroll
-    for (int i = 0; i < V; ++i) sum = fmaf(weights[i], means[c + i], sum);
+    for (int i = 0; i < V; ++i) sum.add(weights[i] * means[c + i]);
   }
   return sum;
 }
@@ -192,14 +174,14 @@ __global__ void __launch_bounds__(ExcitationTile::kThreads, ExcitationTile::kBlo
 #pragma unroll 1
     for (int h0 = 0; h0 < p.hidden; h0 += kRows) {
       const int h = h0 + thread / kLanes;
-      float sum = 0.0f;
+      sum_t<T> sum;
       if (h < p.hidden) {
         const T* row = weight + h * p.channels;
         sum = cut.wide_weights ? partial_product<kWide>(row, means, channels, lane)
                                : partial_product<1>(row, means, channels, lane);
       }
-      sum = sum_over_lanes(sum, kLanes);
-      if (h < p.hidden && lane == 0) partials[h] = sum;
+      const float total = sum_over_lanes(sum, kLanes);
+      if (h < p.hidden && lane == 0) partials[h] = total;
     }
   }
 }
@@ -219,18 +201,19 @@ __device__ __forceinline__ void add_parts(const SqueezeExcitationParams& p,
 #pragma unroll 1
   for (int h0 = 0; h0 < p.hidden; h0 += width) {
     const int h = h0 + thread % width;
-    float sum = 0.0f;
+    sum_t<T> sum;
     if (group < groups && h < p.hidden) {
 #pragma unroll 4
-      for (int part = group; part < parts; part += groups) sum += partials[part * p.hidden + h];
+      for (int part = group; part < parts; part += groups) sum.add(partials[part * p.hidden + h]);
     }
-    sums[thread] = sum;
+    sums[thread] = sum.value();
     __syncthreads();
     if (thread < width && h < p.hidden) {
-      float total = bias == nullptr ? 0.0f : widen(bias[h]);
+      sum_t<T> total;
 #pragma unroll 4
-      for (int i = 0; i < groups; ++i) total += sums[i * width + thread];
-      hidden[h] = activated(total, p.activation);
+      for (int i = 0; i < groups; ++i) total.add(sums[i * width + thread]);
+      if (bias != nullptr) total.add(widen(bias[h]));
+      hidden[h] = activated(total.value(), p.activation);
     }
     __syncthreads();
   }
@@ -246,17 +229,15 @@ __device__ __forceinline__ void expand(const SqueezeExcitationParams& p, int cha
   const int thread = static_cast<int>(threadIdx.x);
   const int channel = thread / kLanes, lane = thread % kLanes;
   const auto* bias = static_cast<const T*>(p.expand_bias);
-  float sum = 0.0f;
+  sum_t<T> sum;
   if (channel < channels) {
     const T* row = static_cast<const T*>(p.expand_weight) + (channel0 + channel) * p.hidden;
 #pragma unroll 4
-    for (int h = lane; h < p.hidden; h += kLanes) sum = fmaf(widen(row[h]), hidden[h], sum);
+    for (int h = lane; h < p.hidden; h += kLanes) sum.add(widen(row[h]) * hidden[h]);
   }
-  sum = sum_over_lanes(sum, kLanes);
-  if (channel < channels && lane == 0) {
-    if (bias != nullptr) sum += widen(bias[channel0 + channel]);
-    scales[channel] = activated(sum, p.gate);
-  }
+  if (bias != nullptr && channel < channels && lane == 0) sum.add(widen(bias[channel0 + channel]));
+  const float total = sum_over_lanes(sum, kLanes);
+  if (channel < channels && lane == 0) scales[channel] = activated(total, p.gate);
   __syncthreads();
 }
 
