@@ -163,6 +163,8 @@ def excitations() -> Iterator[Excitation]:
             ((1, 24, 56, 57), 300),
             ((2, 1, 1, 1), 1),
             ((300, 40, 7, 8), 10),
+            ((300, 240, 7, 8), 60),  # the layers are matrix products, as in those below
+            ((600, 57, 5, 7), 130),
         ):
             for offset in (0, 1):
                 yield Excitation(dtype, memory_format, shape, hidden, offset)

@@ -226,7 +226,7 @@ def test_squeeze_excitation_can_always_be_launched(cuts):
     ]
     runs = list(itertools.product(problems, DEVICES))
     for (problem, device), cut in zip(runs, cuts("squeeze_excitation", runs), strict=True):
-        covered, slice_, slices, chunk, chunks, samples, lanes, wide, wide_weights = cut
+        covered, slice_, slices, chunk, chunks, samples, lanes, wide, wide_weights, _ = cut
         what = f"{problem} on {device}: {cut}"
         pixels, elements = problem.height * problem.width, 16 // problem.element_bytes
         assert covered, what
@@ -256,3 +256,25 @@ def test_squeeze_excitation_fills_the_gpu(cuts):
         _, _, slices, _, chunks, samples, *_ = cut
         assert slices * chunks * -(-problem.batch // samples) >= 49
         assert (samples > 1) == (problem is many)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "channels", "side", "hidden", "products"),
+    [
+        (1, 1152, 7, 48, False),
+        (1, 960, 7, 240, False),
+        (4, 4096, 7, 1024, True),
+        (4, 4096, 64, 1024, False),  # too few warps for such planes
+        (256, 96, 56, 4, False),
+        (256, 1152, 7, 48, True),
+        (256, 672, 14, 168, True),
+        (512, 696, 28, 174, True),
+    ],
+)
+def test_layers_of_many_samples_are_matrix_products(
+    cuts, batch, channels, side, hidden, products, stride
+):
+    problem = Problem(batch, channels, side, side, hidden, 1, stride, 2)
+    ((*_, chosen),) = cuts("squeeze_excitation", [(problem, DEVICES[0])])
+    assert chosen == products

@@ -19,6 +19,13 @@ constexpr int64_t kBlockBytes = 32 * 1024;
 constexpr int64_t kMostChunks = 256;  // each adds to what every block of excite_kernel sums up
 constexpr int64_t kMostGridY = 65535;
 
+// The two launches go through both layers for each sample by itself: on an H200 about 2 us per
+// million of weights that they multiply. Products over all samples come with three launches more.
+constexpr int64_t kMostWeights = int64_t{4} << 20;
+// In those a warp reads all pixels of 128 bytes of channels: it takes small planes, or many warps.
+constexpr int32_t kSmallPlane = 256;
+constexpr int64_t kEnoughWarps = 8;  // per multiprocessor
+
 int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
 bool aligned(const void* pointer) {
@@ -26,6 +33,19 @@ bool aligned(const void* pointer) {
 }
 
 }  // namespace
+
+bool reads_vectors(const SqueezeExcitationParams& p) {
+  const int32_t run = p.layout == Layout::kChannelsLast ? p.channels : p.pixels;
+  return aligned(p.input) && aligned(p.output) &&
+         run % (kAccessBytes / element_bytes(p.dtype)) == 0;
+}
+
+bool prefers_products(const SqueezeExcitationParams& p, int multiprocessors) {
+  const int64_t planes = int64_t{p.batch} * p.channels;
+  const int64_t warps = planes * element_bytes(p.dtype) / 128;
+  return planes * p.hidden > kMostWeights &&
+         (p.pixels <= kSmallPlane || warps >= kEnoughWarps * multiprocessors);
+}
 
 bool covers_squeeze_excitation(const SqueezeExcitationParams& p) {
   // Elements of a sample, with those of a step past its end, weights and parts are counted in 32
@@ -39,8 +59,7 @@ ExcitationCut cut_squeeze_excitation(const SqueezeExcitationParams& p, int multi
   const int bytes = element_bytes(p.dtype), wide = kAccessBytes / bytes;
   const bool channels_last = p.layout == Layout::kChannelsLast;
   ExcitationCut cut{};
-  cut.wide =
-      aligned(p.input) && aligned(p.output) && (channels_last ? p.channels : p.pixels) % wide == 0;
+  cut.wide = reads_vectors(p);
   const int vector = cut.wide ? wide : 1;
   int step = 0;  // pixels that a block reads at a time
   if (channels_last) {

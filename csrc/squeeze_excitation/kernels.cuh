@@ -1,5 +1,5 @@
 // Squeeze-and-excitation in two launches, neither with atomics, so the results are the same in
-// every run:
+// every run. Every sample goes through both layers by itself: of many, batched.cuh is faster.
 //
 //   squeeze_kernel   pools its channels and pixels, and goes through `reduce` with what it has.
 //                    Reducing is linear, so the sums of all blocks are the hidden units:
@@ -7,46 +7,25 @@
 //                                           reduce_weight[h, c] * (sum over its pixels of x) /
 //                                           pixels
 //   excite_kernel    adds the parts up, computes the gates of its own channels, and scales:
-//                    hidden[h] = activation(reduce_bias[h] + sum over parts of partials[n, part,
-//                    h]) y = x * gate(expand_bias[c] + sum over h of expand_weight[c, h] *
-//                    hidden[h])
+//                    hidden[h] = activation(reduce_bias[h] +
+//                                           sum over parts of partials[n, part, h])
+//                    y = x * gate(expand_bias[c] + sum over h of expand_weight[c, h] * hidden[h])
 //
 // A block reads only its slice of either weight, and reads it from L1 for all samples but the
 // first. All sums, the hidden units and the gates are float32; the result is rounded once.
 #pragma once
 
-#include "common/numeric.cuh"
-#include "squeeze_excitation/params.h"
 #include "squeeze_excitation/sums.cuh"
+#include "squeeze_excitation/vectors.cuh"
 
 namespace dwswap {
 
-struct ExcitationTile {
-  static constexpr int kThreads = 256;
-  // Loads that a thread has under way, and blocks of a multiprocessor: 3 x 256 threads x 4 x 16
-  // bytes = 48 KiB. Bandwidth times latency is about 22 KiB (4.2 TB/s, 700 ns, 132 of them).
-  static constexpr int kUnroll = 4;
-  static constexpr int kBlocks = 3;
-  static constexpr int kMostSlice = 64;   // channels
-  static constexpr int kReduceLanes = 8;  // threads per hidden unit: 8 x 16 bytes of weights
-  static constexpr int kExpandLanes = kThreads / kMostSlice;  // threads per channel
-  static_assert(kMostSlice * kExpandLanes == kThreads, "each channel has its threads");
-  static_assert(32 % kReduceLanes == 0 && 32 % kExpandLanes == 0, "shuffles stay within a warp");
-};
-
-__device__ __forceinline__ int64_t elements_before(const SqueezeExcitationParams& p, int sample) {
-  return int64_t{sample} * (p.channels * p.pixels);
-}
-
-// The vectors of V elements that one thread reads in its block's part of a sample: consecutive
-// channels of a pixel in channels_last, consecutive pixels of a plane otherwise.
+// Those of the part that a block has of a sample.
 template <int V, bool kChannelsLast>
-struct ThreadShare {
+struct ThreadShare : Vectors<V> {
   static constexpr int kThreads = ExcitationTile::kThreads;
-  int channel;      // the first, counted from the first of the block
-  int base;         // of the channel, counted from the first element of the sample
-  int first, last;  // pixels
-  int step, pitch;  // pixels from vector to vector, elements from pixel to pixel
+  using Vectors<V>::base, Vectors<V>::first, Vectors<V>::last, Vectors<V>::step, Vectors<V>::pitch;
+  int channel;  // the first, counted from the first of the block
 
   __device__ __forceinline__ ThreadShare(const SqueezeExcitationParams& p,
                                          const ExcitationCut& cut) {
@@ -73,28 +52,6 @@ struct ThreadShare {
     if (!active) first = last;
   }
 };
-
-// visit(pixel, words) for the vectors of the thread, of which kUnroll are read at a time.
-template <typename T, int V, bool kChannelsLast, typename Visit>
-__device__ __forceinline__ void for_each_vector(const ThreadShare<V, kChannelsLast>& share,
-                                                const T* sample, Visit&& visit) {
-  constexpr int kUnroll = ExcitationTile::kUnroll;
-  const T* source = sample + share.base;
-#pragma unroll 1
-  for (int pixel = share.first; pixel < share.last; pixel += kUnroll * share.step) {
-    Words<T, V> words[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const int at = pixel + i * share.step;
-      if (at < share.last) words[i] = load_words<V>(source + at * share.pitch);
-    }
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const int at = pixel + i * share.step;
-      if (at < share.last) visit(at, words[i]);
-    }
-  }
-}
 
 // means[c] of the block's channels: the sums of its pixels, divided by all pixels. The block is
 // synchronized before they are written and after.

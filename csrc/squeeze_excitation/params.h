@@ -42,10 +42,23 @@ struct ExcitationCut {
 // The kernels keep this many hidden units in shared memory.
 constexpr int32_t kMostHidden = 1024;
 
+// Whether the tensors are read and written by 16 bytes.
+bool reads_vectors(const SqueezeExcitationParams& params);
 bool covers_squeeze_excitation(const SqueezeExcitationParams& params);
 ExcitationCut cut_squeeze_excitation(const SqueezeExcitationParams& params, int multiprocessors);
 // Returns the CUDA status of the launches.
 cudaError_t launch_squeeze_excitation(const SqueezeExcitationParams& params,
                                       const ExcitationCut& cut, cudaStream_t stream);
+
+// Whether the layers are better matrix products over all samples, between the kernels below. They
+// have `means` and `gate_inputs` of (batch, channels) and `hidden` of (batch, hidden), all of the
+// input's dtype, and return the CUDA status of their launch.
+bool prefers_products(const SqueezeExcitationParams& params, int multiprocessors);
+cudaError_t launch_means(const SqueezeExcitationParams& params, void* means, cudaStream_t stream);
+// In place.
+cudaError_t launch_activation(const SqueezeExcitationParams& params, void* hidden,
+                              cudaStream_t stream);
+cudaError_t launch_scaling(const SqueezeExcitationParams& params, const void* gate_inputs,
+                           cudaStream_t stream);
 
 }  // namespace dwswap

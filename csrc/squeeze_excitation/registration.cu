@@ -1,4 +1,5 @@
-// The CUDA kernels of torch.ops.dwswap.squeeze_excitation: check, describe, allocate, launch.
+// The CUDA kernels of torch.ops.dwswap.squeeze_excitation: check, describe, allocate, launch. With
+// many samples the layers are calls of aten::linear.
 // Schema: dwswap/schema.py. Other devices and autograd: dwswap/excitation_registration.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -51,6 +52,39 @@ Tensor call_aten(const Arguments& a) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// `rows` by the transposed weight, plus bias.
+Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(rows), from(torch::stable::flatten(weight, 1, -1)),
+                                    from(bias)};
+  DWSWAP_CHECK_IN(kOperator,
+                  torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) ==
+                      AOTI_TORCH_SUCCESS,
+                  "aten::linear, which multiplies ", shape_string(rows), " by the weight of ",
+                  shape_string(weight), ", failed");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The layers of a block, dense.
+struct Layers {
+  Tensor reduce_weight;
+  std::optional<Tensor> reduce_bias;
+  Tensor expand_weight;
+  std::optional<Tensor> expand_bias;
+};
+
+void run_products(const SqueezeExcitationParams& p, const Layers& layers, const Tensor& input,
+                  cudaStream_t stream) {
+  const int64_t sizes[2] = {p.batch, p.channels}, strides[2] = {p.channels, 1};
+  const Tensor means =
+      allocate(kOperator, "buffer of means", sizes, strides, 2, input, dtype_of(kOperator, input));
+  check_launch(kOperator, launch_means(p, means.mutable_data_ptr(), stream), "mean");
+  const Tensor hidden = linear(means, layers.reduce_weight, layers.reduce_bias);
+  check_launch(kOperator, launch_activation(p, hidden.mutable_data_ptr(), stream), "activate");
+  const Tensor gate_inputs = linear(hidden, layers.expand_weight, layers.expand_bias);
+  check_launch(kOperator, launch_scaling(p, gate_inputs.const_data_ptr(), stream), "scale");
+}
+
 Tensor run(const Arguments& a) {
   check_cuda(kOperator, a.input);
   const int32_t device = a.input.get_device_index();
@@ -62,8 +96,9 @@ Tensor run(const Arguments& a) {
   const Image image(a.input);
   DWSWAP_CHECK_IN(kOperator, image.c > 0 && image.h > 0 && image.w > 0,
                   "input must have C, H and W of at least 1, got shape ", shape_string(a.input));
-  const Tensor reduce_weight = checked_matrix("reduce_weight", a.reduce_weight, a.input);
-  const Tensor expand_weight = checked_matrix("expand_weight", a.expand_weight, a.input);
+  Layers layers{checked_matrix("reduce_weight", a.reduce_weight, a.input), std::nullopt,
+                checked_matrix("expand_weight", a.expand_weight, a.input), std::nullopt};
+  const Tensor &reduce_weight = layers.reduce_weight, &expand_weight = layers.expand_weight;
   const int64_t hidden = reduce_weight.size(0);
   DWSWAP_CHECK_IN(kOperator, reduce_weight.size(1) == image.c,
                   "reduce_weight.shape[1] must be the input's ", image.c, " channels, got ",
@@ -71,9 +106,8 @@ Tensor run(const Arguments& a) {
   DWSWAP_CHECK_IN(kOperator, expand_weight.size(0) == image.c && expand_weight.size(1) == hidden,
                   "expand_weight must be (", image.c, ", ", hidden, "), got shape ",
                   shape_string(a.expand_weight));
-  const auto reduce_bias = checked_vector(kOperator, "reduce_bias", a.reduce_bias, hidden, a.input);
-  const auto expand_bias =
-      checked_vector(kOperator, "expand_bias", a.expand_bias, image.c, a.input);
+  layers.reduce_bias = checked_vector(kOperator, "reduce_bias", a.reduce_bias, hidden, a.input);
+  layers.expand_bias = checked_vector(kOperator, "expand_bias", a.expand_bias, image.c, a.input);
 
   SqueezeExcitationParams p{};
   p.activation = parse_activation(kOperator, "activation", a.activation);
@@ -101,20 +135,25 @@ Tensor run(const Arguments& a) {
   const Tensor output = allocate_image(kOperator, "output", image.n, image.c, image.h, image.w,
                                        dense_strides(image.c, image.h, image.w, p.layout), a.input);
   if (p.batch == 0) return output;
+  p.input = input.const_data_ptr(), p.output = output.mutable_data_ptr();
+  const cudaStream_t stream = current_stream(kOperator, device);
+  const int multiprocessors = current_device().multiprocessors;
+  if (prefers_products(p, multiprocessors)) {
+    run_products(p, layers, input, stream);
+    return output;
+  }
   const auto data = [](const std::optional<Tensor>& tensor) {
     return tensor ? tensor->const_data_ptr() : nullptr;
   };
-  p.input = input.const_data_ptr(), p.output = output.mutable_data_ptr();
-  p.reduce_weight = reduce_weight.const_data_ptr(), p.reduce_bias = data(reduce_bias);
-  p.expand_weight = expand_weight.const_data_ptr(), p.expand_bias = data(expand_bias);
+  p.reduce_weight = reduce_weight.const_data_ptr(), p.reduce_bias = data(layers.reduce_bias);
+  p.expand_weight = expand_weight.const_data_ptr(), p.expand_bias = data(layers.expand_bias);
 
-  const ExcitationCut cut = cut_squeeze_excitation(p, current_device().multiprocessors);
+  const ExcitationCut cut = cut_squeeze_excitation(p, multiprocessors);
   const int64_t count = int64_t{p.batch} * cut.parts() * p.hidden, one = 1;
   const Tensor partials = allocate(kOperator, "buffer of partial sums", &count, &one, 1, a.input,
                                    aoti_torch_dtype_float32());
   p.partials = static_cast<float*>(partials.mutable_data_ptr());
-  check_launch(kOperator, launch_squeeze_excitation(p, cut, current_stream(kOperator, device)),
-               "squeeze_excitation");
+  check_launch(kOperator, launch_squeeze_excitation(p, cut, stream), "squeeze_excitation");
   return output;
 }
 

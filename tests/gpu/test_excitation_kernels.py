@@ -35,6 +35,15 @@ SHAPES = (
     (72, 17, 1, 1024),
 )
 BATCHES = (1, 2, 7, 32, 256)
+# Of so many samples that the layers are matrix products: batch, channels, height, width, hidden.
+PRODUCTS = (
+    (256, 1152, 7, 7, 48),
+    (260, 672, 14, 14, 168),
+    (64, 960, 1, 1, 240),
+    (513, 57, 5, 5, 300),
+    (40, 116, 13, 9, 1024),
+    (512, 200, 17, 16, 60),
+)
 MOST_ELEMENTS = 1 << 24
 
 
@@ -70,6 +79,21 @@ def test_views(dtype: torch.dtype, layout: str) -> None:
     judge.check()
 
 
+@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_products(dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
+    judge = Judge()
+    for i, activation in enumerate(("relu", "silu", "none")):
+        case = ExcitationCase(dtype, layout, *shape, activation, linear=i == 1, offset=i % 2)
+        case = replace(case, gate=("sigmoid", "hardsigmoid", "hardswish")[i], bias=i != 2, seed=i)
+        tensors = case.tensors("cuda")
+        theirs = composite(case, tensors)
+        poison(theirs)
+        judge.add(repr(case), operator(case, tensors), theirs, exact_result(case, tensors))
+    judge.check()
+
+
 def test_more_hidden_units_than_the_kernels_keep() -> None:
     case = ExcitationCase(torch.float16, "channels_last", 2, 8, 5, 5, hidden=1025)
     tensors = case.tensors("cuda")
@@ -79,20 +103,35 @@ def test_more_hidden_units_than_the_kernels_keep() -> None:
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
 @pytest.mark.parametrize("batch", [1, 64])
 def test_two_kernels(layout: str, batch: int) -> None:
-    tensors = ExcitationCase(torch.float16, layout, batch, 144, 28, 28, 6).tensors("cuda")
-    squeeze_excitation(*tensors)
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded, torch.no_grad():
-        squeeze_excitation(*tensors)
-        torch.cuda.synchronize()
-    names = {event.key: event.count for event in recorded.key_averages() if event.device_time > 0}
+    names = launches(ExcitationCase(torch.float16, layout, batch, 144, 28, 28, 6))
     assert sum(names.values()) == 2, names
     assert all("squeeze_kernel" in name or "excite_kernel" in name for name in names), names
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-@pytest.mark.parametrize("batch", [1, 33])
-def test_results_are_the_same_in_every_run(layout: str, batch: int) -> None:
-    tensors = ExcitationCase(torch.float16, layout, batch, 240, 28, 28, 10).tensors("cuda")
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_three_kernels_and_products(layout: str, shape: tuple[int, ...]) -> None:
+    names = launches(ExcitationCase(torch.float16, layout, *shape))
+    for own in ("mean_kernel", "activate_kernel", "scale_kernel"):
+        assert sum(count for name, count in names.items() if own in name) == 1, names
+    assert not any("squeeze_kernel" in name or "excite_kernel" in name for name in names), names
+
+
+def launches(case: ExcitationCase) -> dict[str, int]:
+    """The kernels of a call, and how often each ran."""
+    tensors = case.tensors("cuda")
+    squeeze_excitation(*tensors)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded, torch.no_grad():
+        squeeze_excitation(*tensors)
+        torch.cuda.synchronize()
+    return {event.key: event.count for event in recorded.key_averages() if event.device_time > 0}
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 240, 28, 28, 10), (33, 240, 28, 28, 10), PRODUCTS[0]])
+def test_results_are_the_same_in_every_run(layout: str, shape: tuple[int, ...]) -> None:
+    tensors = ExcitationCase(torch.float16, layout, *shape).tensors("cuda")
     with torch.no_grad():
         first = squeeze_excitation(*tensors)
         for _ in range(300):
@@ -112,8 +151,9 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 @pytest.mark.parametrize("layout", DENSE_LAYOUTS)
-def test_graph_capture_on_a_stream(layout: str) -> None:
-    case = ExcitationCase(torch.float16, layout, 4, 72, 28, 28, 24, "relu", "hardsigmoid")
+@pytest.mark.parametrize("shape", [(4, 72, 28, 28, 24), PRODUCTS[0]])
+def test_graph_capture_on_a_stream(layout: str, shape: tuple[int, ...]) -> None:
+    case = ExcitationCase(torch.float16, layout, *shape, "relu", "hardsigmoid")
     tensors = case.tensors("cuda")
     stream = torch.cuda.Stream()
     with torch.no_grad():

@@ -53,9 +53,9 @@ int main() {
       q.dtype = element_bytes == 4 ? DataType::kFloat32 : DataType::kFloat16;
       q.layout = p.stride_h == 1 ? Layout::kChannelsLast : Layout::kContiguous;
       const auto cut = cut_squeeze_excitation(q, device.multiprocessors);
-      std::printf("%d %d %d %d %d %d %d %d %d\n", covers_squeeze_excitation(q), cut.slice,
+      std::printf("%d %d %d %d %d %d %d %d %d %d\n", covers_squeeze_excitation(q), cut.slice,
                   cut.slices, cut.chunk, cut.chunks, cut.samples, cut.lanes, cut.wide,
-                  cut.wide_weights);
+                  cut.wide_weights, prefers_products(q, device.multiprocessors));
     } else if (family == "channel_direct") {
       const auto cut = channel_direct::choose_cut(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
