@@ -38,12 +38,18 @@ __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Until all groups but the last `open` (0 or 1) that were committed have arrived.
+// Until all groups but the last OPEN that were committed have arrived.
+template <int OPEN>
+__device__ __forceinline__ void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
+}
+
+// `open`: 0 or 1.
 __device__ __forceinline__ void wait_for_groups(int open) {
   if (open == 0) {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    wait_for_groups<0>();
   } else {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    wait_for_groups<1>();
   }
 }
 

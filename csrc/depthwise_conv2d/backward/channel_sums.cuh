@@ -6,15 +6,16 @@
 // A thread owns neighbouring channels, an access wide, and walks down kColumns columns of
 // grad_output at a time. It loads each row of input that they see once, and multiplies it by the
 // kSeen rows of grad_output whose windows hold that row, which wait in registers: a step of the
-// walk takes kStride rows of input and one of grad_output. Two rows of input are on their way: one
-// is loaded again as soon as it is used. In the end the threads of a block that have the same
+// walk takes kStride rows of input and one of grad_output. The next kStages steps are on their way
+// to shared memory, where each thread has places of its own: the compiler lets loads into registers
+// share a counter, and waits for all of them. In the end the threads of a block that have the same
 // channels add up their sums, in order.
 #pragma once
 
+#include "common/async_copy.cuh"
 #include "common/integer.h"
 #include "depthwise_conv2d/backward/channel_sums_cut.h"
 #include "depthwise_conv2d/backward/sums.cuh"
-#include "depthwise_conv2d/channel_pairs.cuh"
 
 namespace dwswap {
 namespace channel_sums {
@@ -30,11 +31,39 @@ struct Traits {
   // Rows of grad_output that a row of input is seen from.
   static constexpr int kSeen = (K_ + STRIDE_ - 1) / STRIDE_;
   static constexpr int kThreads = threads_of(K_);
-  static constexpr int kMinBlocks = resident_blocks(K_, CHANNELS_);
+  // The rows of grad_output move through the registers.
+  static constexpr int kUnrolled = STRIDE_ == 1 ? 2 : 1;
+  static constexpr int kMinBlocks = resident_blocks(K_, STRIDE_, CHANNELS_);
   static constexpr int kSums = K_ * K_ + 1;  // of a channel
   // So many of them meet in shared memory at once: 8 or 20 KiB.
   static constexpr int kChunk = 10;
+  static constexpr int kChunkBytes = kChunk * kThreads * CHANNELS_ * 4;
+  // Accesses of a step, and steps on their way: as many as fit 32 KiB, from 2 to 4.
+  static constexpr int kWords = kStride * kInputColumns + kColumns;
+  static constexpr int kStepBytes = kWords * kThreads * CHANNELS_ * static_cast<int>(sizeof(T));
+  static constexpr int kFit = 32 * 1024 / kStepBytes;
+  static constexpr int kStages = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
+  static constexpr int kSharedBytes =
+      kStages * kStepBytes > kChunkBytes ? kStages * kStepBytes : kChunkBytes;
+  static_assert(kSharedBytes <= 48 * 1024, "what a block gets without asking");
 };
+
+// A row of accesses of CHANNELS elements, `step` apart in memory and `place` in shared memory; zeros
+// where nothing is wanted.
+template <int CHANNELS, int PLACE, int COLUMNS, typename T>
+__device__ __forceinline__ void fetch_row(T* target, const T* source, int step,
+                                          const bool (&inside)[COLUMNS], bool wanted) {
+  constexpr int kBytes = CHANNELS * static_cast<int>(sizeof(T));
+#pragma unroll
+  for (int i = 0; i < COLUMNS; ++i) {
+    const bool read = wanted && inside[i];
+    if constexpr (kBytes >= 4) {
+      copy_async<kBytes>(target + i * PLACE, source + i * step, read ? kBytes : 0);
+    } else {
+      target[i * PLACE] = read ? source[i * step] : narrow<T>(0.0f);
+    }
+  }
+}
 
 struct Arguments {
   const void* grad_output;
@@ -60,6 +89,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int c = first_channel + static_cast<int>(vector) * V;
   const int in_row = a.in_w * a.channels, out_row = a.out_w * a.channels;
 
+  // Steps on their way, [stage][access][thread]; in the end, sums.
+  __shared__ __align__(16) unsigned char storage[Traits::kSharedBytes];
+  constexpr int PLACE = Traits::kThreads * V, STEP = Traits::kWords * PLACE;
+  T* const own = reinterpret_cast<T*>(storage) + static_cast<int>(threadIdx.x) * V;
+  T* const last = own + (Traits::kStages - 1) * STEP;
+
   // Tap by tap, then the sum of grad_output.
   float sums[SUMS][V] = {};
   // Threads without channels stay for the barriers.
@@ -70,63 +105,46 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     const int first_row = static_cast<int>(strip) * a.rows;
     const int end_row = min(first_row + a.rows, a.out_h);
     const int ow = static_cast<int>(column) * COLUMNS, iw = ow * S - a.padding_w;
-    // Step q takes the rows S q - padding + [0, S) of input, and brings row q of grad_output.
-    const int first = max(first_row, a.padding_h / S);
+    // Step q takes the rows S q - padding + [0, S) of input, and row q of grad_output.
     const int end = min(end_row + SEEN - 1, (a.in_h + a.padding_h + S - 1) / S);
+    const T* grad_source = static_cast<const T*>(a.grad_output) +
+                           (static_cast<int64_t>(n) * a.out_h + first_row) * out_row +
+                           static_cast<int64_t>(ow) * a.channels + c;
+    const T* source = static_cast<const T*>(a.input) +
+                      (static_cast<int64_t>(n) * a.in_h + first_row * S - a.padding_h) * in_row +
+                      static_cast<int64_t>(iw) * a.channels + c;
     bool inside[IN_COLUMNS], grad_inside[COLUMNS];
 #pragma unroll
     for (int i = 0; i < COLUMNS; ++i) grad_inside[i] = ow + i < a.out_w;
 #pragma unroll
     for (int i = 0; i < IN_COLUMNS; ++i)
       inside[i] = static_cast<unsigned>(iw + i) < static_cast<unsigned>(a.in_w);
-    const T* grad_source = static_cast<const T*>(a.grad_output) +
-                           (static_cast<int64_t>(n) * a.out_h + first) * out_row +
-                           static_cast<int64_t>(ow) * a.channels + c;
-    const T* source = static_cast<const T*>(a.input) +
-                      (static_cast<int64_t>(n) * a.in_h + first * S - a.padding_h) * in_row +
-                      static_cast<int64_t>(iw) * a.channels + c;
 
-    // The rows of grad_output before the first step.
+    int next = first_row;
+    T* filled = own;  // the places of step `next`
+    const auto fetch = [&] {
+      if (next < end) {
+        fetch_row<V, PLACE>(filled, grad_source, a.channels, grad_inside, next < end_row);
+#pragma unroll
+        for (int e = 0; e < S; ++e) {
+          const int ih = next * S + e - a.padding_h;
+          fetch_row<V, PLACE>(filled + (COLUMNS + e * IN_COLUMNS) * PLACE, source + e * in_row,
+                              a.channels, inside,
+                              static_cast<unsigned>(ih) < static_cast<unsigned>(a.in_h));
+        }
+      }
+      commit_copies();
+      ++next, grad_source += out_row, source += S * in_row;
+      filled = filled == last ? own : filled + STEP;
+    };
+#pragma unroll 1
+    for (int i = 0; i < Traits::kStages; ++i) fetch();
+
     float grad[SEEN][COLUMNS][V] = {};
-#pragma unroll
-    for (int j = 1; j < SEEN; ++j) {
-      if (first - j < first_row || first - j >= end_row) continue;
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) {
-        if (!grad_inside[i]) continue;
-        load(grad_source - j * out_row + i * a.channels, grad[j - 1][i]);
-#pragma unroll
-        for (int v = 0; v < V; ++v) sums[K * K][v] += grad[j - 1][i][v];
-      }
-    }
-
-    // Columns outside the image are never loaded and stay zero.
-    Words<T, V> row[2][IN_COLUMNS] = {}, grad_row[3 - S][COLUMNS] = {};
-    int next = first * S - a.padding_h, next_grad = first;  // rows that are fetched next
-    const int end_input = min(a.in_h, end * S - a.padding_h);
-    const auto fetch = [&](Words<T, V>(&words)[IN_COLUMNS]) {
-      if (static_cast<unsigned>(next) < static_cast<unsigned>(end_input)) {
-#pragma unroll
-        for (int i = 0; i < IN_COLUMNS; ++i)
-          load_where(inside[i], source + i * a.channels, words[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < IN_COLUMNS; ++i) set(words[i], Words<T, V>{});
-      }
-      ++next, source += in_row;
-    };
-    const auto fetch_grad = [&](Words<T, V>(&words)[COLUMNS]) {
-      if (next_grad < end_row) {
-#pragma unroll
-        for (int i = 0; i < COLUMNS; ++i)
-          load_where(grad_inside[i], grad_source + i * a.channels, words[i]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < COLUMNS; ++i) set(words[i], Words<T, V>{});
-      }
-      ++next_grad, grad_source += out_row;
-    };
-    const auto take_grad = [&](const Words<T, V>(&words)[COLUMNS]) {
+    const T* taken = own;  // the places of step q
+#pragma unroll Traits::kUnrolled
+    for (int q = first_row; q < end; ++q) {
+      wait_for_groups<Traits::kStages - 1>();
 #pragma unroll
       for (int i = 0; i < COLUMNS; ++i) {
 #pragma unroll
@@ -134,63 +152,43 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 #pragma unroll
           for (int v = 0; v < V; ++v) grad[j][i][v] = grad[j - 1][i][v];
         }
-        widen_all(words[i], grad[0][i]);
+        load(taken + i * PLACE, grad[0][i]);
 #pragma unroll
         for (int v = 0; v < V; ++v) sums[K * K][v] += grad[0][i][v];
       }
-    };
-    // Row e of a step is row e + S j of the windows of the row of grad_output j steps ago.
-    const auto take_row = [&](const Words<T, V>(&words)[IN_COLUMNS], int e) {
+      // The first steps may see the padding alone. Row e of a step is row e + S j of the windows of
+      // the row of grad_output j steps ago.
+      if (q * S + S > a.padding_h) {
 #pragma unroll
-      for (int i = 0; i < IN_COLUMNS; ++i) {
-        float x[V];
-        widen_all(words[i], x);
+        for (int e = 0; e < S; ++e) {
 #pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) {
-          const int kw = i - column * S;
-          if (kw < 0 || kw >= K) continue;
+          for (int i = 0; i < IN_COLUMNS; ++i) {
+            float x[V];
+            load(taken + (COLUMNS + e * IN_COLUMNS + i) * PLACE, x);
 #pragma unroll
-          for (int j = 0; j < SEEN; ++j) {
-            const int kh = e + S * j;
-            if (kh >= K) continue;
+            for (int column = 0; column < COLUMNS; ++column) {
+              const int kw = i - column * S;
+              if (kw < 0 || kw >= K) continue;
 #pragma unroll
-            for (int v = 0; v < V; ++v) sums[kh * K + kw][v] += x[v] * grad[j][column][v];
+              for (int j = 0; j < SEEN; ++j) {
+                const int kh = e + S * j;
+                if (kh >= K) continue;
+#pragma unroll
+                for (int v = 0; v < V; ++v) sums[kh * K + kw][v] += x[v] * grad[j][column][v];
+              }
+            }
           }
         }
       }
-    };
-
-    fetch(row[0]), fetch_grad(grad_row[0]);
-    fetch(row[1]);
-    if constexpr (S == 2) {
-#pragma unroll 1
-      for (int q = first; q < end; ++q) {
-        take_grad(grad_row[0]);
-        fetch_grad(grad_row[0]);
-        take_row(row[0], 0);
-        fetch(row[0]);
-        take_row(row[1], 1);
-        fetch(row[1]);
-      }
-    } else {
-      fetch_grad(grad_row[1]);
-      const auto step = [&](int i) {
-        take_grad(grad_row[i]);
-        fetch_grad(grad_row[i]);
-        take_row(row[i], 0);
-        fetch(row[i]);
-      };
-#pragma unroll 1
-      for (int q = first; q < end; q += 2) {
-        step(0);
-        if (q + 1 == end) break;
-        step(1);
-      }
+      taken = taken == last ? own : taken + STEP;
+      fetch();
     }
   }
 
   // [sum][group][channel]
-  __shared__ float shared[CHUNK * Traits::kThreads * V];
+  wait_for_copies();
+  __syncthreads();
+  auto* shared = reinterpret_cast<float*>(storage);
   const int width = a.vectors * V;
   const int used = min(width, a.channels - first_channel);
 #pragma unroll

@@ -29,7 +29,7 @@ Cut choose_cut(const GradientParams& p, int multiprocessors) {
   walks.walkers = cut.groups;
   walks.blocks = cut.slices;
   walks.resident =
-      static_cast<int64_t>(resident_blocks(p.kernel_h, cut.channels)) * multiprocessors;
+      resident_blocks(p.kernel_h, p.stride_h, cut.channels) * int64_t{multiprocessors};
   walks.reduction = 2;
   cut.split = choose_split(walks);
   return cut;

@@ -15,15 +15,19 @@ constexpr int most_channels(int64_t kernel, int64_t element_bytes) {
   return kernel == 7 && element_bytes == 4 ? 1 : 2;
 }
 
-// Of a block, and blocks of a multiprocessor: the sums of a thread take its registers.
+// Of a block.
 constexpr int threads_of(int64_t kernel) { return kernel == 3 ? 256 : 128; }
-constexpr int resident_blocks(int64_t kernel, int64_t channels) {
-  return kernel == 3 ? 2 : channels == 2 ? 3 : 4;
+
+// Blocks of a multiprocessor: the sums of a thread take its registers.
+constexpr int resident_blocks(int64_t kernel, int64_t stride, int64_t channels) {
+  if (kernel == 3) return stride == 1 ? 3 : 4;
+  return channels == 2 && !(kernel == 5 && stride == 2) ? 3 : 4;
 }
 
 // Of grad_output, per thread.
 constexpr int columns_of(int64_t kernel, int64_t stride) {
-  return kernel == 3 ? (stride == 1 ? 4 : 2) : kernel == 5 && stride == 1 ? 2 : 1;
+  if (stride == 1) return kernel == 7 ? 2 : 4;
+  return kernel == 7 ? 1 : 2;
 }
 
 struct Cut {
