@@ -93,11 +93,13 @@ ROWS = {
     "plane sums": Row("sums", "plane_sums", "contiguous"),
     "plane sums, misaligned": Row("sums", "plane_sums", "offset"),
     "plane sums, multiplier": Row("sums", "plane_sums", "contiguous", multiplier=2),
+    "plane sums, dilation": Row("sums", "plane_sums", "contiguous", strides=(1,), dilation=2),
     "plane sums, no padding": Row("sums", "plane_sums", "contiguous", extra_padding=(-1, -1)),
     "plane sums, more padding": Row("sums", "plane_sums", "contiguous", extra_padding=(1, 4)),
     "channel sums": Row("sums", "channel_sums", "channels_last", channels=(1, 3, 8, 58, 72, 130)),
     "channel sums, misaligned": Row("sums", "channel_sums", "offset_channels_last"),
     "channel sums, pairs": Row("sums", "channel_sums", "offset_by_pair", channels=(8, 58)),
+    "channel sums, dilation": Row("sums", "channel_sums", "channels_last", strides=(1,), dilation=2),
     "channel sums, no padding": Row(
         "sums", "channel_sums", "channels_last", extra_padding=(-1, -1)
     ),

@@ -10,11 +10,12 @@ bool covers_channel_sums(const GradientParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
   if (!p.channels_last() || !sums_squares(p) || p.multiplier != 1) return false;
   // Rows and columns, with what a thread runs over, offsets within a few rows, and indices of
-  // strips.
+  // strips, of which dilation makes more.
   constexpr int64_t kOver = 32;
-  return p.in_h + p.padding_h <= kLimit - kOver &&
-         p.channels * (p.in_w + p.padding_w + kOver) <= kLimit / 8 &&
-         p.batch * p.out_h * p.out_w <= kLimit / 2;
+  const int64_t over_h = kOver * p.dilation_h, over_w = kOver * p.dilation_w;
+  return p.in_h + p.padding_h + over_h <= kLimit &&
+         p.dilation_h * p.channels * (p.in_w + p.padding_w + over_w) <= kLimit / 8 &&
+         p.batch * (p.out_h + over_h) * (p.out_w + over_w) <= kLimit / 2;
 }
 
 int64_t channel_sums_workspace_bytes(const GradientParams& p) {

@@ -21,15 +21,15 @@ Cut choose_cut(const GradientParams& p, int multiprocessors) {
   const int64_t vectors = p.channels / cut.channels;
   cut.slices = static_cast<int>(ceil_div(vectors, kMostVectors));
   cut.vectors = static_cast<int>(ceil_div(vectors, cut.slices));
-  cut.groups = threads_of(p.kernel_h) / cut.vectors;
+  cut.groups = kThreads / cut.vectors;
   Walks walks{};
-  walks.columns = p.batch * ceil_div(p.out_w, columns_of(p.kernel_h, p.stride_h));
-  walks.height = p.out_h;
+  walks.columns = p.batch * p.dilation_h * p.dilation_w *
+                  ceil_div(ceil_div(p.out_w, p.dilation_w), columns_of(p.kernel_h, p.stride_h));
+  walks.height = ceil_div(p.out_h, p.dilation_h);
   walks.more_rows = (p.kernel_h - 1) / p.stride_h;
   walks.walkers = cut.groups;
   walks.blocks = cut.slices;
-  walks.resident =
-      resident_blocks(p.kernel_h, p.stride_h, cut.channels) * int64_t{multiprocessors};
+  walks.resident = resident_blocks(p.kernel_h, p.stride_h, cut.channels) * int64_t{multiprocessors};
   walks.reduction = 2;
   cut.split = choose_split(walks);
   return cut;

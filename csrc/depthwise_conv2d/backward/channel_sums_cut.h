@@ -15,12 +15,11 @@ constexpr int most_channels(int64_t kernel, int64_t element_bytes) {
   return kernel == 7 && element_bytes == 4 ? 1 : 2;
 }
 
-// Of a block.
-constexpr int threads_of(int64_t kernel) { return kernel == 3 ? 256 : 128; }
+constexpr int kThreads = 128;  // of a block
 
 // Blocks of a multiprocessor: the sums of a thread take its registers.
 constexpr int resident_blocks(int64_t kernel, int64_t stride, int64_t channels) {
-  if (kernel == 3) return stride == 1 ? 3 : 4;
+  if (kernel == 3) return stride == 1 ? 5 : 7;
   return channels == 2 && !(kernel == 5 && stride == 2) ? 3 : 4;
 }
 

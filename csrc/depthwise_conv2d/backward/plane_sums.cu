@@ -9,10 +9,11 @@ namespace dwswap {
 bool covers_plane_sums(const GradientParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
   if (p.channels_last() || !sums_squares(p)) return false;
-  // Offsets within a plane, with the rows that a thread runs over, and indices of columns.
-  const int64_t rows = 8 * p.stride_h + p.kernel_h + p.padding_h;
-  return (p.in_h + rows) * (p.in_w + p.padding_w) <= kLimit &&
-         p.batch * p.out_h * p.out_w <= kLimit / 2 &&
+  // Offsets within a plane, with the rows and columns that a thread runs over, and indices of
+  // columns, of which dilation makes more.
+  const int64_t rows = (8 * p.stride_h + p.kernel_h) * p.dilation_h + p.padding_h;
+  return (p.in_h + rows) * (p.in_w + p.padding_w + p.kernel_w * p.dilation_w) <= kLimit &&
+         p.batch * (p.out_h + p.dilation_h) * p.out_w <= kLimit / 2 &&
          plane_sums::choose_cut(p, current_device().multiprocessors).shares * p.out_channels() <=
              kLimit;
 }

@@ -1,6 +1,9 @@
-// NCHW, the gradients of weight and bias, stride 1 and 2, kernel sizes known at compile time.
+// NCHW, the gradients of weight and bias, stride 1 (with any dilation) and 2, kernel sizes known at
+// compile time.
 //
-//   grad_weight[k] = sum over n and o of grad_output[o] input[stride o + k - padding]
+//   grad_weight[k] = sum over n and o of grad_output[o] input[stride o + dilation k - padding]
+//
+// With dilation, a walk has the rows of a phase: those that are a multiple of it apart.
 //
 // A block has a channel and a share of its columns of grad_output, of all images. A thread walks
 // down one column at a time. It loads each row of input that the column sees once, and multiplies
@@ -18,8 +21,9 @@
 namespace dwswap {
 namespace plane_sums {
 
-template <typename T_, int K_, int STRIDE_>
+template <typename T_, int K_, int STRIDE_, bool DILATED_>
 struct Traits {
+  static_assert(STRIDE_ == 1 || !DILATED_, "a dilation of 1");
   using T = T_;
   static constexpr int kKernel = K_;
   static constexpr int kStride = STRIDE_;
@@ -28,17 +32,20 @@ struct Traits {
   // 7 divides the heights of most networks.
   static constexpr int kSteps = STRIDE_ == 1 ? 7 : K_ == 3 ? 4 : 2;
   static constexpr int kSums = K_ * K_ + 1;
-  static constexpr int kMinBlocks = resident_blocks(K_);
+  static constexpr bool kDilated = DILATED_;
+  // The phases take registers, too.
+  static constexpr int kMinBlocks = resident_blocks(K_) * (DILATED_ ? 2 : 3) / 3;
 };
 
 struct Arguments {
   const void* grad_output;
   const void* input;
   int channels, multiplier;  // of grad_output, per channel of the input
-  int in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int in_h, in_w, out_h, out_w, padding_h, padding_w, dilation_h, dilation_w;
   int rows;          // of grad_output, per column
   int items, share;  // columns of a channel, and those of a block
-  Divisor by_channels, by_out_w, by_strips;
+  Divisor by_channels, by_out_w, by_strips, by_dilation;
+  Divisor by_step;  // rows of input from a step to the next
 };
 
 // The sums of a warp: each lane gets those of kHeld values. Lane i of 32 holds the values from
@@ -77,35 +84,50 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
   const int share = static_cast<int>(a.by_channels.divide(blockIdx.x, &channel));
   const int in_channels = a.channels / a.multiplier;
   const int in_channel = static_cast<int>(channel) / a.multiplier;
+  const int dilation_h = Traits::kDilated ? a.dilation_h : 1;
+  const int dilation_w = Traits::kDilated ? a.dilation_w : 1;
+  const int in_row = a.in_w * dilation_h, out_row = a.out_w * dilation_h;
 
   // Tap by tap, then the sum of grad_output; the rest stays zero.
   float sums[COUNT] = {};
   const int end_item = min(a.items, (share + 1) * a.share);
   for (int item = share * a.share + static_cast<int>(threadIdx.x); item < end_item;
        item += kThreads) {
-    uint32_t ow, strip;
+    uint32_t ow, strip, phase = 0, rest;
     const uint32_t n = a.by_strips.divide(a.by_out_w.divide(item, &ow), &strip);
+    int phase_rows = a.out_h;
+    if constexpr (Traits::kDilated) {
+      strip = a.by_dilation.divide(strip, &phase);
+      phase_rows = static_cast<int>(a.by_dilation.divide(a.out_h - 1 - phase + dilation_h, &rest));
+    }
     const int first_row = static_cast<int>(strip) * a.rows;
-    const int end_row = min(first_row + a.rows, a.out_h);
+    const int end_row = min(first_row + a.rows, phase_rows);
+    const int top = static_cast<int>(phase) - a.padding_h;
     const int iw = static_cast<int>(ow) * S - a.padding_w;
     bool inside[K];
 #pragma unroll
     for (int kw = 0; kw < K; ++kw)
-      inside[kw] = static_cast<unsigned>(iw + kw) < static_cast<unsigned>(a.in_w);
+      inside[kw] = static_cast<unsigned>(iw + kw * dilation_w) < static_cast<unsigned>(a.in_w);
 
-    // Step q takes the rows S q - padding + [0, S) of input, and brings row q of grad_output.
-    int q = max(first_row, a.padding_h / S);
-    const int end = min(end_row + SEEN - 1, (a.in_h + a.padding_h + S - 1) / S);
+    // Row q of grad_output, of the phase, is row phase + q dilation. Step q takes the rows of input
+    // from top + S q dilation on, and brings row q of grad_output. The first steps, which see the
+    // padding alone, are left out.
+    const int left_out =
+        top < 0 ? static_cast<int>(a.by_step.divide(dilation_h - 1 - top, &rest)) : 0;
+    int q = max(first_row, left_out);
+    const int end =
+        min(end_row + SEEN - 1,
+            static_cast<int>(a.by_step.divide(a.in_h - 1 - top + S * dilation_h, &rest)));
     const T* grad_source = static_cast<const T*>(a.grad_output) + ow +
                            (static_cast<int64_t>(n) * a.channels + channel) * a.out_h * a.out_w +
-                           (q - (SEEN - 1)) * a.out_w;
+                           ((q - (SEEN - 1)) * dilation_h + static_cast<int>(phase)) * a.out_w;
     const T* source = static_cast<const T*>(a.input) + iw +
                       (static_cast<int64_t>(n) * in_channels + in_channel) * a.in_h * a.in_w +
-                      (q * S - a.padding_h) * a.in_w;
+                      (q * S * dilation_h + top) * a.in_w;
     float grad[SEEN - 1 + STEPS];
     const auto load_grad = [&](int i, int oh) {
       grad[i] = oh >= first_row && oh < end_row ? widen(*grad_source) : 0.0f;
-      grad_source += a.out_w;
+      grad_source += out_row;
       sums[K * K] += grad[i];
     };
 #pragma unroll
@@ -117,14 +139,14 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) load_grad(SEEN - 1 + i, q + i);
 #pragma unroll
-      for (int i = 0; i < COUNT * S; ++i, source += a.in_w) {
-        const int ih = q * S + i - a.padding_h;
+      for (int i = 0; i < COUNT * S; ++i, source += in_row) {
+        const int ih = (q * S + i) * dilation_h + top;
         const bool row_inside =
             !decltype(checked)::value ||
             (static_cast<unsigned>(ih) < static_cast<unsigned>(a.in_h) && q + i / S < end);
 #pragma unroll
         for (int kw = 0; kw < K; ++kw)
-          x[i][kw] = row_inside && inside[kw] ? widen(source[kw]) : 0.0f;
+          x[i][kw] = row_inside && inside[kw] ? widen(source[kw * dilation_w]) : 0.0f;
       }
 #pragma unroll
       for (int i = 0; i < COUNT * S; ++i) {
@@ -141,9 +163,10 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
     };
     const std::integral_constant<int, STEPS> steps;
     if constexpr (S > 1) {
-      if (q * S < a.padding_h) advance(std::integral_constant<int, 1>(), std::true_type());
+      if (q * S + top < 0) advance(std::integral_constant<int, 1>(), std::true_type());
     }
-    const int whole_end = min(end, (a.in_h + a.padding_h) / S);
+    const int whole_end =
+        S == 1 ? end : min(end, static_cast<int>(a.by_step.divide(a.in_h - top, &rest)));
     while (q + STEPS <= whole_end) advance(steps, std::false_type());
     while (q < end) advance(steps, std::true_type());
   }
@@ -170,12 +193,15 @@ cudaError_t launch(const GradientParams& p, const Split& cut, cudaStream_t strea
   a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
   a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
   a.rows = static_cast<int>(cut.rows), a.share = static_cast<int>(cut.share);
-  const int64_t strips = ceil_div(p.out_h, cut.rows);
+  const int64_t strips = p.dilation_h * ceil_div(ceil_div(p.out_h, p.dilation_h), cut.rows);
   a.items = static_cast<int>(p.batch * strips * p.out_w);
   a.by_channels = Divisor(static_cast<uint32_t>(a.channels));
   a.by_out_w = Divisor(static_cast<uint32_t>(a.out_w));
   a.by_strips = Divisor(static_cast<uint32_t>(strips));
+  a.by_dilation = Divisor(static_cast<uint32_t>(p.dilation_h));
+  a.by_step = Divisor(static_cast<uint32_t>(Traits::kStride * p.dilation_h));
   const auto blocks = static_cast<unsigned>(cut.shares * p.out_channels());
   kernel<Traits><<<blocks, kThreads, 0, stream>>>(a, Sums<typename Traits::T>(p, cut.shares));
   const cudaError_t status = cudaGetLastError();
@@ -186,14 +212,19 @@ cudaError_t launch(const GradientParams& p, const Split& cut, cudaStream_t strea
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const GradientParams& p, const Split& cut, cudaStream_t stream) {
-#define DWSWAP_CASE(K, S) \
-  if (p.kernel_h == K && p.stride_h == S) return launch<Traits<T, K, S>>(p, cut, stream);
-  DWSWAP_CASE(3, 1)
-  DWSWAP_CASE(3, 2)
-  DWSWAP_CASE(5, 1)
-  DWSWAP_CASE(5, 2)
-  DWSWAP_CASE(7, 1)
-  DWSWAP_CASE(7, 2)
+  const bool dilated = p.dilation_h != 1 || p.dilation_w != 1;
+#define DWSWAP_CASE(K, S, DILATED)                              \
+  if (p.kernel_h == K && p.stride_h == S && dilated == DILATED) \
+    return launch<Traits<T, K, S, DILATED>>(p, cut, stream);
+  DWSWAP_CASE(3, 1, false)
+  DWSWAP_CASE(3, 1, true)
+  DWSWAP_CASE(3, 2, false)
+  DWSWAP_CASE(5, 1, false)
+  DWSWAP_CASE(5, 1, true)
+  DWSWAP_CASE(5, 2, false)
+  DWSWAP_CASE(7, 1, false)
+  DWSWAP_CASE(7, 1, true)
+  DWSWAP_CASE(7, 2, false)
 #undef DWSWAP_CASE
   return cudaErrorInvalidValue;
 }

@@ -1,3 +1,4 @@
+#include "common/integer.h"
 #include "depthwise_conv2d/backward/plane_sums_cut.h"
 
 namespace dwswap {
@@ -5,8 +6,8 @@ namespace plane_sums {
 
 Split choose_cut(const GradientParams& p, int multiprocessors) {
   Walks walks{};
-  walks.columns = p.batch * p.out_w;
-  walks.height = p.out_h;
+  walks.columns = p.batch * p.dilation_h * p.out_w;
+  walks.height = ceil_div(p.out_h, p.dilation_h);
   walks.more_rows = (p.kernel_h - 1) / p.stride_h;
   walks.walkers = kThreads;
   walks.blocks = p.out_channels();

@@ -10,14 +10,14 @@ namespace dwswap {
 // The sums of a channel: one per tap, and that of grad_output, which is the gradient of the bias.
 inline int64_t values_of(const GradientParams& p) { return p.taps() + 1; }
 
-// The compiled problems of the fast families: stride 1 and 2, and 3 x 3, 5 x 5 or 7 x 7 taps. They
-// would read the input for the bias alone, too. With more padding a row of grad_output could see
-// none of the input, and would not be visited.
+// The compiled problems of the fast families: stride 1, with any dilation, and 2, and 3 x 3, 5 x 5
+// or 7 x 7 taps. They would read the input for the bias alone, too. With more padding a row of
+// grad_output could see none of the input, and would not be visited.
 inline bool sums_squares(const GradientParams& p) {
   if (p.dtype == DataType::kFloat64 || !p.wants_weight) return false;
-  if (p.stride_h != p.stride_w || p.stride_h > 2 || p.dilation_h != 1 || p.dilation_w != 1)
-    return false;
-  if (p.kernel_h != p.kernel_w || p.padding_h >= p.kernel_h) return false;
+  if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
+  if (p.stride_h == 2 && (p.dilation_h != 1 || p.dilation_w != 1)) return false;
+  if (p.kernel_h != p.kernel_w || p.padding_h > p.dilation_h * (p.kernel_h - 1)) return false;
   return p.kernel_h == 3 || p.kernel_h == 5 || p.kernel_h == 7;
 }
 
