@@ -99,7 +99,9 @@ ROWS = {
     "channel sums": Row("sums", "channel_sums", "channels_last", channels=(1, 3, 8, 58, 72, 130)),
     "channel sums, misaligned": Row("sums", "channel_sums", "offset_channels_last"),
     "channel sums, pairs": Row("sums", "channel_sums", "offset_by_pair", channels=(8, 58)),
-    "channel sums, dilation": Row("sums", "channel_sums", "channels_last", strides=(1,), dilation=2),
+    "channel sums, dilation": Row(
+        "sums", "channel_sums", "channels_last", strides=(1,), dilation=2
+    ),
     "channel sums, no padding": Row(
         "sums", "channel_sums", "channels_last", extra_padding=(-1, -1)
     ),
