@@ -73,6 +73,19 @@ def layers_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def gradients_table(result: dict[str, Any]) -> list[str]:
+    """The lines of one record of `dwswap bench layers --backward`, and the pictures next to it."""
+    lines = [
+        f"Gradients of the depthwise convolutions of torchvision's models, N = {result['batch']}, "
+        f"on {result['device']} (`dwswap bench layers --backward`):",
+        "",
+        *result["markdown"],
+    ]
+    for picture in sorted(result["path"].parent.glob(f"{result['path'].stem}-*.png")):
+        lines += ["", f"![Speedup and percent of copy](benchmarks/results/{picture.name})"]
+    return lines
+
+
 def models_table(result: dict[str, Any]) -> list[str]:
     """The lines of the merged records of `dwswap bench models`, and the pictures next to them."""
     from dwswap.bench.model_results import ModelResult
@@ -111,6 +124,7 @@ TABLES = {
     "kernelbench": kernelbench_table,
     "models": models_table,
     "layers": layers_table,
+    "gradients": gradients_table,
     "demo": demo_table,
 }
 
@@ -131,7 +145,7 @@ def section(folder: Path) -> str:
         kind = result.get("kind") if isinstance(result, dict) else None
         if kind not in TABLES:
             continue
-        if kind == "layers" and not (result["complete"] and result["whole"]):
+        if kind in ("layers", "gradients") and not (result["complete"] and result["whole"]):
             continue
         if kind == "models" and not result["complete"]:
             continue

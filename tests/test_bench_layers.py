@@ -288,9 +288,9 @@ def test_close_calls_get_the_best_of_three(monkeypatch):
     times = {"ours": iter([10.0, 9.0, 11.0]), "pytorch": iter([9.5, 10.5, 12.0])}
     monkeypatch.setattr(subject, "_time", lambda call, inputs, budgets=1: next(times[call]))
     calls = layers.Calls("ours", "plain", "pytorch", "exact", "family")
-    assert subject._compare(calls, []) == (9.0, 9.5, True)
+    assert subject._compare(calls.ours, calls.pytorch, []) == (9.0, 9.5, True)
     times = {"ours": iter([10.0]), "pytorch": iter([10.6])}
-    assert subject._compare(calls, []) == (10.0, 10.6, False)
+    assert subject._compare(calls.ours, calls.pytorch, []) == (10.0, 10.6, False)
 
 
 # the record

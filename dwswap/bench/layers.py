@@ -15,12 +15,14 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dwswap.activations import ACTIVATIONS
+from dwswap.bench.gradient_results import Measured
 from dwswap.bench.layer_results import Key, LayerResult, Skipped
 from dwswap.bench.shapes import LayerShape
 from dwswap.bench.timing import buffers_needed, time_copy, time_launches
@@ -30,10 +32,22 @@ from dwswap.registration import kernel_family
 from dwswap.report import LayerErrors
 from dwswap.verify import compare
 
-__all__ = ["DTYPES", "LAYOUTS", "LayerBench", "available_bytes"]
+__all__ = [
+    "CHECK_ELEMENTS",
+    "CPU_BUFFERS",
+    "DTYPES",
+    "GPU_RESERVE",
+    "LAYOUTS",
+    "LayerBench",
+    "available_bytes",
+    "laid_out",
+    "rounded",
+]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+T = TypeVar("T")
 
 CHECK_ELEMENTS = 8_000_000
 """How much of an output, in whole samples, is compared with float64."""
@@ -93,8 +107,8 @@ class LayerBench:
         dtypes: Sequence[str],
         layouts: Sequence[str],
         done: Collection[Key] = (),
-    ) -> Iterator[LayerResult | Skipped]:
-        """Measure all shapes in all dtypes and layouts but those in ``done``, one by one."""
+    ) -> Iterator[Any]:
+        """``measure`` all shapes in all dtypes and layouts but those in ``done``, one by one."""
         done = set(done)
         for dtype in dtypes:
             for layout in layouts:
@@ -103,7 +117,7 @@ class LayerBench:
                         yield self.measure(shape, dtype, layout)
 
     @torch.no_grad()
-    def measure(self, shape: LayerShape, dtype: str, layout: str) -> LayerResult | Skipped:
+    def measure(self, shape: LayerShape, dtype: str, layout: str) -> Measured:
         """Check one shape, then time it; ``Skipped`` where it does not fit into memory."""
         size = [self.batch, shape.channels, shape.height, shape.width]
         width = DTYPES[dtype].itemsize
@@ -114,7 +128,7 @@ class LayerBench:
         buffers = buffers_needed(moved) if cuda else CPU_BUFFERS
 
         held = self._pool.nbytes
-        pool = max(held, buffers * _rounded(bytes_in, 1))
+        pool = max(held, buffers * rounded(bytes_in, 1))
         # The outputs of a graph, with what the warm-up before it, PyTorch's layout changes and the
         # check need; the copy has buffers of its own.
         needed = pool + max(buffers * moved, buffers * bytes_out + 4 * moved)
@@ -127,29 +141,55 @@ class LayerBench:
             inputs = self._inputs(buffers, size, DTYPES[dtype], LAYOUTS[layout])
             calls = self._calls(shape, DTYPES[dtype], LAYOUTS[layout])
             errors = self._check(calls, inputs[0])
-            ours, pytorch, remeasured = self._compare(calls, inputs)
+            times = self._compare(calls.ours, calls.pytorch, inputs)
             plain = None if self.activation == "none" else self._time(calls.plain, inputs)
             copy = self._copy(moved)
         except torch.OutOfMemoryError as error:
             return skipped(str(error).partition("\n")[0])
+        return self._result(
+            shape,
+            dtype,
+            layout,
+            family=calls.family(inputs[0]),
+            moved_bytes=moved,
+            times=times,
+            copy_us=copy,
+            plain_us=plain,
+            errors=errors,
+        )
+
+    def _result(
+        self,
+        shape: LayerShape,
+        dtype: str,
+        layout: str,
+        *,
+        family: str,
+        moved_bytes: int,
+        times: tuple[float, float, bool],
+        copy_us: float,
+        plain_us: float | None,
+        errors: LayerErrors,
+    ) -> LayerResult:
+        ours, pytorch, remeasured = times
         return LayerResult(
             index=shape.index,
             dtype=dtype,
             layout=layout,
-            shape=size,
+            shape=[self.batch, shape.channels, shape.height, shape.width],
             kernel=list(shape.kernel),
             stride=list(shape.stride),
             padding=list(shape.padding),
             dilation=list(shape.dilation),
             bias=shape.bias,
-            family=calls.family(inputs[0]),
-            moved_bytes=moved,
+            family=family,
+            moved_bytes=moved_bytes,
             ours_us=ours,
             pytorch_us=pytorch,
-            copy_us=copy,
-            plain_us=plain,
+            copy_us=copy_us,
+            plain_us=plain_us,
             speedup=pytorch / ours,
-            percent_of_copy=100 * copy / ours,
+            percent_of_copy=100 * copy_us / ours,
             remeasured=remeasured,
             error=errors.ours,
             pytorch_error=errors.pytorch,
@@ -164,26 +204,24 @@ class LayerBench:
         """``count`` windows of the pool, which grows to hold them."""
         n, c, h, w = size
         elements = n * c * h * w
-        step = _rounded(elements, dtype.itemsize)
+        step = rounded(elements, dtype.itemsize)
         if self._pool.dtype != dtype or self._pool.numel() < count * step:
             self._pool = torch.empty(0)
             pool = torch.empty(count * step, dtype=dtype, device=self.device)
             self._pool = pool.normal_(generator=self._generator)
         windows = [self._pool[i * step : i * step + elements] for i in range(count)]
-        if memory_format == torch.channels_last:
-            return [window.view(n, h, w, c).permute(0, 3, 1, 2) for window in windows]
-        return [window.view(n, c, h, w) for window in windows]
+        return [laid_out(window, size, memory_format) for window in windows]
+
+    def _random(self, dtype: torch.dtype, *size: int) -> Tensor:
+        values = torch.empty(size, dtype=dtype, device=self.device)
+        return values.normal_(generator=self._generator)
 
     def _calls(
         self, shape: LayerShape, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> Calls:
-        def random(*size: int) -> Tensor:
-            values = torch.empty(size, dtype=dtype, device=self.device)
-            return values.normal_(generator=self._generator)
-
-        weight = random(shape.out_channels, 1, *shape.kernel)
+        weight = self._random(dtype, shape.out_channels, 1, *shape.kernel)
         weight = weight.contiguous(memory_format=memory_format)
-        bias = random(shape.out_channels) if shape.bias else None
+        bias = self._random(dtype, shape.out_channels) if shape.bias else None
         geometry = (shape.stride, shape.padding, shape.dilation)
         activate = ACTIVATIONS[self.activation].forward
 
@@ -235,19 +273,19 @@ class LayerBench:
                 errors = dataclasses.replace(errors, problem=problem)
         return errors
 
-    def _compare(self, calls: Calls, inputs: list[Tensor]) -> tuple[float, float, bool]:
+    def _compare(
+        self, ours: Callable[[T], Any], pytorch: Callable[[T], Any], inputs: Sequence[T]
+    ) -> tuple[float, float, bool]:
         """Our time, PyTorch's, and whether they were so close that each got its best of three."""
-        ours, pytorch = self._time(calls.ours, inputs), self._time(calls.pytorch, inputs)
-        close = self.device.type == "cuda" and pytorch < CLOSE * ours
+        mine, theirs = self._time(ours, inputs), self._time(pytorch, inputs)
+        close = self.device.type == "cuda" and theirs < CLOSE * mine
         if close:
             for _ in range(2):
-                ours = min(ours, self._time(calls.ours, inputs, 2))
-                pytorch = min(pytorch, self._time(calls.pytorch, inputs, 2))
-        return ours, pytorch, close
+                mine = min(mine, self._time(ours, inputs, 2))
+                theirs = min(theirs, self._time(pytorch, inputs, 2))
+        return mine, theirs, close
 
-    def _time(
-        self, call: Callable[[Tensor], Tensor], inputs: list[Tensor], budgets: int = 1
-    ) -> float:
+    def _time(self, call: Callable[[T], Any], inputs: Sequence[T], budgets: int = 1) -> float:
         launches = [partial(call, x) for x in inputs]
         return time_launches(launches, self.device, budget=budgets * self.budget).microseconds
 
@@ -267,7 +305,15 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _rounded(count: int, itemsize: int) -> int:
+def laid_out(window: Tensor, size: list[int], memory_format: torch.memory_format) -> Tensor:
+    """The elements of a one-dimensional ``window`` as a dense image ``(N, C, H, W)``."""
+    n, c, h, w = size
+    if memory_format == torch.channels_last:
+        return window.view(n, h, w, c).permute(0, 3, 1, 2)
+    return window.view(n, c, h, w)
+
+
+def rounded(count: int, itemsize: int) -> int:
     """``count`` elements up to whole 512 bytes, as the allocator aligns: kernels may rely on it."""
     unit = 512 // itemsize
     return -(-count // unit) * unit

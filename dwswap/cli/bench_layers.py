@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from dwswap.activations import ACTIVATIONS
+from dwswap.bench.gradient_record import GradientRecord
+from dwswap.bench.gradient_results import PARTS, GradientResult
+from dwswap.bench.gradients import GradientBench
 from dwswap.bench.layer_plot import plot
 from dwswap.bench.layer_record import LayerRecord
 from dwswap.bench.layer_results import LayerResult, Skipped
@@ -67,6 +72,11 @@ def add_parser(targets: Any) -> None:
         action="store_true",
         help="print a line per measurement: the kernels that ran, their time, how fast that is",
     )
+    parser.add_argument(
+        "--backward",
+        action="store_true",
+        help="time the gradient of the input, that of the weight, and forward with both",
+    )
     add_run_options(parser, budget=0.015, measurements="a whole run has 5000 of them")
     parser.set_defaults(run=run)
 
@@ -80,31 +90,36 @@ def run(args: argparse.Namespace) -> int:
     dtypes = list(dict.fromkeys(args.dtype or (DTYPES if cuda else ["float32"])))
     layouts = list(dict.fromkeys(args.layout or LAYOUTS))
     batch = args.batch or (64 if cuda else 1)
+    if args.backward and args.activation != "none":
+        raise CliError("--backward measures the plain operator: leave out --activation")
     asked_for_all = args.select is None and args.activation == "none"
     whole = cuda and asked_for_all and not switches()
     whole = whole and (set(dtypes), set(layouts)) == (set(DTYPES), set(LAYOUTS))
     name = device_name(device)
 
-    record = LayerRecord(
-        record_file(args.output, "layers", name, f"-n{batch}", whole=whole),
-        device=name,
-        settings={
-            "dtypes": dtypes,
-            "layouts": layouts,
-            "batch": batch,
-            "select": args.select,
-            "activation": args.activation,
-            "budget": args.budget,
-            "reduced": not cuda,
-        },
-        whole=whole,
-        targets=cuda and batch == 64 and args.activation == "none",
+    path = record_file(
+        args.output, "gradients" if args.backward else "layers", name, f"-n{batch}", whole=whole
     )
+    settings = {
+        "dtypes": dtypes,
+        "layouts": layouts,
+        "batch": batch,
+        "select": args.select,
+        "activation": args.activation,
+        "budget": args.budget,
+        "reduced": not cuda,
+    }
+    record: LayerRecord | GradientRecord
+    if args.backward:
+        record = GradientRecord(path, device=name, settings=settings, whole=whole)
+    else:
+        targets = cuda and batch == 64 and args.activation == "none"
+        record = LayerRecord(path, device=name, settings=settings, whole=whole, targets=targets)
     start_or_resume(record, args.resume)
     what = f"{len(shapes)} shapes, N = {batch}, {', '.join(dtypes)}, {', '.join(layouts)}"
     introduce(out, what, name)
 
-    bench = LayerBench(
+    bench = (GradientBench if args.backward else LayerBench)(
         device,
         batch=batch,
         activation=args.activation,
@@ -118,10 +133,7 @@ def run(args: argparse.Namespace) -> int:
             title = f"Depthwise convolutions of torchvision, N = {batch}, on {name}"
             if args.activation != "none":
                 title += f", {args.activation} on both sides"
-            picture = record.path.with_suffix(".png")
-            saved += save_picture(
-                out, lambda: plot(record.results, picture, title, targets=record.targets)
-            )
+            saved += _pictures(out, record, title)
     except OSError as error:
         raise CliError(f"cannot write the results: {error}") from error
     _print(out, record)
@@ -129,10 +141,24 @@ def run(args: argparse.Namespace) -> int:
     return _verdict(out, record)
 
 
+def _pictures(out: Console, record: LayerRecord | GradientRecord, title: str) -> list[Path]:
+    if isinstance(record, LayerRecord):
+        picture = record.path.with_suffix(".png")
+        return save_picture(
+            out, lambda: plot(record.results, picture, title, targets=record.targets)
+        )
+    saved = []
+    for part, head in PARTS.items():
+        picture = record.path.with_name(f"{record.path.stem}-{part}.png")
+        draw = partial(plot, record.part(part), picture, f"{head}: {title}", targets=False)
+        saved += save_picture(out, draw)
+    return saved
+
+
 def _measure(
     out: Console,
     bench: LayerBench,
-    record: LayerRecord,
+    record: LayerRecord | GradientRecord,
     shapes: list[LayerShape],
     dtypes: list[str],
     layouts: list[str],
@@ -151,11 +177,20 @@ def _measure(
             if isinstance(entry, Skipped):
                 progress.console.print(f"skipped {what}: {entry.reason}", markup=False)
                 continue
-            if not entry.passed:
-                why = entry.problem or f"error {entry.error:.2g} > {entry.error_limit:.2g}"
-                progress.console.print(f"FAILED {what}: {why}", style="red", markup=False)
-            if each:
-                progress.console.print(_line(entry), markup=False, soft_wrap=True)
+            for head, row in _rows(entry):
+                if not row.passed:
+                    why = row.problem or f"error {row.error:.2g} > {row.error_limit:.2g}"
+                    text = f"FAILED {head}{what}: {why}"
+                    progress.console.print(text, style="red", markup=False)
+                if each:
+                    progress.console.print(head + _line(row), markup=False, soft_wrap=True)
+
+
+def _rows(entry: LayerResult | GradientResult) -> list[tuple[str, LayerResult]]:
+    """The measurements of an entry, each with what a line on it begins with."""
+    if isinstance(entry, LayerResult):
+        return [("", entry)]
+    return [(f"{name}: ", entry.part(name)) for name in PARTS]
 
 
 def _line(entry: LayerResult) -> str:
@@ -168,14 +203,19 @@ def _line(entry: LayerResult) -> str:
     )
 
 
-def _print(out: Console, record: LayerRecord) -> None:
+def _print(out: Console, record: LayerRecord | GradientRecord) -> None:
+    if isinstance(record, GradientRecord):
+        for part, summary in record.summaries().items():
+            title = f"{PARTS[part]}: speedup over PyTorch's in the same layout"
+            print_table(out, title, speedup_rows(summary), TEXTS)
+        return
     summary = record.summary()
     title = "Speedup over PyTorch's own convolution in the same layout"
     print_table(out, title, speedup_rows(summary), TEXTS)
     print_table(out, "Copy time / our time in percent, median", copy_rows(summary), TEXTS)
 
 
-def _verdict(out: Console, record: LayerRecord) -> int:
+def _verdict(out: Console, record: LayerRecord | GradientRecord) -> int:
     if record.skipped:
         say(out, f"skipped: {len(record.skipped)}, each with its reason in the record")
     if not record.results:

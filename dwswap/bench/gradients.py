@@ -1,0 +1,155 @@
+"""Layer by layer: our gradients, PyTorch's in the same layout, and a copy of the same bytes.
+
+As ``dwswap.bench.layers``, three times per shape: the gradient of the input, that of the weight,
+and forward with both gradients (and that of the bias where the layer has one), as a step of
+training runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwswap.backward import backward_families
+from dwswap.bench.gradient_results import PARTS, GradientResult
+from dwswap.bench.layer_results import Skipped
+from dwswap.bench.layers import (
+    CHECK_ELEMENTS,
+    CPU_BUFFERS,
+    DTYPES,
+    GPU_RESERVE,
+    LAYOUTS,
+    LayerBench,
+    available_bytes,
+    laid_out,
+    rounded,
+)
+from dwswap.bench.shapes import LayerShape
+from dwswap.bench.timing import buffers_needed
+from dwswap.ops import depthwise_conv2d
+from dwswap.precision import float32_convolutions
+from dwswap.report import LayerErrors
+from dwswap.schema import depthwise_conv2d_backward
+from dwswap.verify import compare
+
+__all__ = ["GradientBench"]
+
+Images = tuple[Tensor, Tensor]
+"""Input and gradient of the output."""
+
+MASKS = {"input": (True, False, False), "weight": (False, True, False)}
+
+
+class GradientBench(LayerBench):
+    """Measures the gradients of shapes on one device; see ``LayerBench``."""
+
+    @torch.no_grad()
+    def measure(self, shape: LayerShape, dtype: str, layout: str) -> GradientResult | Skipped:
+        """Check the gradients of one shape, then time them; ``Skipped`` where memory is short."""
+        element, memory_format = DTYPES[dtype], LAYOUTS[layout]
+        size = [self.batch, shape.channels, shape.height, shape.width]
+        out_size = [self.batch, shape.out_channels, *shape.output]
+        elements = [self.batch * shape.input_elements, self.batch * shape.output_elements]
+        moved = sum(elements) * element.itemsize
+        cuda = self.device.type == "cuda"
+        buffers = buffers_needed(moved) if cuda else CPU_BUFFERS
+        # Both images of a launch, and what a step of training makes of them.
+        needed = 2 * buffers * moved + 4 * moved + (GPU_RESERVE if cuda else 0)
+        available = available_bytes(self.device) + self._pool.nbytes
+        skipped = partial(Skipped, shape.index, dtype, layout, size)
+        if needed > available:
+            return skipped(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
+        try:
+            first = rounded(elements[0], element.itemsize)
+            pair = [1, 1, 1, first + elements[1]]
+            windows = self._inputs(buffers, pair, element, torch.contiguous_format)
+            inputs = [
+                (
+                    laid_out(window.view(-1)[: elements[0]], size, memory_format),
+                    laid_out(window.view(-1)[first:], out_size, memory_format),
+                )
+                for window in windows
+            ]
+            weight = self._random(element, shape.out_channels, 1, *shape.kernel)
+            weight = weight.contiguous(memory_format=memory_format)
+            errors = self._check_gradients(shape, weight, inputs[0])
+            copy = self._copy(moved)
+            parts = {}
+            for name in PARTS:
+                ours, pytorch, family = self._part(name, shape, weight, inputs[0])
+                times = self._compare(ours, pytorch, inputs)
+                part = self._result(
+                    shape,
+                    dtype,
+                    layout,
+                    family=family,
+                    moved_bytes=moved * (3 if name == "training" else 1),
+                    times=times,
+                    copy_us=copy * (3 if name == "training" else 1),
+                    plain_us=None,
+                    errors=errors["weight" if name == "training" else name],
+                )
+                parts[name] = part.to_dict()
+        except torch.OutOfMemoryError as error:
+            return skipped(str(error).partition("\n")[0])
+        passed = all(found.passed for found in errors.values())
+        return GradientResult(shape.index, dtype, layout, size, parts, passed)
+
+    def _part(
+        self, name: str, shape: LayerShape, weight: Tensor, images: Images
+    ) -> tuple[Callable[[Images], Any], Callable[[Images], Any], str]:
+        """Ours and PyTorch's as functions of the images, and the families of kernels."""
+        geometry = (shape.stride, shape.padding, shape.dilation)
+        mask = MASKS.get(name, (True, True, shape.bias))
+        gradients = partial(_pytorch_gradients, shape, weight, mask=mask)
+        bias = self._random(weight.dtype, shape.out_channels) if shape.bias else None
+
+        def ours(images: Images) -> Any:
+            x, grad = images
+            return depthwise_conv2d_backward(grad, x, weight, *geometry, mask)
+
+        def trained(images: Images) -> Any:
+            return depthwise_conv2d(images[0], weight, bias, *geometry), ours(images)
+
+        def trained_by_pytorch(images: Images) -> Any:
+            y = F.conv2d(images[0], weight, bias, *geometry, shape.channels)
+            return y, gradients(images)
+
+        x, grad = images
+        family = ",".join(filter(None, backward_families(grad, x, weight, *geometry, mask)))
+        if name == "training":
+            return trained, trained_by_pytorch, family
+        return ours, gradients, family
+
+    def _check_gradients(
+        self, shape: LayerShape, weight: Tensor, images: Images
+    ) -> dict[str, LayerErrors]:
+        """Of some samples: float64 is slow."""
+        geometry = (shape.stride, shape.padding, shape.dilation)
+        samples = max(1, CHECK_ELEMENTS // max(image[0].numel() for image in images))
+        x, grad = (image[: min(samples, self.batch)] for image in images)
+        mask = (True, True, False)
+        ours = depthwise_conv2d_backward(grad, x, weight, *geometry, mask)
+        with float32_convolutions():
+            theirs = _pytorch_gradients(shape, weight, (x, grad), mask=mask)
+        exact = _pytorch_gradients(
+            shape, weight.double(), (x.double().contiguous(), grad.double().contiguous()), mask=mask
+        )
+        # Not the gradient of the bias, which is None.
+        found = zip(MASKS, ours, theirs, exact, strict=False)
+        return {name: compare(mine, peer, wide) for name, mine, peer, wide in found}
+
+
+def _pytorch_gradients(
+    shape: LayerShape, weight: Tensor, images: Images, *, mask: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    x, grad = images
+    geometry = (shape.stride, shape.padding, shape.dilation)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, [shape.out_channels], *geometry, False, [0, 0], shape.channels, mask
+    )

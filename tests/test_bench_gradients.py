@@ -1,0 +1,134 @@
+"""``dwswap bench layers --backward``: measurements, record, summary, pictures, and the README."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_bench_layers import SHAPE, TINY
+
+from dwswap.bench import gradients
+from dwswap.bench.gradient_record import GradientRecord
+from dwswap.bench.gradient_results import PARTS, GradientResult
+from dwswap.bench.gradients import GradientBench
+from dwswap.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def bench(**changes) -> GradientBench:
+    return GradientBench(torch.device("cpu"), **({"batch": 3, "budget": 0.0} | changes))
+
+
+def command(folder: Path, *arguments: str) -> int:
+    given = ["bench", "layers", "--backward", "--device", "cpu", "--budget", "0"]
+    return main([*given, "--select", TINY, "--output", str(folder), *arguments])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_measure(dtype, layout):
+    result = bench().measure(SHAPE, dtype, layout)
+    assert result.passed
+    assert result.shape == [3, 6, 9, 7]
+    # 9x7, kernel 3, stride 2x1, padding 1x0: the output is 5x5.
+    moved = 3 * 6 * (9 * 7 + 5 * 5) * (4 if dtype == "float32" else 2)
+    assert [result.part(name).moved_bytes for name in PARTS] == [moved, moved, 3 * moved]
+    for name in PARTS:
+        row = result.part(name)
+        assert row.key == result.key
+        assert row.speedup == row.pytorch_us / row.ours_us
+        assert row.percent_of_copy == 100 * row.copy_us / row.ours_us
+    assert result.part("training").copy_us == 3 * result.part("input").copy_us
+    assert GradientResult(**json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_images_do_not_overlap(monkeypatch):
+    seen = []
+    original = GradientBench._compare
+
+    def spy(self, ours, pytorch, inputs):
+        seen.extend(image for images in inputs for image in images)
+        return original(self, ours, pytorch, inputs)
+
+    monkeypatch.setattr(GradientBench, "_compare", spy)
+    bench().measure(SHAPE, "float32", "channels_last")
+    places = sorted({(t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in seen})
+    assert len(places) == 4
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_wrong_gradient_fails(monkeypatch, tmp_path, capsys, wrong):
+    original = gradients.depthwise_conv2d_backward
+
+    def spoilt(*args):
+        results = list(original(*args))
+        if results[wrong] is not None:
+            results[wrong] = results[wrong] + 0.5
+        return tuple(results)
+
+    monkeypatch.setattr(gradients, "depthwise_conv2d_backward", spoilt)
+    assert command(tmp_path, "--layout", "contiguous") == 1
+    assert f"FAILED {('input', 'weight')[wrong]}: " in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_skipped(monkeypatch):
+    monkeypatch.setattr(gradients, "available_bytes", lambda device: 0)
+    assert "GB are free" in bench().measure(SHAPE, "float32", "contiguous").reason
+
+
+def test_command(tmp_path, capsys):
+    assert command(tmp_path, "--layout", "channels_last", "--each") == 0
+    out = capsys.readouterr().out
+    assert all(f"{name}: float32 channels_last 1x128x1x1" in out for name in PARTS)
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert (found["kind"], found["complete"], found["whole"]) == ("gradients", True, False)
+    assert len(found["results"]) == 3
+    assert set(found["summary"]) == set(PARTS)
+    assert all(f"{head}, speedup over PyTorch's:" in found["markdown"] for head in PARTS.values())
+    if importlib.util.find_spec("matplotlib"):
+        assert {p.name for p in tmp_path.glob("*.png")} == {
+            f"{path.stem}-{name}.png" for name in PARTS
+        }
+
+
+def test_resume_goes_on(tmp_path):
+    settings = {"batch": 3}
+    first = GradientRecord(tmp_path / "a.json", device="CPU", settings=settings)
+    first.add(bench().measure(SHAPE, "float32", "contiguous"))
+    first.save()
+    second = GradientRecord(tmp_path / "a.json", device="CPU", settings=settings)
+    second.resume()
+    assert second.results == first.results
+    assert second.done == {(SHAPE.index, "float32", "contiguous")}
+    assert second.copies == first.copies
+
+
+def test_no_activation(tmp_path, capsys):
+    assert command(tmp_path, "--activation", "relu") != 0
+    assert "leave out --activation" in capsys.readouterr().err
+
+
+def test_readme_shows_whole_runs_only(tmp_path):
+    assert command(tmp_path, "--layout", "channels_last") == 0
+    (path,) = tmp_path.glob("*.json")
+    readme = tmp_path / "README.md"
+    script = ROOT / "scripts" / "readme_table.py"
+    for whole in (False, True):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**found, "whole": whole}), encoding="utf-8")
+        readme.write_text(
+            "<!-- results: start (scripts/readme_table.py) -->\n<!-- results: end -->\n"
+        )
+        given = ["--readme", str(readme), "--results", str(tmp_path)]
+        subprocess.run([sys.executable, str(script), *given], check=True)
+        text = readme.read_text(encoding="utf-8")
+        assert ("Gradient of the weight, speedup over PyTorch's:" in text) == whole
