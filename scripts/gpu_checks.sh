@@ -46,6 +46,7 @@ tests fuzz-other tests/gpu/test_fuzz.py -k "not forward and not gradients" &
 tests kernels-other tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64" &
 tests reliability tests/gpu/test_reliability.py &
 tests models tests/gpu/test_gpu_models.py &
+tests training tests/gpu/test_training.py &
 tests operator tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py &
 tests registration tests/test_operator_registration.py tests/test_operator_errors.py &
 tests selection tests/gpu/test_gpu_selection.py &
