@@ -3,52 +3,10 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "common/activation.cuh"
+#include "common/sum.cuh"
 
 namespace dwswap {
-
-__device__ __forceinline__ float shuffled(float value, int offset) {
-  return __shfl_xor_sync(0xffffffffu, value, offset);
-}
-
-// For elements of half precision, to which all errors of float32 sums are small.
-struct PlainSum {
-  float sum = 0.0f;
-
-  __device__ __forceinline__ void add(float x) { sum += x; }
-  __device__ __forceinline__ void add(const PlainSum& other) { sum += other.sum; }
-  __device__ __forceinline__ PlainSum from_lane(int offset) const {
-    return {shuffled(sum, offset)};
-  }
-  __device__ __forceinline__ float value() const { return sum; }
-};
-
-// For float32: chains of additions are as long as an image is large, and the layers multiply the
-// error of a mean. `error` collects what each addition rounds away (Knuth, The Art of Computer
-// Programming, volume 2, 4.2.2, theorem B).
-struct CompensatedSum {
-  float sum = 0.0f, error = 0.0f;
-
-  __device__ __forceinline__ void add(float x) {
-    const float total = sum + x, added = total - sum;
-    error += (sum - (total - added)) + (x - added);
-    sum = total;
-  }
-  __device__ __forceinline__ void add(const CompensatedSum& other) {
-    add(other.sum);
-    error += other.error;
-  }
-  __device__ __forceinline__ CompensatedSum from_lane(int offset) const {
-    return {shuffled(sum, offset), shuffled(error, offset)};
-  }
-  // Once the sum is infinite, the error is NaN.
-  __device__ __forceinline__ float value() const { return isfinite(sum) ? sum + error : sum; }
-};
-
-template <typename T>
-using sum_t = std::conditional_t<sizeof(T) == 4, CompensatedSum, PlainSum>;
 
 // Sum over the threads of a group of `lanes` whose places differ by multiples of `from` (powers of
 // 2), in all of them.

@@ -17,6 +17,7 @@
 
 #include "common/async_copy.cuh"
 #include "common/integer.h"
+#include "common/sum.cuh"
 #include "depthwise_conv2d/backward/channel_sums_cut.h"
 #include "depthwise_conv2d/backward/sums.cuh"
 
@@ -33,8 +34,12 @@ struct Traits {
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + K_;
   // Rows of grad_output that a row of input is seen from.
   static constexpr int kSeen = (K_ + STRIDE_ - 1) / STRIDE_;
-  static constexpr int kMinBlocks = resident_blocks(K_, STRIDE_, CHANNELS_);
+  static constexpr int kMinBlocks = resident_blocks(K_, STRIDE_, CHANNELS_, sizeof(T_));
   static constexpr int kSums = K_ * K_ + 1;  // of a channel
+  // Elements of half precision are rounded by more than a long sum in float32 is off. Those of
+  // float32 are added up over so many rows, and these sums in turn.
+  static constexpr bool kFolds = sizeof(T_) == 4;
+  static constexpr int kFoldRows = 16;
   // So many of them meet in shared memory at once: 5 or 10 KiB.
   static constexpr int kChunk = 10;
   static constexpr int kChunkBytes = kChunk * kThreads * CHANNELS_ * 4;
@@ -102,7 +107,14 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
   T* const last = own + (STAGES - 1) * STEP;
 
   // Tap by tap, then the sum of grad_output.
-  float sums[SUMS][V] = {};
+  float sums[SUMS][V] = {}, totals[Traits::kFolds ? SUMS : 1][V] = {};
+  const auto fold = [&] {
+    if constexpr (Traits::kFolds) {
+#pragma unroll
+      for (int i = 0; i < SUMS * V; ++i)
+        totals[i / V][i % V] += sums[i / V][i % V], sums[i / V][i % V] = 0.0f;
+    }
+  };
   // Threads without channels stay for the barriers.
   const int end_item = c < a.channels ? min(a.items, (share + 1) * a.share) : 0;
   for (int item = share * a.share + group; item < end_item; item += a.groups) {
@@ -198,7 +210,9 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
         }
       }
       fetch(q + STAGES);
+      if (Traits::kFolds && (q - first_row) % Traits::kFoldRows == Traits::kFoldRows - 1) fold();
     }
+    fold();
   }
 
   // [sum][group][channel]
@@ -216,14 +230,14 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
 #pragma unroll
       for (int v = 0; v < V; ++v)
         shared[(i * a.groups + group) * width + static_cast<int>(vector) * V + v] =
-            sums[begin + i][v];
+            Traits::kFolds ? totals[begin + i][v] : sums[begin + i][v];
     }
     __syncthreads();
     for (int i = 0; i < min(CHUNK, SUMS - begin); ++i) {
       for (int own = threadIdx.x; own < used; own += blockDim.x) {
-        float sum = 0.0f;
-        for (int g = 0; g < a.groups; ++g) sum += shared[(i * a.groups + g) * width + own];
-        target.set(share, first_channel + own, begin + i, sum);
+        sum_t<T> sum;
+        for (int g = 0; g < a.groups; ++g) sum.add(shared[(i * a.groups + g) * width + own]);
+        target.set(share, first_channel + own, begin + i, sum.value());
       }
     }
   }

@@ -29,7 +29,8 @@ Cut choose_cut(const GradientParams& p, int multiprocessors) {
   walks.more_rows = (p.kernel_h - 1) / p.stride_h;
   walks.walkers = cut.groups;
   walks.blocks = cut.slices;
-  walks.resident = resident_blocks(p.kernel_h, p.stride_h, cut.channels) * int64_t{multiprocessors};
+  walks.resident = resident_blocks(p.kernel_h, p.stride_h, cut.channels, element_bytes) *
+                   int64_t{multiprocessors};
   walks.reduction = 2;
   cut.split = choose_split(walks);
   return cut;

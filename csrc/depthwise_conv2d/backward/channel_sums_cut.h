@@ -9,16 +9,18 @@ namespace channel_sums {
 
 constexpr int kMostVectors = 32;  // of a block: a run of memory of 64 to 256 bytes
 
-// Channels of a thread at most: an access. Of 7 x 7 taps in float32, two would take too many
-// registers.
+// Channels of a thread at most: an access. In float32, which has every sum twice, two of them would
+// take too many registers but for 3 x 3 taps.
 constexpr int most_channels(int64_t kernel, int64_t element_bytes) {
-  return kernel == 7 && element_bytes == 4 ? 1 : 2;
+  return kernel >= 5 && element_bytes == 4 ? 1 : 2;
 }
 
 constexpr int kThreads = 128;  // of a block
 
 // Blocks of a multiprocessor: the sums of a thread take its registers.
-constexpr int resident_blocks(int64_t kernel, int64_t stride, int64_t channels) {
+constexpr int resident_blocks(int64_t kernel, int64_t stride, int64_t channels,
+                              int64_t element_bytes) {
+  if (element_bytes == 4) return kernel == 7 ? 3 : 4;
   if (kernel == 3) return stride == 1 ? 5 : 7;
   return channels == 2 && !(kernel == 5 && stride == 2) ? 3 : 4;
 }

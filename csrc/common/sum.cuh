@@ -1,0 +1,50 @@
+// Long sums in float32.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+namespace dwswap {
+
+__device__ __forceinline__ float shuffled(float value, int offset) {
+  return __shfl_xor_sync(0xffffffffu, value, offset);
+}
+
+// For elements of half precision, to which all errors of float32 sums are small.
+struct PlainSum {
+  float sum = 0.0f;
+
+  __device__ __forceinline__ void add(float x) { sum += x; }
+  __device__ __forceinline__ void add(const PlainSum& other) { sum += other.sum; }
+  __device__ __forceinline__ PlainSum from_lane(int offset) const {
+    return {shuffled(sum, offset)};
+  }
+  __device__ __forceinline__ float value() const { return sum; }
+};
+
+// For float32: chains of additions are as long as an image is large. `error` collects what each
+// addition rounds away (Knuth, The Art of Computer Programming, volume 2, 4.2.2, theorem B).
+struct CompensatedSum {
+  float sum = 0.0f, error = 0.0f;
+
+  __device__ __forceinline__ void add(float x) {
+    const float total = sum + x, added = total - sum;
+    error += (sum - (total - added)) + (x - added);
+    sum = total;
+  }
+  __device__ __forceinline__ void add(const CompensatedSum& other) {
+    add(other.sum);
+    error += other.error;
+  }
+  __device__ __forceinline__ CompensatedSum from_lane(int offset) const {
+    return {shuffled(sum, offset), shuffled(error, offset)};
+  }
+  // Once the sum is infinite, the error is NaN.
+  __device__ __forceinline__ float value() const { return isfinite(sum) ? sum + error : sum; }
+};
+
+template <typename T>
+using sum_t = std::conditional_t<sizeof(T) == 4, CompensatedSum, PlainSum>;
+
+}  // namespace dwswap
