@@ -35,4 +35,11 @@ cudaError_t visit_fast_type(DataType type, Visit&& visit) {
   return cudaErrorInvalidValue;
 }
 
+// The same for all of them.
+template <typename Visit>
+cudaError_t visit_type(DataType type, Visit&& visit) {
+  if (type == DataType::kFloat64) return visit.template operator()<double>();
+  return visit_fast_type(type, visit);
+}
+
 }  // namespace dwswap

@@ -115,17 +115,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_general(const DepthwiseConv2dParams& params, cudaStream_t stream) {
-  switch (params.dtype) {
-    case DataType::kFloat32:
-      return launch<float>(params, stream);
-    case DataType::kFloat16:
-      return launch<__half>(params, stream);
-    case DataType::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
-    case DataType::kFloat64:
-      return launch<double>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return visit_type(params.dtype, [&]<typename T>() { return launch<T>(params, stream); });
 }
 
 }  // namespace dwswap

@@ -93,17 +93,7 @@ cudaError_t launch(const GradientParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_general_gather(const GradientParams& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DataType::kFloat32:
-      return launch<float>(p, stream);
-    case DataType::kFloat16:
-      return launch<__half>(p, stream);
-    case DataType::kBFloat16:
-      return launch<__nv_bfloat16>(p, stream);
-    case DataType::kFloat64:
-      return launch<double>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return visit_type(p.dtype, [&]<typename T>() { return launch<T>(p, stream); });
 }
 
 }  // namespace dwswap

@@ -47,17 +47,7 @@ cudaError_t launch(const GradientParams& p, int64_t shares, cudaStream_t stream)
 }  // namespace
 
 cudaError_t launch_reduction(const GradientParams& p, int64_t shares, cudaStream_t stream) {
-  switch (p.dtype) {
-    case DataType::kFloat32:
-      return launch<float>(p, shares, stream);
-    case DataType::kFloat16:
-      return launch<__half>(p, shares, stream);
-    case DataType::kBFloat16:
-      return launch<__nv_bfloat16>(p, shares, stream);
-    case DataType::kFloat64:
-      return launch<double>(p, shares, stream);
-  }
-  return cudaErrorInvalidValue;
+  return visit_type(p.dtype, [&]<typename T>() { return launch<T>(p, shares, stream); });
 }
 
 }  // namespace dwswap
