@@ -6,45 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from dwswap.bench.gradient_results import PARTS, GradientResult
-from dwswap.bench.layer_results import LayerResult, Skipped
+from dwswap.bench.layer_results import LayerResult
 from dwswap.bench.layer_summary import speedup_markdown, summarize
-from dwswap.bench.run_record import RunRecord
+from dwswap.bench.shape_record import ShapeRecord
 
 __all__ = ["GradientRecord"]
 
 
-class GradientRecord(RunRecord):
-    """Shapes that were measured and shapes that were skipped; see ``LayerRecord``."""
+class GradientRecord(ShapeRecord[GradientResult]):
+    """See ``ShapeRecord``."""
 
     def __init__(
         self, path: Path, *, device: str, settings: dict[str, Any], whole: bool = False
     ) -> None:
         super().__init__(
-            "gradients",
-            path,
-            {"results": GradientResult, "skipped": Skipped},
-            device=device,
-            settings=settings,
-            batch=settings["batch"],
-            whole=whole,
+            "gradients", path, GradientResult, device=device, settings=settings, whole=whole
         )
-
-    @property
-    def results(self) -> list[GradientResult]:
-        return self.rows["results"]
-
-    @property
-    def skipped(self) -> list[Skipped]:
-        return self.rows["skipped"]
 
     @property
     def copies(self) -> dict[int, float]:
         """Times of copies by number of bytes."""
         return {row.moved_bytes: row.copy_us for row in self.part("input")}
-
-    def add(self, entry: GradientResult | Skipped) -> None:
-        """Append ``entry``, and save where the last time is more than a second ago."""
-        self.append("skipped" if isinstance(entry, Skipped) else "results", entry)
 
     def part(self, name: str) -> list[LayerResult]:
         """The measurements ``name``, one of ``PARTS``."""
