@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, side by side: the GPU tests, the other tests on the GPU, the fuzz at
-# full size, and compute-sanitizer. Prints a line per part and what failed; logs go to a folder.
+# full size, and compute-sanitizer, spread over all visible GPUs. Prints a line per part and what
+# failed; logs go to a folder.
 #
 #   scripts/gpu_checks.sh [FOLDER]        PYTHON=python3, LIMIT=300 (seconds per part)
 set -uo pipefail
@@ -9,6 +10,9 @@ logs=${1:-gpu-checks}
 python=${PYTHON:-python3}
 limit=${LIMIT:-300}
 mkdir -p "$logs"
+visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
+IFS=, read -ra gpus <<<"$visible"
+next=0
 export PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 
 part() { # NAME COMMAND...: prints its exit status and its last line
@@ -18,7 +22,10 @@ part() { # NAME COMMAND...: prints its exit status and its last line
   echo "$status $name: $(grep -v '^$' "$logs/$name.log" | tail -n 1 | cut -c1-150)"
   echo "$status" >"$logs/$name.status"
 }
-tests() { local name=$1 && shift && part "$name" "$python" -m pytest -q -rs --durations=3 "$@"; }
+side_by_side() { CUDA_VISIBLE_DEVICES=${gpus[next++ % ${#gpus[@]}]} part "$@" & }
+pytest=("$python" -m pytest -q -rs --durations=3)
+tests() { local name=$1 && shift && side_by_side "$name" "${pytest[@]}" "$@"; }
+tests_alone() { local name=$1 && shift && part "$name" "${pytest[@]}" "$@"; }
 
 rm -f "$logs"/*.status
 "$python" -m dwswap build || exit 1
@@ -26,8 +33,8 @@ for tool in memcheck initcheck racecheck; do
   options=()
   [ "$tool" = initcheck ] && options=(--no-bulk-stores)
   if command -v compute-sanitizer >/dev/null; then
-    part "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" scripts/sanitize.py "${options[@]}" &
+    side_by_side "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" scripts/sanitize.py "${options[@]}"
   else
     echo "compute-sanitizer is not on PATH: $tool was not run" && echo 127 >"$logs/sanitizer-$tool.status"
   fi
@@ -36,35 +43,39 @@ for dtype in float32 float16 bfloat16 float64; do
   chosen=$dtype
   [ "$dtype" = float16 ] && chosen="float16 and not bfloat16"
   for what in forward gradients; do
-    tests "fuzz-$dtype-$what" tests/gpu/test_fuzz.py -k "$chosen and $what" &
+    tests "fuzz-$dtype-$what" tests/gpu/test_fuzz.py -k "$chosen and $what"
   done
-  tests "kernels-$dtype" tests/gpu/test_kernels.py -k "$chosen" &
-  tests "gradients-$dtype" tests/gpu/test_gradient_kernels.py -k "$chosen" &
+  tests "kernels-$dtype" tests/gpu/test_kernels.py -k "$chosen"
+  tests "gradients-$dtype" tests/gpu/test_gradient_kernels.py -k "$chosen"
 done
-tests excitation tests/gpu/test_excitation_kernels.py &
-tests fuzz-other tests/gpu/test_fuzz.py -k "not forward and not gradients" &
-tests kernels-other tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64" &
-tests reliability tests/gpu/test_reliability.py &
-tests models tests/gpu/test_gpu_models.py &
-tests training tests/gpu/test_training.py &
-tests operator tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py &
-tests registration tests/test_operator_registration.py tests/test_operator_errors.py &
-tests selection tests/gpu/test_gpu_selection.py &
-tests gpu-export tests/gpu/test_gpu_export.py &
-tests export tests/test_export*.py tests/test_cpp_example.py &
+tests excitation tests/gpu/test_excitation_kernels.py
+tests fuzz-other tests/gpu/test_fuzz.py -k "not forward and not gradients"
+tests kernels-other tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64"
+tests reliability tests/gpu/test_reliability.py
+tests models tests/gpu/test_gpu_models.py
+tests training tests/gpu/test_training.py
+tests operator tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py
+tests registration tests/test_operator_registration.py tests/test_operator_errors.py
+tests selection tests/gpu/test_gpu_selection.py
+tests gpu-export tests/gpu/test_gpu_export.py
+tests gpu-composition tests/gpu/test_gpu_composition.py
+tests export tests/test_export*.py tests/test_cpp_example.py
 others=()
 for file in tests/test_*.py; do
   case $file in */test_operator* | */test_module.py | */test_torchvision.py | */test_export* | */test_cpp_example.py) ;; *) others+=("$file") ;; esac
 done
-third=$(((${#others[@]} + 2) / 3))
-for i in 0 1 2; do tests "others-$i" "${others[@]:i * third:third}" & done
-tests torchvision-outputs tests/test_torchvision.py -k test_outputs &
-tests torchvision tests/test_torchvision.py -k "not test_outputs" &
+size=$((${#others[@]} / (3 * ${#gpus[@]}) + 1))
+for ((i = 0; i < ${#others[@]}; i += size)); do tests "others-$i" "${others[@]:i:size}"; done
+tests torchvision-outputs tests/test_torchvision.py -k test_outputs
+tests torchvision tests/test_torchvision.py -k "not test_outputs"
 wait
-# These compare times.
-tests cuda-graph tests/gpu/test_gpu_cuda_graph.py
-tests bench-models tests/gpu/test_gpu_bench_models.py tests/test_bench_families.py
-tests timing tests/gpu/test_timing.py
+if [ ${#gpus[@]} -gt 1 ]; then
+  tests_alone several-gpus tests/gpu/test_reliability.py tests/test_composition.py -k "two_ or not_the_current"
+fi
+# These compare times, and the first has a test of two GPUs.
+tests_alone cuda-graph tests/gpu/test_gpu_cuda_graph.py
+tests_alone bench-models tests/gpu/test_gpu_bench_models.py tests/test_bench_families.py
+tests_alone timing tests/gpu/test_timing.py
 
 grep -hE '^(FAILED|ERROR)' "$logs"/*.log | cut -c1-200
 grep -hE '^SKIPPED' "$logs"/*.log | sort -u | cut -c1-200
