@@ -1,26 +1,31 @@
-// Long sums in float32.
+// Long sums.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <type_traits>
 
+#include "common/numeric.cuh"
+
 namespace dwswap {
 
-__device__ __forceinline__ float shuffled(float value, int offset) {
+template <typename A>
+__device__ __forceinline__ A shuffled(A value, int offset) {
   return __shfl_xor_sync(0xffffffffu, value, offset);
 }
 
-// For elements of half precision, to which all errors of float32 sums are small.
+// For elements of half precision, to which all errors of float32 sums are small, and for float64,
+// which has no wider reference.
+template <typename A>
 struct PlainSum {
-  float sum = 0.0f;
+  A sum = 0;
 
-  __device__ __forceinline__ void add(float x) { sum += x; }
+  __device__ __forceinline__ void add(A x) { sum += x; }
   __device__ __forceinline__ void add(const PlainSum& other) { sum += other.sum; }
   __device__ __forceinline__ PlainSum from_lane(int offset) const {
     return {shuffled(sum, offset)};
   }
-  __device__ __forceinline__ float value() const { return sum; }
+  __device__ __forceinline__ A value() const { return sum; }
 };
 
 // For float32: chains of additions are as long as an image is large. `error` collects what each
@@ -44,7 +49,9 @@ struct CompensatedSum {
   __device__ __forceinline__ float value() const { return isfinite(sum) ? sum + error : sum; }
 };
 
+// A sum of elements of type T.
 template <typename T>
-using sum_t = std::conditional_t<sizeof(T) == 4, CompensatedSum, PlainSum>;
+using sum_t =
+    std::conditional_t<std::is_same_v<T, float>, CompensatedSum, PlainSum<accumulator_t<T>>>;
 
 }  // namespace dwswap

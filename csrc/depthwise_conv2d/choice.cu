@@ -49,13 +49,15 @@ bool suits_channel_columns(const DepthwiseConv2dParams& p) {
   return is_stream(p) && !(p.dtype == DataType::kFloat32 && large);
 }
 
-// Copies into and out of shared memory take longer than the work of a small problem.
+// Copies into and out of shared memory take longer than the work of a small problem. The more taps,
+// the more a thread of rolling_rows has to load before it begins; half precision, which it loads
+// element by element, most of all.
 bool suits_plane_strips(const DepthwiseConv2dParams& p) {
-  constexpr int64_t kEnough = 600, kEnoughHalf = 2600, kEnoughFloat = 3800;
-  constexpr int64_t kManyTaps = 25;
-  const int64_t outputs = outputs_per_multiprocessor(p);
-  if (p.kernel_h * p.kernel_w > kManyTaps) return outputs >= kEnough;
-  return outputs >= (p.dtype == DataType::kFloat32 ? kEnoughFloat : kEnoughHalf);
+  const bool is_float = p.dtype == DataType::kFloat32, strided = p.stride_h > 1;
+  const int64_t taps = p.kernel_h * p.kernel_w, outputs = outputs_per_multiprocessor(p);
+  if (taps <= 9) return outputs >= (is_float ? 13000 : strided ? 1400 : 3000);
+  if (taps <= 25) return outputs >= (is_float ? 8000 : strided ? 550 : 1900);
+  return outputs >= (is_float ? 2000 : 300);
 }
 
 // The families of few taps are bound by memory; none of them is compiled for a large kernel, or for

@@ -9,11 +9,25 @@ namespace dwswap {
 
 namespace rolling_rows {
 
+namespace {
+
+// Outputs of a multiprocessor below which threads of one row are faster. Deep ones load less, and
+// of a large kernel that is worth more than many threads; with stride 2 windows share few rows.
+int64_t few_outputs(const DepthwiseConv2dParams& p) {
+  const bool is_float = p.dtype == DataType::kFloat32;
+  if (p.dilation_h != 1 || p.dilation_w != 1) return 600;
+  if (p.kernel_h * p.kernel_w <= 9) return is_float ? 450 : 1000;
+  if (p.stride_h > 1) return is_float ? 450 : 600;
+  return 150;
+}
+
+}  // namespace
+
 Depth choose_depth(const DepthwiseConv2dParams& p) {
-  constexpr int64_t kFew = 600;  // outputs of a multiprocessor
   const bool dilated = p.dilation_h != 1 || p.dilation_w != 1;
   if (dilated && (p.stride_h != 1 || p.dilation_h > p.out_h)) return Depth::kFlat;
-  return p.outputs() < kFew * current_device().multiprocessors ? Depth::kFlat : Depth::kDeep;
+  return p.outputs() < few_outputs(p) * current_device().multiprocessors ? Depth::kFlat
+                                                                         : Depth::kDeep;
 }
 
 }  // namespace rolling_rows

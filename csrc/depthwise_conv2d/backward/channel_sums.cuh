@@ -107,12 +107,17 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
   T* const last = own + (STAGES - 1) * STEP;
 
   // Tap by tap, then the sum of grad_output.
-  float sums[SUMS][V] = {}, totals[Traits::kFolds ? SUMS : 1][V] = {};
+  float sums[SUMS][V] = {}, totals[Traits::kFolds ? K * K : 1][V] = {};
+  sum_t<T> bias[V];
   const auto fold = [&] {
     if constexpr (Traits::kFolds) {
 #pragma unroll
-      for (int i = 0; i < SUMS * V; ++i)
-        totals[i / V][i % V] += sums[i / V][i % V], sums[i / V][i % V] = 0.0f;
+      for (int v = 0; v < V; ++v) {
+#pragma unroll
+        for (int i = 0; i < K * K; ++i) totals[i][v] += sums[i][v], sums[i][v] = 0.0f;
+        bias[v].add(sums[K * K][v]);
+        sums[K * K][v] = 0.0f;
+      }
     }
   };
   // Threads without channels stay for the barriers.
@@ -230,7 +235,9 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
 #pragma unroll
       for (int v = 0; v < V; ++v)
         shared[(i * a.groups + group) * width + static_cast<int>(vector) * V + v] =
-            Traits::kFolds ? totals[begin + i][v] : sums[begin + i][v];
+            !Traits::kFolds      ? sums[begin + i][v]
+            : begin + i == K * K ? bias[v].value()
+                                 : totals[begin + i][v];
     }
     __syncthreads();
     for (int i = 0; i < min(CHUNK, SUMS - begin); ++i) {

@@ -9,6 +9,7 @@
 
 #include "common/device.h"
 #include "common/integer.h"
+#include "common/sum.cuh"
 #include "depthwise_conv2d/backward/sums.cuh"
 
 namespace dwswap {
@@ -53,7 +54,7 @@ template <typename T, typename Index>
 __global__ void __launch_bounds__(kLanes* kRows)
     general_sums_kernel(const GradientParams p, const Cut cut, const Sums<T> target) {
   using A = accumulator_t<T>;
-  __shared__ A partial[kRows][kLanes][kValues];
+  __shared__ sum_t<T> partial[kRows][kLanes][kValues];
   const int lane = threadIdx.x, row = threadIdx.y;
   const bool channels_last = p.channels_last();
   const int64_t out_channels = p.channels * p.multiplier;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kLanes* kRows)
   const auto kernel_w = static_cast<Index>(p.kernel_w);
   const auto out_h = static_cast<Index>(p.out_h), out_w = static_cast<Index>(p.out_w);
 
-  A sums[kValues] = {};
+  sum_t<T> sums[kValues];
   if (channel < out_channels) {
     // The first pixel of each tap, without the steps of the stride.
     Index top[kValues], left[kValues];
@@ -91,13 +92,13 @@ __global__ void __launch_bounds__(kLanes* kRows)
       const T* image = input + n * p.in_stride.n;
 #pragma unroll
       for (int v = 0; v < kValues; ++v) {
-        if (first_value + v == p.taps()) sums[v] += g;
+        if (first_value + v == p.taps()) sums[v].add(g);
         if (first_value + v >= p.taps()) continue;
         const Index ih = oh * static_cast<Index>(p.stride_h) + top[v];
         const Index iw = ow * static_cast<Index>(p.stride_w) + left[v];
         if (ih < 0 || ih >= p.in_h || iw < 0 || iw >= p.in_w) continue;
-        sums[v] += g * widen(image[static_cast<int64_t>(ih) * p.in_stride.h +
-                                   static_cast<int64_t>(iw) * p.in_stride.w]);
+        sums[v].add(g * widen(image[static_cast<int64_t>(ih) * p.in_stride.h +
+                                    static_cast<int64_t>(iw) * p.in_stride.w]));
       }
     }
   }
@@ -105,8 +106,7 @@ __global__ void __launch_bounds__(kLanes* kRows)
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
 #pragma unroll
-      for (int offset = kLanes / 2; offset > 0; offset /= 2)
-        sums[v] += __shfl_xor_sync(~0u, sums[v], offset);
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) sums[v].add(sums[v].from_lane(offset));
     }
   }
 #pragma unroll
@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(kLanes* kRows)
   if (index >= (channels_last ? kLanes * kValues : kValues)) return;
   const int64_t own_channel = channels_last ? column * kLanes + own : column;
   if (first_value + v >= cut.first_value + cut.values || own_channel >= out_channels) return;
-  A sum = 0;
+  sum_t<T> sum;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) sum += partial[r][own][v];
-  target.set(share, own_channel, first_value + v, sum);
+  for (int r = 0; r < kRows; ++r) sum.add(partial[r][own][v]);
+  target.set(share, own_channel, first_value + v, sum.value());
 }
 
 template <typename T>

@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "common/integer.h"
+#include "common/sum.cuh"
 #include "depthwise_conv2d/backward/plane_sums_cut.h"
 #include "depthwise_conv2d/backward/sums.cuh"
 
@@ -88,8 +89,10 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
   const int dilation_w = Traits::kDilated ? a.dilation_w : 1;
   const int in_row = a.in_w * dilation_h, out_row = a.out_w * dilation_h;
 
-  // Tap by tap, then the sum of grad_output; the rest stays zero.
+  // Tap by tap, then the sum of grad_output; the rest stays zero. The sums of a walk's steps are
+  // short; `bias` has those of all walks.
   float sums[COUNT] = {};
+  sum_t<T> bias;
   const int end_item = min(a.items, (share + 1) * a.share);
   for (int item = share * a.share + static_cast<int>(threadIdx.x); item < end_item;
        item += kThreads) {
@@ -160,6 +163,8 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
 #pragma unroll
       for (int i = 0; i < SEEN - 1; ++i) grad[i] = grad[COUNT + i];
       q += COUNT;
+      bias.add(sums[K * K]);
+      sums[K * K] = 0.0f;
     };
     const std::integral_constant<int, STEPS> steps;
     if constexpr (S > 1) {
@@ -171,6 +176,8 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
     while (q < end) advance(steps, std::true_type());
   }
 
+  bias.add(sums[K * K]);
+  sums[K * K] = bias.value();
   add_up_warp(sums);
   __shared__ float warps[kThreads / 32][COUNT];
   constexpr int HELD = COUNT < 32 ? 1 : COUNT / 32;

@@ -1,5 +1,6 @@
 // Adds up the sums of the shares: see sums.h.
 #include "common/integer.h"
+#include "common/sum.cuh"
 #include "depthwise_conv2d/backward/sums.cuh"
 
 namespace dwswap {
@@ -12,23 +13,22 @@ template <typename T>
 __global__ void __launch_bounds__(kLanes* kRows)
     reduction_kernel(const accumulator_t<T>* shares, int64_t count, int64_t channels,
                      int64_t first_value, int64_t end_value, const Gradients<T> gradients) {
-  using A = accumulator_t<T>;
-  __shared__ A partial[kRows][kLanes + 1];
+  __shared__ sum_t<T> partial[kRows][kLanes + 1];
   const int lane = threadIdx.x, row = threadIdx.y;
   const int64_t sums = (gradients.taps + 1) * channels;  // of a share
   const int64_t index = first_value * channels + static_cast<int64_t>(blockIdx.x) * kLanes + lane;
   const bool mine = index < end_value * channels;
-  A sum = 0;
+  sum_t<T> sum;
   if (mine) {
 #pragma unroll 4
-    for (int64_t share = row; share < count; share += kRows) sum += shares[share * sums + index];
+    for (int64_t share = row; share < count; share += kRows) sum.add(shares[share * sums + index]);
   }
   partial[row][lane] = sum;
   __syncthreads();
   if (row != 0 || !mine) return;
 #pragma unroll
-  for (int i = 1; i < kRows; ++i) sum += partial[i][lane];
-  gradients.set(index % channels, index / channels, sum);
+  for (int i = 1; i < kRows; ++i) sum.add(partial[i][lane]);
+  gradients.set(index % channels, index / channels, sum.value());
 }
 
 template <typename T>
