@@ -46,6 +46,17 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Last element first, where `reversed`.
+template <int N>
+__device__ __forceinline__ void reverse_where(bool reversed, float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const float first = x[i], last = x[N - 1 - i];
+    x[i] = reversed ? last : first;
+    x[N - 1 - i] = reversed ? first : last;
+  }
+}
+
 // N consecutive elements as the 32-bit registers that hold them. Copying a struct of elements would
 // be compiled to an access per element.
 template <typename T, int N>

@@ -50,6 +50,7 @@ struct Arguments {
   uint32_t chunk_bytes;  // multiple of 128, as the alignment of a copy
   uint32_t box_bytes;
   Divisor by_slices, by_tiles, by_segments, by_pairs;
+  bool reversed_taps;
   Activation input_activation, activation;
 };
 
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4)
   for (int chunk = 0; chunk < chunks; ++chunk) {
     barrier_wait(&arrived[stage], parity);
     if (chunk == 0) {
-      load_taps(tile_taps + 2 * (busy ? pair : 0) * (K * K), taps);
+      load_taps(tile_taps + 2 * (busy ? pair : 0) * (K * K), taps, a.reversed_taps);
 #pragma unroll
       for (int e = 0; e < 2; ++e) start[e] = input_form.start(e, bias[e], taps[e]);
 #pragma unroll
@@ -228,6 +229,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
   const auto segments = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
   a.by_slices = Divisor(slices), a.by_tiles = Divisor(tiles), a.by_segments = Divisor(segments);
   a.by_pairs = Divisor(static_cast<uint32_t>(cut.pairs));
+  a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
 
   CUtensorMap map{};

@@ -43,6 +43,7 @@ struct Arguments {
   int rows;  // of output, per thread
   uint32_t threads;
   Divisor by_vectors, by_groups, by_strips;
+  bool reversed_taps;
   Activation input_activation, activation;
 };
 
@@ -114,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   fetch(even);
   fetch(odd);
   float taps[V][K * K], bias[V] = {}, input_bias[V] = {};
-  load_taps(static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * (K * K), taps);
+  load_taps(static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * (K * K), taps,
+            a.reversed_taps);
   if (a.bias != nullptr) load(static_cast<const T*>(a.bias) + c, bias);
   if (a.input_bias != nullptr) load(static_cast<const T*>(a.input_bias) + c, input_bias);
   constexpr Form FORM = Traits::kForm;
@@ -228,6 +230,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
   a.by_vectors = Divisor(static_cast<uint32_t>(ceil_div(p.channels, cut.channels)));
   a.by_groups = Divisor(static_cast<uint32_t>(ceil_div(p.out_w, Traits::kColumns)));
   a.by_strips = Divisor(static_cast<uint32_t>(ceil_div(p.out_h, cut.rows)));
+  a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
   const auto blocks = static_cast<unsigned>(ceil_div(a.threads, kThreads));
   kernel<Traits><<<blocks, kThreads, 0, stream>>>(a);

@@ -5,9 +5,11 @@
 
 namespace dwswap {
 
-// The weights of CHANNELS: TAPS of the first, then TAPS of the next.
+// The weights of CHANNELS: TAPS of the first, then TAPS of the next; each last one first, where
+// `reversed`.
 template <int CHANNELS, int TAPS, typename T>
-__device__ __forceinline__ void load_taps(const T* source, float (&taps)[CHANNELS][TAPS]) {
+__device__ __forceinline__ void load_taps(const T* source, float (&taps)[CHANNELS][TAPS],
+                                          bool reversed) {
 #pragma unroll
   for (int i = 0; i < CHANNELS * TAPS; i += CHANNELS) {
     float raw[CHANNELS];
@@ -15,6 +17,8 @@ __device__ __forceinline__ void load_taps(const T* source, float (&taps)[CHANNEL
 #pragma unroll
     for (int e = 0; e < CHANNELS; ++e) taps[(i + e) / TAPS][(i + e) % TAPS] = raw[e];
   }
+#pragma unroll
+  for (int c = 0; c < CHANNELS; ++c) reverse_where(reversed, taps[c]);
 }
 
 // words = N elements, where `wanted`; else they stay. Written as C++, the compiler moves what it

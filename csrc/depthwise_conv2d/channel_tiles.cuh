@@ -76,7 +76,7 @@ struct Arguments {
   uint32_t tile_bytes;      // the same, rounded up to the alignment of the weights behind it
   Divisor by_slices, by_tiles_w, by_tiles_h, by_pairs, by_groups_w;
   Divisor by_vectors, by_tile_w;
-  bool transforms_input;
+  bool transforms_input, reversed_taps;
   Activation input_activation, activation;
 };
 
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   if (idle) return;
 
   float taps[2][K * K];
-  load_taps(tile_taps + 2 * pair * (K * K), taps);
+  load_taps(tile_taps + 2 * pair * (K * K), taps, a.reversed_taps);
   constexpr Form IN_LOADS = Traits::kForm == Form::kAny ? Form::kPlain : Traits::kForm;
   float input_bias[2] = {};
   if (IN_LOADS != Form::kPlain && a.input_bias != nullptr)
@@ -365,7 +365,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int mul
   a.by_groups_w = Divisor(static_cast<uint32_t>(tile.groups_w));
   a.by_vectors = Divisor(static_cast<uint32_t>(tile_channels * sizeof(T) / reader.vector_bytes));
   a.by_tile_w = Divisor(static_cast<uint32_t>(tile_w));
-  a.transforms_input = p.transforms_input();
+  a.transforms_input = p.transforms_input(), a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
 
   const auto shared = static_cast<int>(a.tile_bytes + tile_channels * K * K * sizeof(T));

@@ -15,6 +15,9 @@ struct Family {
   bool (*covers)(const DepthwiseConv2dParams&);
   bool (*suits)(const DepthwiseConv2dParams&);
   cudaError_t (*launch)(const DepthwiseConv2dParams&, cudaStream_t);
+  bool reverses_taps;
+
+  Choice choice() const { return {name, launch, reverses_taps}; }
 };
 
 int64_t outputs_per_multiprocessor(const DepthwiseConv2dParams& p) {
@@ -76,16 +79,17 @@ bool suits_diagonal(const DepthwiseConv2dParams& p) {
 // In order of preference. The second lines of channel_direct and plane_strips are for what no other
 // fast family covers.
 constexpr Family kFamilies[] = {
-    {"toeplitz", covers_toeplitz, suits_toeplitz, launch_toeplitz},
-    {"diagonal", covers_diagonal, suits_diagonal, launch_diagonal},
-    {"channel_direct", covers_channel_direct, suits_channel_direct, launch_channel_direct},
-    {"channel_columns", covers_channel_columns, suits_channel_columns, launch_channel_columns},
-    {"channel_tiles", covers_channel_tiles, always, launch_channel_tiles},
-    {"channel_direct", covers_channel_direct, always, launch_channel_direct},
-    {"plane_strips", covers_plane_strips, suits_plane_strips, launch_plane_strips},
-    {"rolling_rows", covers_rolling_rows, always, launch_rolling_rows},
-    {"plane_strips", covers_plane_strips, always, launch_plane_strips},
-    {"general", always, always, launch_general},
+    {"toeplitz", covers_toeplitz, suits_toeplitz, launch_toeplitz, false},
+    {"diagonal", covers_diagonal, suits_diagonal, launch_diagonal, false},
+    {"channel_direct", covers_channel_direct, suits_channel_direct, launch_channel_direct, true},
+    {"channel_columns", covers_channel_columns, suits_channel_columns, launch_channel_columns,
+     true},
+    {"channel_tiles", covers_channel_tiles, always, launch_channel_tiles, true},
+    {"channel_direct", covers_channel_direct, always, launch_channel_direct, true},
+    {"plane_strips", covers_plane_strips, suits_plane_strips, launch_plane_strips, true},
+    {"rolling_rows", covers_rolling_rows, always, launch_rolling_rows, true},
+    {"plane_strips", covers_plane_strips, always, launch_plane_strips, true},
+    {"general", always, always, launch_general, false},
 };
 
 }  // namespace
@@ -97,7 +101,7 @@ Choice choose_forward(const DepthwiseConv2dParams& params) {
     bool known = false;
     for (const Family& family : kFamilies) {
       if (std::string_view(family.name) != wanted) continue;
-      if (family.covers(params)) return {family.name, family.launch};
+      if (family.covers(params)) return family.choice();
       known = true;
     }
     DWSWAP_CHECK(known, "DWSWAP_FAMILY must name a family of kernels, got '", wanted, "'");
@@ -105,7 +109,7 @@ Choice choose_forward(const DepthwiseConv2dParams& params) {
   const Family* family = kFamilies;
   // What suits is soon said; what is covered may take a search for a cut.
   while (!family->suits(params) || !family->covers(params)) ++family;
-  return {family->name, family->launch};
+  return family->choice();
 }
 
 }  // namespace dwswap

@@ -26,6 +26,9 @@ struct DepthwiseConv2dParams {
   Strides in_stride, out_stride;
 
   Activation input_activation, activation;
+  // Of every channel, last tap first: what the gradient of the input convolves with. Not every
+  // family has it; see Choice.
+  bool reversed_taps;
   DataType dtype;
   Layout in_layout, out_layout;
 
@@ -66,6 +69,7 @@ cudaError_t launch_general(const DepthwiseConv2dParams& params, cudaStream_t str
 struct Choice {
   const char* family;
   cudaError_t (*launch)(const DepthwiseConv2dParams&, cudaStream_t);
+  bool reverses_taps;  // where reversed_taps asks for it; other families do not look at that
 };
 Choice choose_forward(const DepthwiseConv2dParams& params);
 

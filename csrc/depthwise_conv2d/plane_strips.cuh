@@ -60,7 +60,7 @@ struct Arguments {
   bool bulk;    // copies by the copy engine
   bool ragged;  // threads share columns
   Form form;    // kRelu is kClamp
-  bool transforms_input;
+  bool transforms_input, reversed_taps;
   Activation input_activation, activation;
 };
 
@@ -388,6 +388,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * (KH * KW);
 #pragma unroll
       for (int i = 0; i < KH * KW; ++i) taps[i] = widen(weight[i]);
+      reverse_where(a.reversed_taps, taps);
       if (a.bias != nullptr) bias = widen(static_cast<const T*>(a.bias)[c]);
       if (a.input_bias != nullptr) input_bias = widen(static_cast<const T*>(a.input_bias)[c]);
     }
@@ -497,7 +498,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.ragged = p.out_w % Traits::kColumns != 0;
   const Form form = form_of(p);
   a.form = form == Form::kRelu ? Form::kClamp : form;
-  a.transforms_input = p.transforms_input();
+  a.transforms_input = p.transforms_input(), a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
 
   const auto function = kernel<Traits>;

@@ -44,7 +44,7 @@ struct Arguments {
   int dilation_h, dilation_w;  // of dilated kernels
   uint32_t threads;
   Divisor by_out_w, by_strips, by_channels;
-  bool transforms_input;
+  bool transforms_input, reversed_taps;
   Activation input_activation, activation;
 };
 
@@ -67,12 +67,10 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   const int iw = ow * S - a.padding_w;
 
   const auto* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(k) * K * K;
-  float taps[K][K];
+  float taps[K * K];
 #pragma unroll
-  for (int kh = 0; kh < K; ++kh) {
-#pragma unroll
-    for (int kw = 0; kw < K; ++kw) taps[kh][kw] = widen(weight[kh * K + kw]);
-  }
+  for (int i = 0; i < K * K; ++i) taps[i] = widen(weight[i]);
+  reverse_where(a.reversed_taps, taps);
   const float bias = a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[k]);
   const float input_bias =
       a.input_bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.input_bias)[k / a.multiplier]);
@@ -116,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
       const int kh = i - r * S;
       if (kh < 0 || kh >= K) continue;
 #pragma unroll
-      for (int kw = 0; kw < K; ++kw) sums[r] += x[i][kw] * taps[kh][kw];
+      for (int kw = 0; kw < K; ++kw) sums[r] += x[i][kw] * taps[kh * K + kw];
     }
   }
 
@@ -149,7 +147,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.threads = static_cast<uint32_t>(p.batch * p.out_channels() * strips * p.out_w);
   a.by_out_w = Divisor(static_cast<uint32_t>(p.out_w)), a.by_strips = Divisor(strips);
   a.by_channels = Divisor(static_cast<uint32_t>(p.out_channels()));
-  a.transforms_input = p.transforms_input();
+  a.transforms_input = p.transforms_input(), a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
   kernel<Traits><<<(a.threads + kThreads - 1) / kThreads, kThreads, 0, stream>>>(a);
   return cudaGetLastError();

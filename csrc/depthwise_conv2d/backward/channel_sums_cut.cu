@@ -5,6 +5,8 @@ namespace dwswap {
 namespace channel_sums {
 namespace {
 
+constexpr int kSectorBytes = 32;
+
 bool in_pairs(const GradientParams& p, uint64_t element_bytes) {
   const uint64_t places = static_cast<uint64_t>(p.channels) * element_bytes |
                           reinterpret_cast<uintptr_t>(p.grad_output) |
@@ -21,6 +23,9 @@ Cut choose_cut(const GradientParams& p, int multiprocessors) {
   const int64_t vectors = p.channels / cut.channels;
   cut.slices = static_cast<int>(ceil_div(vectors, kMostVectors));
   cut.vectors = static_cast<int>(ceil_div(vectors, cut.slices));
+  // Slices that begin within a sector of the cache would read it twice.
+  const int sector = kSectorBytes / (cut.channels * element_bytes);
+  if (vectors % sector == 0) cut.vectors = static_cast<int>(ceil_div(cut.vectors, sector)) * sector;
   cut.groups = kThreads / cut.vectors;
   Walks walks{};
   walks.columns = p.batch * p.dilation_h * p.dilation_w *

@@ -1,6 +1,7 @@
 // Stride 1: the gradient of the input is the convolution of grad_output with the flipped weight,
 //   grad_input[y] = sum_k grad_output[y + padding - dilation k] weight[k],
-// whose padding is dilation (kernel - 1) - padding. Any forward family computes it.
+// whose padding is dilation (kernel - 1) - padding. Any forward family computes it; for those that
+// do not reverse the taps themselves the weight is copied.
 #include <cstdint>
 
 #include "common/integer.h"
@@ -57,28 +58,33 @@ bool covers_flipped(const GradientParams& p) {
 
 DepthwiseConv2dParams flipped_convolution(const GradientParams& p) {
   DepthwiseConv2dParams f = p;
-  f.input = p.grad_output, f.weight = p.workspace, f.output = p.grad_input;
+  f.input = p.grad_output, f.weight = p.weight, f.output = p.grad_input;
   f.bias = f.input_bias = nullptr;
   f.in_h = p.out_h, f.in_w = p.out_w, f.in_stride = p.out_stride;
   f.out_h = p.in_h, f.out_w = p.in_w, f.out_stride = p.in_stride;
   f.padding_h = p.dilation_h * (p.kernel_h - 1) - p.padding_h;
   f.padding_w = p.dilation_w * (p.kernel_w - 1) - p.padding_w;
   f.input_activation = f.activation = Activation::kNone;
+  f.reversed_taps = true;
   return f;
 }
 
 int64_t flipped_workspace_bytes(const GradientParams& p) {
+  if (choose_forward(flipped_convolution(p)).reverses_taps) return 0;
   return p.channels * p.taps() * element_bytes(p.dtype);
 }
 
 cudaError_t launch_flipped(const GradientParams& p, cudaStream_t stream) {
+  DepthwiseConv2dParams convolution = flipped_convolution(p);
+  const Choice choice = choose_forward(convolution);
+  if (choice.reverses_taps) return choice.launch(convolution, stream);
   const int64_t bytes = element_bytes(p.dtype);
   const cudaError_t status = bytes == 2   ? flip<uint16_t>(p, stream)
                              : bytes == 4 ? flip<uint32_t>(p, stream)
                                           : flip<uint64_t>(p, stream);
   if (status != cudaSuccess) return status;
-  const DepthwiseConv2dParams convolution = flipped_convolution(p);
-  return choose_forward(convolution).launch(convolution, stream);
+  convolution.weight = p.workspace;
+  return choice.launch(convolution, stream);
 }
 
 }  // namespace dwswap
