@@ -5,7 +5,8 @@ costs is mostly not the kernels: capture, instantiation and the outputs' memory 
 estimated, and the samples ``budget`` seconds (15 ms). So inputs are windows of one pool of random
 numbers per dtype, and a copy is measured once per number of bytes. The 368 shapes in three dtypes
 and two layouts make 4416 measurements (about 2.5 minutes), 500 copies, 2208 checks, 2000 plans that
-cuDNN builds, and a second look where we are about as fast as PyTorch: five minutes in all.
+cuDNN builds, and a second look where we are about as fast as PyTorch: five minutes and more on one
+GPU; ``dwswap.bench.side_by_side`` spreads them over several.
 """
 
 from __future__ import annotations
