@@ -1,14 +1,14 @@
-"""What a check of numbers must switch off while it runs."""
+"""What PyTorch computes convolutions with, and what a check of numbers must switch off."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["float32_convolutions", "precision"]
+__all__ = ["algorithms", "float32_convolutions", "precision", "use_algorithms"]
 
 
 @contextmanager
@@ -18,17 +18,12 @@ def float32_convolutions() -> Iterator[None]:
     By default cuDNN rounds their inputs to TF32, with 10 bits of mantissa. PyTorch's own error is
     the measure of ours, and with that rounding in it the measure would let nearly everything pass.
     """
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
-    backends = (cudnn.conv, cudnn.rnn, matmul)
-    before = [backend.fp32_precision for backend in backends]
+    before = _float32()
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        _use_float32(["ieee"] * len(before))
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        _use_float32(before)
 
 
 def precision() -> dict[str, str]:
@@ -36,3 +31,36 @@ def precision() -> dict[str, str]:
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     return {"convolutions": cudnn.conv.fp32_precision, "products": matmul.fp32_precision}
+
+
+def algorithms() -> dict[str, Any]:
+    """The switches of PyTorch that choose among its kernels: picklable, for ``use_algorithms``."""
+    cudnn: Any = torch.backends.cudnn
+    return {
+        "cudnn": {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")},
+        "float32": _float32(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+    }
+
+
+def use_algorithms(chosen: dict[str, Any]) -> None:
+    """Set what ``algorithms`` returned in another process: they are not in the environment."""
+    for name, value in chosen["cudnn"].items():
+        setattr(torch.backends.cudnn, name, value)
+    _use_float32(chosen["float32"])
+    torch.use_deterministic_algorithms(chosen["deterministic"], warn_only=chosen["warn_only"])
+
+
+def _float32() -> list[str]:
+    return [backend.fp32_precision for backend in _float32_backends()]
+
+
+def _use_float32(precisions: Sequence[str]) -> None:
+    for backend, precision in zip(_float32_backends(), precisions, strict=True):
+        backend.fp32_precision = precision
+
+
+def _float32_backends() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul

@@ -70,7 +70,8 @@ tests torchvision-outputs tests/test_torchvision.py -k test_outputs
 tests torchvision tests/test_torchvision.py -k "not test_outputs"
 wait
 if [ ${#gpus[@]} -gt 1 ]; then
-  tests_alone several-gpus tests/gpu/test_reliability.py tests/test_composition.py -k "two_ or not_the_current"
+  tests_alone several-gpus tests/gpu/test_reliability.py tests/test_composition.py \
+    tests/test_side_by_side.py -k "two_ or not_the_current"
 fi
 # These compare times, and the first has a test of two GPUs.
 tests_alone cuda-graph tests/gpu/test_gpu_cuda_graph.py

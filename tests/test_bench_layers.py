@@ -219,7 +219,7 @@ def test_a_copy_is_measured_once_per_size(monkeypatch):
 
     monkeypatch.setattr(layers, "time_copy", spy)
     subject = bench(copies={4 * 2 * 6 * 88: 1.25})
-    found = list(subject.run([SHAPE], ["float32", "float16", "bfloat16"], ["contiguous"]))
+    found = [subject.measure(SHAPE, dtype, "contiguous") for dtype in layers.DTYPES]
     assert sizes == [2 * 2 * 6 * 88]
     assert found[0].copy_us == 1.25
     assert found[1].copy_us == found[2].copy_us

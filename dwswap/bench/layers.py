@@ -5,14 +5,15 @@ costs is mostly not the kernels: capture, instantiation and the outputs' memory 
 estimated, and the samples ``budget`` seconds (15 ms). So inputs are windows of one pool of random
 numbers per dtype, and a copy is measured once per number of bytes. The 368 shapes in three dtypes
 and two layouts make 4416 measurements (about 2.5 minutes), 500 copies, 2208 checks, 2000 plans that
-cuDNN builds, and a second look where we are about as fast as PyTorch: five minutes in all.
+cuDNN builds, and a second look where we are about as fast as PyTorch: five minutes and more on one
+GPU; ``dwswap.bench.side_by_side`` spreads them over several.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from dwswap.activations import ACTIVATIONS
 from dwswap.bench.gradient_results import Measured
-from dwswap.bench.layer_results import Key, LayerResult, Skipped
+from dwswap.bench.layer_results import LayerResult, Skipped
 from dwswap.bench.shapes import LayerShape
 from dwswap.bench.timing import buffers_needed, time_copy, time_launches
 from dwswap.ops import depthwise_conv2d
@@ -100,21 +101,6 @@ class LayerBench:
         self.copies = dict(copies or {})
         self._pool = torch.empty(0)
         self._generator = torch.Generator(device).manual_seed(0)
-
-    def run(
-        self,
-        shapes: Sequence[LayerShape],
-        dtypes: Sequence[str],
-        layouts: Sequence[str],
-        done: Collection[Key] = (),
-    ) -> Iterator[Any]:
-        """``measure`` all shapes in all dtypes and layouts but those in ``done``, one by one."""
-        done = set(done)
-        for dtype in dtypes:
-            for layout in layouts:
-                for shape in shapes:
-                    if (shape.index, dtype, layout) not in done:
-                        yield self.measure(shape, dtype, layout)
 
     @torch.no_grad()
     def measure(self, shape: LayerShape, dtype: str, layout: str) -> Measured:

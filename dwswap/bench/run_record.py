@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,6 +116,12 @@ class RunRecord:
         """
         write_text(self.partial, self._text(self._head))
         self._saved = time.monotonic()
+
+    def arrange(self, keys: Sequence[Hashable]) -> None:
+        """Put the rows of each list into the order of ``keys``; those of other keys go last."""
+        places = {key: place for place, key in enumerate(keys)}
+        for rows in self.rows.values():
+            rows.sort(key=lambda row: places.get(row.key, len(places)))
 
     def finish(self) -> None:
         """Write the complete record, with its summary, and remove the partial file.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dwswap.cli.common import CliError, output_folder
 __all__ = [
     "add_run_options",
     "bench_device",
+    "bench_devices",
     "device_name",
     "introduce",
     "print_table",
@@ -81,6 +82,34 @@ def bench_device(name: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def bench_devices(name: str | None, gpus: int) -> list[torch.device]:
+    """The device that ``--device`` asks for, or the first of several GPUs of one kind.
+
+    Args:
+        name: see ``bench_device``.
+        gpus: how many to measure on, at least 1.
+
+    Raises:
+        CliError: there are not that many, or they are of different kinds.
+    """
+    device = bench_device(name)
+    if gpus == 1:
+        return [device]
+    if device.type != "cuda":
+        raise CliError(f"--gpus must be left out with --device {device}, got {gpus}")
+    visible = torch.cuda.device_count()
+    if gpus > visible:
+        raise CliError(f"--gpus must be at most {visible}, the GPUs that torch sees, got {gpus}")
+    devices = [torch.device("cuda", index) for index in range(gpus)]
+    names = list(map(device_name, devices))
+    if len(set(names)) > 1:
+        raise CliError(
+            f"--gpus {gpus} needs GPUs of one kind, got {', '.join(names)}: choose some with "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return devices
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
@@ -120,11 +149,12 @@ def introduce(out: Console, what: str, device: str) -> None:
 
 
 @contextmanager
-def run_saved(out: Console, record: RunRecord, keys: Collection[Any]) -> Iterator[Progress]:
+def run_saved(out: Console, record: RunRecord, keys: Sequence[Any]) -> Iterator[Progress]:
     """A progress bar for the time of measuring; what is done is saved however that ends.
 
     Args:
-        keys: of the rows that the whole run will have. With all of them the record is finished.
+        keys: of the rows that the whole run will have, in the order of the finished record. With
+            all of them it is finished.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -146,6 +176,7 @@ def run_saved(out: Console, record: RunRecord, keys: Collection[Any]) -> Iterato
             done = len(record.done)
             say(out, f"{done} of {len(keys)} are in {record.partial}: --resume goes on")
     if complete:
+        record.arrange(keys)
         record.finish()
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from dwswap.activations import ACTIVATIONS
@@ -20,9 +23,10 @@ from dwswap.bench.layer_summary import copy_rows, speedup_rows
 from dwswap.bench.layers import DTYPES, LAYOUTS, LayerBench
 from dwswap.bench.run_record import switches
 from dwswap.bench.shapes import FIELDS, LayerShape, select, torchvision_shapes
+from dwswap.bench.side_by_side import Job, WorkerDied, measure_side_by_side
 from dwswap.cli.bench_common import (
     add_run_options,
-    bench_device,
+    bench_devices,
     device_name,
     introduce,
     print_table,
@@ -77,6 +81,13 @@ def add_parser(targets: Any) -> None:
         action="store_true",
         help="time the gradient of the input, that of the weight, and forward with both",
     )
+    parser.add_argument(
+        "--gpus",
+        type=positive,
+        metavar="N",
+        default=1,
+        help="measure on N GPUs of one kind side by side, each shape on one (default: 1)",
+    )
     add_run_options(parser, budget=0.015, measurements="a whole run has 5000 of them")
     parser.set_defaults(run=run)
 
@@ -84,8 +95,8 @@ def add_parser(targets: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, save, print the summary; 0, or 1 where a check failed or nothing was measured."""
     out = console()
-    device = bench_device(args.device)
-    cuda = device.type == "cuda"
+    devices = bench_devices(args.device, args.gpus)
+    cuda = devices[0].type == "cuda"
     shapes = _shapes(args.select)
     dtypes = list(dict.fromkeys(args.dtype or (DTYPES if cuda else ["float32"])))
     layouts = list(dict.fromkeys(args.layout or LAYOUTS))
@@ -95,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     asked_for_all = args.select is None and args.activation == "none"
     whole = cuda and asked_for_all and not switches()
     whole = whole and (set(dtypes), set(layouts)) == (set(DTYPES), set(LAYOUTS))
-    name = device_name(device)
+    name = device_name(devices[0])
 
     path = record_file(
         args.output, "gradients" if args.backward else "layers", name, f"-n{batch}", whole=whole
@@ -107,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         "select": args.select,
         "activation": args.activation,
         "budget": args.budget,
+        "gpus": len(devices) if cuda else 0,
         "reduced": not cuda,
     }
     record: LayerRecord | GradientRecord
@@ -117,17 +129,21 @@ def run(args: argparse.Namespace) -> int:
         record = LayerRecord(path, device=name, settings=settings, whole=whole, targets=targets)
     start_or_resume(record, args.resume)
     what = f"{len(shapes)} shapes, N = {batch}, {', '.join(dtypes)}, {', '.join(layouts)}"
+    if len(devices) > 1:
+        what += f", {len(devices)} GPUs side by side"
     introduce(out, what, name)
 
-    bench = (GradientBench if args.backward else LayerBench)(
-        device,
+    make = partial(
+        GradientBench if args.backward else LayerBench,
         batch=batch,
         activation=args.activation,
         budget=args.budget,
-        copies=record.copies,
+        # The record does not say which of several GPUs measured a row.
+        copies=record.copies if len(devices) == 1 else None,
     )
+    jobs = [(s, dtype, layout) for dtype in dtypes for layout in layouts for s in shapes]
     try:
-        _measure(out, bench, record, shapes, dtypes, layouts, each=args.each)
+        _measure(out, make, devices, record, jobs, each=args.each)
         saved = [record.path]
         if record.results:
             title = f"Depthwise convolutions of torchvision, N = {batch}, on {name}"
@@ -136,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
             saved += _pictures(out, record, title)
     except OSError as error:
         raise CliError(f"cannot write the results: {error}") from error
+    except WorkerDied as error:
+        raise CliError(str(error)) from error
     _print(out, record)
     say(out, f"saved: {', '.join(map(str, saved))}")
     return _verdict(out, record)
@@ -157,20 +175,23 @@ def _pictures(out: Console, record: LayerRecord | GradientRecord, title: str) ->
 
 def _measure(
     out: Console,
-    bench: LayerBench,
+    make: Callable[[torch.device], LayerBench],
+    devices: list[torch.device],
     record: LayerRecord | GradientRecord,
-    shapes: list[LayerShape],
-    dtypes: list[str],
-    layouts: list[str],
+    jobs: list[Job],
     *,
     each: bool,
 ) -> None:
     """Fill ``record``, with a progress bar; what is done is saved however this ends."""
     done = record.done
-    keys = {(s.index, dtype, layout) for s in shapes for dtype in dtypes for layout in layouts}
-    with run_saved(out, record, keys) as progress:
-        task = progress.add_task("measuring", total=len(keys), completed=len(done))
-        for entry in bench.run(shapes, dtypes, layouts, done):
+    by_key = {(shape.index, dtype, layout): (shape, dtype, layout) for shape, dtype, layout in jobs}
+    left = [job for key, job in by_key.items() if key not in done]
+    with (
+        run_saved(out, record, list(by_key)) as progress,
+        closing(measure_side_by_side(make, devices, left)) as entries,
+    ):
+        task = progress.add_task("measuring", total=len(jobs), completed=len(done))
+        for entry in entries:
             record.add(entry)
             what = f"{entry.dtype} {entry.layout} {'x'.join(map(str, entry.shape))}"
             progress.update(task, advance=1, description=f"{what:<44}")
