@@ -23,6 +23,7 @@ __all__ = [
     "RUNNERS",
     "Runner",
     "chosen_peers",
+    "eager",
     "optimize_with",
     "takes",
 ]
@@ -89,7 +90,8 @@ def captured(model: Forward, argument: Any) -> Forward:
     return replay
 
 
-def _eager(model: nn.Module, argument: Any) -> Forward:
+def eager(model: nn.Module, argument: Any) -> Forward:
+    """The builder of PyTorch's own: the model as it is."""
     return model
 
 
@@ -124,8 +126,8 @@ EAGER = ("eager_nchw", "eager_channels_last")
 RUNNERS: dict[str, Runner] = {
     "dwswap": Runner("dwswap", _ours),
     "dwswap_graph": Runner("dwswap, cuda_graph", _ours_in_graph, cuda=True),
-    "eager_nchw": Runner("eager NCHW", _eager, layout="contiguous"),
-    "eager_channels_last": Runner("eager channels_last", _eager, layout="channels_last"),
+    "eager_nchw": Runner("eager NCHW", eager, layout="contiguous"),
+    "eager_channels_last": Runner("eager channels_last", eager, layout="channels_last"),
     "eager_graph": Runner("eager, CUDA graph", captured, cuda=True),
     "fx_fuse": Runner("fx fuse", _fused),
     "compile": Runner("compile", _compiled(None), compiled=True),

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dwswap.bench.model_peers import OURS, RUNNERS
 from dwswap.bench.model_results import ModelResult
 from dwswap.bench.model_summary import LAYOUT_NAMES
-from dwswap.bench.model_targets import target
 
 __all__ = ["plot"]
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too.
 COLOURS = {
+    "eager": "#999999",
     "eager_nchw": "#999999",
     "eager_channels_last": "#000000",
     "eager_graph": "#56b4e9",
@@ -31,13 +30,14 @@ LEGEND_INCHES = 2.4
 
 
 def plot(results: Sequence[ModelResult], path: Path, title: str) -> Path:
-    """Draw the speed-up of the better of ours over each peer, and save it as PNG.
+    """Draw ``best_speedup`` over each peer, and save it as PNG.
 
-    A panel per batch size, dtype and layout; a group of bars per model; a red mark where a target
-    is.
+    A panel per dtype, layout and batch size; a group of bars per model; a red mark where a target
+    is. Without ``by_batch`` the batch size stands with the
+    model instead.
 
     Args:
-        results: at least one with a peer that ran.
+        results: at least one with a peer that ran, all of one class.
         path: the file, replaced where it exists.
         title: a line on top.
 
@@ -48,11 +48,17 @@ def plot(results: Sequence[ModelResult], path: Path, title: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    kind = type(results[0])
     panels: dict[str, list[ModelResult]] = {}
     for result in sorted(results, key=lambda r: (r.dtype, r.layout, r.batch)):
-        name = f"{result.dtype} {LAYOUT_NAMES[result.layout]}, batch {result.batch}"
+        name = f"{result.dtype} {LAYOUT_NAMES[result.layout]}"
+        name += f", batch {result.batch}" if kind.by_batch else ""
         panels.setdefault(name, []).append(result)
-    peers = [p for p in COLOURS if any(r.best_speedup(p) is not None for r in results)]
+    peers = [
+        name
+        for name in COLOURS
+        if name in kind.runners and any(r.best_speedup(name) is not None for r in results)
+    ]
     bars = max(len(rows) for rows in panels.values()) * (len(peers) + 1)
     figure = Figure(figsize=(max(8.0, 3 + 0.17 * bars), 1 + 3.4 * len(panels)))
     figure.set_layout_engine("constrained")
@@ -62,7 +68,7 @@ def plot(results: Sequence[ModelResult], path: Path, title: str) -> Path:
         _bars(panel, rows, peers)
         panel.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=13)
-    _legend(figure, peers)
+    _legend(figure, kind, peers)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, format="png")
     return path
@@ -73,7 +79,7 @@ def _bars(panel: Any, rows: list[ModelResult], peers: list[str]) -> None:
     for index, peer in enumerate(peers):
         shift = (index - (len(peers) - 1) / 2) * width
         for place, result in enumerate(rows):
-            height, goal = result.best_speedup(peer), target(result.case, peer)
+            height, goal = result.best_speedup(peer), result.goal(peer)
             x = place + shift
             if height is not None:
                 panel.bar(x, height, width, color=COLOURS[peer], edgecolor="white", linewidth=0.4)
@@ -86,7 +92,7 @@ def _bars(panel: Any, rows: list[ModelResult], peers: list[str]) -> None:
     crowded = len(rows) > 10
     panel.set_xticks(
         range(len(rows)),
-        [result.model for result in rows],
+        [r.model if r.by_batch else f"{r.model}, batch {r.batch}" for r in rows],
         rotation=60 if crowded else 0,
         ha="right" if crowded else "center",
         fontsize=8,
@@ -95,13 +101,12 @@ def _bars(panel: Any, rows: list[ModelResult], peers: list[str]) -> None:
     panel.set_axisbelow(True)
 
 
-def _legend(figure: Any, peers: list[str]) -> None:
+def _legend(figure: Any, kind: type[ModelResult], peers: list[str]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    ours = " or ".join(RUNNERS[name].title for name in OURS)
     handles: list[Any] = [
-        Patch(color=COLOURS[peer], label=f"over {RUNNERS[peer].title}") for peer in peers
+        Patch(color=COLOURS[peer], label=f"over {kind.runners[peer].title}") for peer in peers
     ]
     handles.append(Line2D([], [], color=TARGET, label="target"))
     figure.legend(
@@ -109,5 +114,5 @@ def _legend(figure: Any, peers: list[str]) -> None:
         loc="outside lower center",
         ncols=max(1, int(figure.get_figwidth() / LEGEND_INCHES)),
         fontsize=8,
-        title=f"the faster of {ours}",
+        title=kind.basis,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dwswap.bench.model_cases import Case
 from dwswap.bench.model_results import ModelResult
@@ -15,11 +15,19 @@ __all__ = ["ModelRecord"]
 
 
 class ModelRecord(RunRecord):
-    """What was measured of models; see ``RunRecord`` for the files and the arguments."""
+    """What was measured of models; see ``RunRecord`` for the files and the arguments.
+
+    Attributes:
+        kind: of the record, and the start of the file's name.
+        row: the class of a result.
+    """
+
+    kind: ClassVar[str] = "models"
+    row: ClassVar[type[ModelResult]] = ModelResult
 
     def __init__(self, path: Path, *, device: str, settings: dict[str, Any]) -> None:
-        lists = {"results": ModelResult.from_dict}
-        super().__init__("models", path, lists, device=device, settings=settings)
+        lists = {"results": self.row.from_dict}
+        super().__init__(self.kind, path, lists, device=device, settings=settings)
 
     @property
     def results(self) -> list[ModelResult]:
@@ -35,4 +43,8 @@ class ModelRecord(RunRecord):
         return [case for case in cases if case not in done]
 
     def conclusion(self) -> dict[str, Any]:
-        return {"markdown": markdown(self.results)}
+        return {"markdown": self.markdown()}
+
+    def markdown(self) -> list[str]:
+        """The tables for the README."""
+        return markdown(self.results)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from dwswap.bench.kernel_families import FamilyTime
 from dwswap.bench.model_cases import Case
-from dwswap.bench.model_peers import EAGER, OURS
+from dwswap.bench.model_peers import EAGER, OURS, RUNNERS, Runner
+from dwswap.bench.model_targets import target
 
 __all__ = ["Measured", "ModelResult"]
+
+Result = TypeVar("Result", bound="ModelResult")
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,16 @@ class Measured:
 
     Attributes:
         name: see ``dwswap.bench.model_peers.RUNNERS``.
-        us: microseconds per forward, as ``dwswap.bench.latency.time_stream`` has them.
+        us: microseconds per call, as ``dwswap.bench.latency.time_stream`` has them.
         images_per_second: batch size / time.
         speedups: how many times faster each of ours is, measured in turns with this one.
         build_s: seconds that ``optimize``, ``fuse`` or a capture took.
         first_call_s: seconds of the first call, in which ``torch.compile`` compiles.
-        peak_bytes: weights, temporaries and output of a call; None on the CPU.
+        peak_bytes: weights, temporaries and results of a call; None on the CPU.
         error: largest deviation from float64, relative to the largest value; None where the number
             of outputs depends on the data.
         error_ratio: to the error of the eager model in the user's layout.
+        loss_error: of the loss of a training step, relative to that in float64; None for forwards.
         note: what a reader must know.
         reason: why it failed.
     """
@@ -41,15 +45,22 @@ class Measured:
     peak_bytes: int | None = None
     error: float | None = None
     error_ratio: float | None = None
+    loss_error: float | None = None
     note: str | None = None
     reason: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One model at one batch size, dtype and layout.
+    """Forwards of one model at one batch size, dtype and layout.
 
     Attributes:
+        runners: what the names of ``runs`` mean.
+        ours: names of ours, the plain one first.
+        ours_heads: one per name in ``ours``, for tables.
+        eager: names of the eager ones that ``"eager"`` stands for.
+        basis: what is how many times faster in the picture.
+        by_batch: whether models have several batch sizes, a panel of the picture each.
         summary: of the report of ``optimize``.
         error_limit: twice eager's error and a unit in the last place.
         runs: ours first, then the peers.
@@ -57,6 +68,13 @@ class ModelResult:
         problem: why nothing could be measured.
         passed: ours ran, with errors within the limit.
     """
+
+    runners: ClassVar[Mapping[str, Runner]] = RUNNERS
+    ours: ClassVar[tuple[str, ...]] = OURS
+    ours_heads: ClassVar[tuple[str, ...]] = ("dwswap", "cuda_graph")
+    eager: ClassVar[tuple[str, ...]] = EAGER
+    basis: ClassVar[str] = f"the faster of {' or '.join(RUNNERS[name].title for name in OURS)}"
+    by_batch: ClassVar[bool] = True
 
     model: str
     batch: int
@@ -72,8 +90,12 @@ class ModelResult:
 
     @classmethod
     def from_dict(
-        cls, *, runs: Iterable[dict[str, Any]], profile: Iterable[dict[str, Any]], **row: Any
-    ) -> ModelResult:
+        cls: type[Result],
+        *,
+        runs: Iterable[dict[str, Any]],
+        profile: Iterable[dict[str, Any]],
+        **row: Any,
+    ) -> Result:
         """From the keyword arguments that ``to_dict`` made."""
         return cls(
             runs=[Measured(**run) for run in runs],
@@ -102,14 +124,18 @@ class ModelResult:
         Args:
             peer: a name, or ``"eager"``.
         """
-        names = EAGER if peer == "eager" else (peer,)
+        names = self.eager if peer == "eager" else (peer,)
         found = [run.speedups for run in self.runs if run.name in names and run.us is not None]
         return {
             ours: min(speedups[ours] for speedups in found)
-            for ours in OURS
+            for ours in self.ours
             if found and all(ours in speedups for speedups in found)
         }
 
     def best_speedup(self, peer: str) -> float | None:
         """That of the faster of ours."""
         return max(self.speedups(peer).values(), default=None)
+
+    def goal(self, peer: str) -> float | None:
+        """What ``best_speedup`` should be; None where there is no aim."""
+        return target(self.case, peer)

@@ -7,6 +7,7 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from dwswap.bench.layers import DTYPES, LAYOUTS
 from dwswap.bench.model_cases import Case
+from dwswap.bench.model_peers import Runner
 from dwswap.bench.model_results import Measured
 
 __all__ = ["Run", "Subject", "collect", "detects"]
@@ -72,6 +74,39 @@ class Subject:
         """The rule for numbers: twice eager's error, and a unit in the last place."""
         return 2 * self.eager_error + torch.finfo(DTYPES[self.case.dtype]).eps
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What the result says of how large errors may be."""
+        return {"error_limit": self.limit}
+
+    def accepts(self, run: Measured) -> bool:
+        """Whether its errors, where they are known, are within the limits."""
+        return run.error is None or run.error <= self.limit
+
+    def layout(self, runner: Runner) -> torch.memory_format:
+        """That of the model and the images for ``runner``."""
+        return LAYOUTS[runner.layout or self.case.layout]
+
+    def argument(self, runner: Runner) -> Any:
+        """What a model is called with: the images in the layout for ``runner``."""
+        images = self.images.contiguous(memory_format=self.layout(runner))
+        return list(images) if self.detects else images
+
+    def call(self, forward: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
+        """What is timed of ``forward``, which was built to be called with ``argument``."""
+        return partial(forward, argument)
+
+    def check(self, run: Run, runner: Runner, forward: Callable[[Any], Any]) -> None:
+        """Put the errors of ``run`` into it; raises what the model raises.
+
+        Args:
+            run: warm.
+            runner: what it was built by.
+            forward: what was built.
+        """
+        if run.call is not None:
+            run.error = self.error(forward, run.call)
+
     def compared(self, forward: Any) -> Any:
         """What is compared of a way to run the model: all of it, or the features."""
         return forward.backbone if self.detects else forward
@@ -124,6 +159,7 @@ class Run:
     first_call_s: float | None = None
     peak_bytes: int | None = None
     error: float | None = None
+    loss_error: float | None = None
     slow: bool = False
     summary: str = ""
     note: str | None = None
@@ -132,7 +168,7 @@ class Run:
     def measured(
         self, subject: Subject, us: float | None, speedups: dict[str, float] | None = None
     ) -> Measured:
-        """With the time per forward, where it has one, in microseconds."""
+        """With the time per call, where it has one, in microseconds."""
         eager = subject.eager_error
         return Measured(
             self.name,
@@ -144,6 +180,7 @@ class Run:
             peak_bytes=self.peak_bytes,
             error=self.error,
             error_ratio=None if self.error is None or not eager else self.error / eager,
+            loss_error=self.loss_error,
             note=self.note,
             reason=self.reason,
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dwswap.bench.model_peers import EAGER, OURS, RUNNERS
+from dwswap.bench.model_peers import EAGER, OURS
 from dwswap.bench.model_results import Measured, ModelResult
-from dwswap.bench.model_targets import ERROR_RATIO, OPTIMIZE_SECONDS, target
+from dwswap.bench.model_targets import ERROR_RATIO, OPTIMIZE_SECONDS
 from dwswap.bench.tables import Cells, markdown_table
 
 __all__ = ["case_rows", "markdown", "profile_rows", "speedup_rows"]
@@ -16,28 +16,28 @@ LAYOUT_NAMES = {"contiguous": "NCHW", "channels_last": "channels_last"}
 
 def case_rows(result: ModelResult) -> Cells:
     """Every figure of one case, a row per way to run it."""
-    heads = ["run by", "ms", "images/s", "dwswap faster", "cuda_graph faster", "build s"]
-    heads += ["first call s", "peak MB", "error", "of eager's", "note"]
-    eager = [run.peak_bytes for run in result.runs if run.name in EAGER and run.peak_bytes]
+    heads = ["run by", "ms", "images/s", *(f"{head} faster" for head in result.ours_heads)]
+    heads += ["build s", "first call s", "peak MB", "error", "of eager's", "note"]
+    eager = [run.peak_bytes for run in result.runs if run.name in result.eager and run.peak_bytes]
     rows = []
     for run in result.runs:
-        goal = target(result.case, run.name)
+        goal = result.goal(run.name)
         best = result.best_speedup(run.name)
-        ours = run.name in OURS
+        ours = run.name in result.ours
         rows.append(
             [
-                (RUNNERS[run.name].title, False),
+                (result.runners[run.name].title, False),
                 (_ms(run.us), False),
                 (_number(run.images_per_second, ",.0f"), False),
                 *(
                     (_number(run.speedups.get(name), ".2f"), _below(best, goal) and not ours)
-                    for name in OURS
+                    for name in result.ours
                 ),
                 (_number(run.build_s, ".1f"), ours and _above(run.build_s, OPTIMIZE_SECONDS)),
                 (_number(run.first_call_s, ".1f"), False),
                 (
                     "" if run.peak_bytes is None else f"{run.peak_bytes / 1e6:,.0f}",
-                    run.name == OURS[0] and _above(run.peak_bytes, min(eager, default=None)),
+                    run.name == result.ours[0] and _above(run.peak_bytes, min(eager, default=None)),
                 ),
                 (_number(run.error, ".1e"), False),
                 (_number(run.error_ratio, ".2f"), ours and _above(run.error_ratio, ERROR_RATIO)),
@@ -63,16 +63,22 @@ def profile_rows(result: ModelResult) -> Cells:
     return heads, rows
 
 
-def speedup_rows(results: Sequence[ModelResult]) -> Cells:
-    """A row per case: our times, and the speed-up over each peer without / with a CUDA graph."""
+def speedup_rows(results: Sequence[ModelResult], kind: type[ModelResult] = ModelResult) -> Cells:
+    """A row per case: the times of ours, and the speed-up of each of ours over each peer.
+
+    Args:
+        kind: of the results.
+    """
     peers = [
-        name for name in RUNNERS if name not in OURS and any(result.run(name) for result in results)
+        name
+        for name in kind.runners
+        if name not in kind.ours and any(result.run(name) for result in results)
     ]
-    heads = ["model", "batch", "dtype", "layout", "dwswap ms", "cuda_graph ms", "images/s"]
-    heads += [f"over {RUNNERS[name].title}" for name in peers]
+    heads = ["model", "batch", "dtype", "layout", *(f"{head} ms" for head in kind.ours_heads)]
+    heads += ["images/s", *(f"over {kind.runners[name].title}" for name in peers)]
     rows = []
     for result in results:
-        runs = [result.run(name) for name in OURS]
+        runs = [result.run(name) for name in kind.ours]
         rates = [run.images_per_second for run in runs if run and run.images_per_second]
         rows.append(
             [
@@ -125,13 +131,13 @@ def _speedup(result: ModelResult, peer: str) -> tuple[str, bool]:
     """The speed-ups of ours over a peer, and the target where it has one of its own."""
     speedups = result.speedups(peer)
     if not speedups:
-        runs: list[Measured | None] = [result.run(name) for name in (peer, *OURS)]
+        runs: list[Measured | None] = [result.run(name) for name in (peer, *result.ours)]
         return ("failed" if any(run is not None and run.reason for run in runs) else "", False)
-    goal = target(result.case, peer)
+    goal = result.goal(peer)
     text = " / ".join(f"{value:.2f}" for value in speedups.values())
-    if goal is not None and peer != "eager":
+    if goal not in (None, 1.0):
         text += f" ({goal:g})"
-    return text, _below(max(speedups.values()), goal)
+    return text, _below(result.best_speedup(peer), goal)
 
 
 def _ms(us: float | None) -> str:

@@ -6,8 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from dwswap.bench.kernel_families import profile
 from dwswap.bench.latency import MemoryMeter, synchronize, time_stream
 from dwswap.bench.layers import DTYPES, LAYOUTS
 from dwswap.bench.model_cases import Case
-from dwswap.bench.model_peers import OURS, RUNNERS, takes
+from dwswap.bench.model_peers import takes
 from dwswap.bench.model_results import Measured, ModelResult
 from dwswap.bench.model_subject import Run, Subject, collect, detects
 from dwswap.bench.random_weights import randomize
@@ -45,7 +44,12 @@ class ModelBench:
         budget: seconds of samples per measurement; each peer costs one, and one of each of ours.
         profiled: measure the time per kernel family of ours too.
         step: called with the name of what comes next.
+
+    Attributes:
+        result: the class of what is measured.
     """
+
+    result: ClassVar[type[ModelResult]] = ModelResult
 
     def __init__(
         self,
@@ -70,17 +74,15 @@ class ModelBench:
             subject = self._subject(case)
         except Exception as error:
             problem = f"the model itself: {_reason(error)}"
-            return ModelResult(*case, "", None, [], [], problem, passed=False)
-        # Only optimize itself can fall back where boxes are counted: a graph cannot.
-        graph = self.device.type == "cuda" and (takes("cuda_graph") or not subject.detects)
-        names = [name for name in OURS if graph or not RUNNERS[name].cuda]
-        ours = [self._prepare(subject, name) for name in names]
+            return self.result(*case, "", None, [], [], problem, passed=False)
+        ours = [self._prepare(subject, name) for name in self._ours(subject, peers)]
+        # Dynamo would keep a model and its graphs for a later call.
+        kept = any(self.result.runners[run.name].compiled for run in ours)
         times: dict[str, list[float]] = {run.name: [] for run in ours if run.call is not None}
         found = []
         for name in peers:
             found.append(self._against(subject, name, ours, times))
-            if RUNNERS[name].compiled:
-                # Dynamo would keep the model and its graphs for a later call.
+            if self.result.runners[name].compiled and not kept:
                 torch.compiler.reset()
         if not any(times.values()):
             self._time(ours, times)
@@ -92,17 +94,36 @@ class ModelBench:
         ]
         first = ours[0].call
         families = profile(first, self.device) if self.profiled and first is not None else []
+        if kept:
+            torch.compiler.reset()
         runs += found
-        passed = all(run.reason is None for run in runs if run.name in OURS) and all(
-            run.error <= subject.limit
-            for run in runs
-            if run.name.startswith("dwswap") and run.error is not None
+        passed = all(run.reason is None for run in runs if run.name in self.result.ours) and all(
+            subject.accepts(run) for run in runs if run.name.startswith("dwswap")
         )
-        return ModelResult(
-            *case, ours[0].summary, subject.limit, runs, families, None, passed=passed
+        return self.result(
+            *case,
+            ours[0].summary,
+            runs=runs,
+            profile=families,
+            problem=None,
+            passed=passed,
+            **subject.limits,
         )
 
+    def _ours(self, subject: Subject, peers: Sequence[str]) -> list[str]:
+        """Names of ours to measure next to ``peers``."""
+        # Only optimize itself can fall back where boxes are counted: a graph cannot.
+        graph = self.device.type == "cuda" and (takes("cuda_graph") or not subject.detects)
+        names, runners = self.result.ours, self.result.runners
+        return [name for name in names if graph or not runners[name].cuda]
+
     def _subject(self, case: Case) -> Subject:
+        """The model in the dtype and the layout of the case, in eval mode."""
+        model = copy.deepcopy(self._base(case)).to(DTYPES[case.dtype])
+        return Subject.make(model.to(memory_format=LAYOUTS[case.layout]), case, self.device)
+
+    def _base(self, case: Case) -> nn.Module:
+        """The model in float32 and eval mode, with random weights; to be copied."""
         self.step(f"{case.model}: weights, float64")
         if self._last is None or self._last[0] != case.model:
             torch.manual_seed(0)
@@ -114,27 +135,24 @@ class ModelBench:
             part: Any = base.backbone if detects(base) else base
             randomize(part, images)
             self._last = (case.model, base)
-        model = copy.deepcopy(self._last[1]).to(DTYPES[case.dtype])
-        return Subject.make(model.to(memory_format=LAYOUTS[case.layout]), case, self.device)
+        return self._last[1]
 
     def _prepare(self, subject: Subject, name: str) -> Run:
         """Build and warm up one way to run the model, and take its figures but the time."""
-        runner, case = RUNNERS[name], subject.case
+        runner, case = self.result.runners[name], subject.case
         self.step(f"{case.model} {case.batch} {case.dtype}: {runner.title}")
-        layout = LAYOUTS[runner.layout or case.layout]
         collect(self.device)
         try:
-            images = subject.images.contiguous(memory_format=layout)
-            argument = list(images) if subject.detects else images
+            argument = subject.argument(runner)
             meter = MemoryMeter(self.device)
-            model = copy.deepcopy(subject.model).to(memory_format=layout)
+            model = copy.deepcopy(subject.model).to(memory_format=subject.layout(runner))
             synchronize(self.device)
             start = time.perf_counter()
             forward = runner.build(model, argument)
             synchronize(self.device)
             built = time.perf_counter()
             del model
-            call = partial(forward, argument)
+            call = subject.call(forward, argument)
             call()
             synchronize(self.device)
             called = time.perf_counter()
@@ -146,10 +164,10 @@ class ModelBench:
                     call()
                 peak = meter.peak(call)
             run = Run(name, call, built - start, called - built, peak, slow=slow)
-            run.error = subject.error(forward, call)
+            subject.check(run, runner, forward)
         except Exception as error:
             return Run(name, reason=_reason(error))
-        if name in OURS and isinstance(forward, nn.Module):
+        if name == self.result.ours[0] and isinstance(forward, nn.Module):
             run.summary = report(forward).summary()
         if name == "dwswap_graph" and not takes("cuda_graph"):
             run.note = "captured by the benchmark: optimize has no cuda_graph yet"
