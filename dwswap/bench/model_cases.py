@@ -8,7 +8,18 @@ from typing import NamedTuple
 
 from dwswap.bench.shapes import torchvision_shapes
 
-__all__ = ["ACCEPTED", "BATCHES", "Case", "choose", "defaults", "depthwise_models", "product"]
+__all__ = [
+    "ACCEPTED",
+    "BATCHES",
+    "TRAINED",
+    "Case",
+    "choose",
+    "classifiers",
+    "defaults",
+    "depthwise_models",
+    "product",
+    "training_cases",
+]
 
 SIZE = 224
 BATCHES = (1, 32, 256)
@@ -22,6 +33,12 @@ ACCEPTED = (
     "convnext_tiny",
 )
 """The models that the targets of ``dwswap.bench.model_targets`` name."""
+
+TRAINED = {"mobilenet_v2": 256, "efficientnet_b0": 128}
+"""The models whose training has targets, with their batch sizes."""
+
+TRAINING_BATCH = 128
+"""Of every other model."""
 
 
 class Case(NamedTuple):
@@ -46,6 +63,14 @@ def depthwise_models() -> list[str]:
     return sorted({model for shape in torchvision_shapes() for model in shape.models})
 
 
+def classifiers() -> list[str]:
+    """Those of ``depthwise_models`` that are trained on one label per image."""
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    return [name for name in depthwise_models() if name in known]
+
+
 def product(
     models: Sequence[str],
     batches: Sequence[int],
@@ -68,6 +93,23 @@ def defaults(batches: Sequence[int] = BATCHES, size: int = SIZE) -> list[Case]:
     cases = product(ACCEPTED, batches, ["float16"], ["channels_last"], size)
     newcomer = product(["mobilenet_v2"], [max(batches)], ["float32"], ["contiguous"], size)
     return newcomer + cases
+
+
+def training_cases(
+    models: Sequence[str],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    layouts: Sequence[str],
+    size: int = SIZE,
+) -> list[Case]:
+    """As ``product``; without ``batches`` each model has its own of ``TRAINED``."""
+    return [
+        case
+        for model in dict.fromkeys(models)
+        for case in product(
+            [model], batches or [TRAINED.get(model, TRAINING_BATCH)], dtypes, layouts, size
+        )
+    ]
 
 
 def choose(cases: Sequence[Case], pattern: str) -> list[Case]:

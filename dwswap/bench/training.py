@@ -1,0 +1,31 @@
+"""Whole steps of training: ours next to PyTorch's, in turns in one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import ClassVar
+
+from dwswap.bench.layers import LAYOUTS
+from dwswap.bench.model_cases import Case
+from dwswap.bench.model_results import ModelResult
+from dwswap.bench.model_subject import Subject
+from dwswap.bench.models import ModelBench
+from dwswap.bench.training_results import TRAINING_PEERS, TrainingResult
+from dwswap.bench.training_subject import TrainingSubject
+
+__all__ = ["TrainingBench"]
+
+
+class TrainingBench(ModelBench):
+    """Measures steps of training instead of forwards; see ``ModelBench``."""
+
+    result: ClassVar[type[ModelResult]] = TrainingResult
+
+    def _ours(self, subject: Subject, peers: Sequence[str]) -> list[str]:
+        """The plain one, and the compiled one where the original is compiled too."""
+        return [ours for peer, ours in TRAINING_PEERS.items() if ours == "dwswap" or peer in peers]
+
+    def _subject(self, case: Case) -> Subject:
+        model = copy.deepcopy(self._base(case)).to(memory_format=LAYOUTS[case.layout])
+        return TrainingSubject.make(model.train(), case, self.device)

@@ -1,0 +1,71 @@
+"""One line of the record of ``dwswap bench models --train``, and what a step can be run by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dwswap.bench.model_peers import RUNNERS, Runner, eager
+from dwswap.bench.model_results import ModelResult
+from dwswap.bench.model_targets import training_target
+
+__all__ = ["TRAINERS", "TRAINING_PEERS", "TrainingResult", "training_peers"]
+
+TRAINERS: dict[str, Runner] = {
+    "dwswap": RUNNERS["dwswap"],
+    "dwswap_compile": RUNNERS["dwswap_compile"],
+    "eager": Runner("eager", eager),
+    "compile": RUNNERS["compile"],
+}
+"""As ``RUNNERS``, for models in train mode, all in the layout of the user's model."""
+
+TRAINING_PEERS = {"eager": "dwswap", "compile": "dwswap_compile"}
+"""Each peer with ours run as it is: that pair has a target."""
+
+
+def training_peers(asked: Sequence[str]) -> list[str]:
+    """Names of the peers to measure next to ours.
+
+    Args:
+        asked: names out of ``TRAINING_PEERS``, or ``auto``, ``all``, ``none``.
+
+    Raises:
+        ValueError: a name that no step of training can be run by.
+    """
+    sets: dict[str, Sequence[str]] = {"none": ()}
+    sets |= dict.fromkeys(("auto", "all"), tuple(TRAINING_PEERS))
+    wanted = {name for word in asked for name in sets.get(word, (word,))}
+    unknown = sorted(wanted - TRAINING_PEERS.keys())
+    if unknown:
+        known = ", ".join([*sets, *TRAINING_PEERS])
+        raise ValueError(f"peers of a training step must be among {known}, got {unknown[0]!r}")
+    return [name for name in TRAINING_PEERS if name in wanted]
+
+
+@dataclass(frozen=True)
+class TrainingResult(ModelResult):
+    """Steps of training of one model; ``dtype`` is that of autocast, float32 goes without.
+
+    ``error`` and ``error_ratio`` of a run are of the gradients of the first step, as
+    ``dwswap.bench.training_subject`` has them.
+
+    Attributes:
+        loss_limit: of the error of the loss: twice eager's and a unit in the last place.
+    """
+
+    runners: ClassVar[Mapping[str, Runner]] = TRAINERS
+    ours: ClassVar[tuple[str, ...]] = tuple(TRAINING_PEERS.values())
+    ours_heads: ClassVar[tuple[str, ...]] = ("dwswap", "compile(dwswap)")
+    eager: ClassVar[tuple[str, ...]] = ("eager",)
+    basis: ClassVar[str] = "a step of training: dwswap over eager, compile(dwswap) over compile"
+    by_batch: ClassVar[bool] = False
+
+    loss_limit: float | None = None
+
+    def best_speedup(self, peer: str) -> float | None:
+        """That of ours run as the peer is: compiled over compiled, else eager over eager."""
+        return self.speedups(peer).get(TRAINING_PEERS.get(peer, ""))
+
+    def goal(self, peer: str) -> float | None:
+        return training_target(self.case, peer)
