@@ -5,7 +5,8 @@
 
 Every figure in the section comes from a file in benchmarks/results, written by `--json` of
 examples/kernelbench.py, by `dwswap bench` or by `dwswap demo`. Of several files of one kind and
-device the newest counts; those of `dwswap bench models` are merged case by case.
+device the newest counts; those of `dwswap bench models` are merged case by case, with `--train` and
+without.
 """
 
 from __future__ import annotations
@@ -97,11 +98,31 @@ def models_table(result: dict[str, Any]) -> list[str]:
         "",
         *markdown([ModelResult.from_dict(**row) for row in result["results"]]),
     ]
-    for path in result["paths"]:
-        picture = path.with_suffix(".png")
-        if picture.exists():
-            lines += ["", f"![Times faster than each peer](benchmarks/results/{picture.name})"]
-    return lines
+    return lines + pictures(result["paths"])
+
+
+def training_table(result: dict[str, Any]) -> list[str]:
+    """The lines of the merged records of `dwswap bench models --train`, and their pictures."""
+    from dwswap.bench.training_record import training_markdown
+    from dwswap.bench.training_results import TrainingResult
+
+    lines = [
+        f"Training of models of torchvision (mixed precision, SGD), on {result['device']} "
+        "(`dwswap bench models --train`); what misses its target is bold.",
+        "",
+        *training_markdown([TrainingResult.from_dict(**row) for row in result["results"]]),
+    ]
+    return lines + pictures(result["paths"])
+
+
+def pictures(records: list[Path]) -> list[str]:
+    """The lines that show the pictures next to the records of whole models."""
+    found = [path.with_suffix(".png") for path in records if path.with_suffix(".png").exists()]
+    return [
+        line
+        for picture in found
+        for line in ("", f"![Times faster than each peer](benchmarks/results/{picture.name})")
+    ]
 
 
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -123,10 +144,14 @@ def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
 TABLES = {
     "kernelbench": kernelbench_table,
     "models": models_table,
+    "training": training_table,
     "layers": layers_table,
     "gradients": gradients_table,
     "demo": demo_table,
 }
+
+MERGED = ("models", "training")
+"""The kinds of which all records count, case by case."""
 
 
 def section(folder: Path) -> str:
@@ -139,7 +164,7 @@ def section(folder: Path) -> str:
         ValueError: a record holds a result that failed its own check.
     """
     newest: dict[tuple[str, str, str], dict[str, Any]] = {}
-    models: dict[str, list[dict[str, Any]]] = {}
+    models: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         kind = result.get("kind") if isinstance(result, dict) else None
@@ -147,18 +172,18 @@ def section(folder: Path) -> str:
             continue
         if kind in ("layers", "gradients") and not (result["complete"] and result["whole"]):
             continue
-        if kind == "models" and not result["complete"]:
+        if kind in MERGED and not result["complete"]:
             continue
         if not all(row["passed"] for row in result.get("results") or result["timings"]):
             raise ValueError(f"{path}: holds a result that failed its check")
-        if kind == "models":
-            models.setdefault(result["device"], []).append({**result, "path": path})
+        if kind in MERGED:
+            models.setdefault((kind, result["device"]), []).append({**result, "path": path})
             continue
         key = (kind, result["device"], str(result.get("model") or result.get("batch", "")))
         if key not in newest or newest[key]["recorded"] < result["recorded"]:
             newest[key] = {**result, "path": path}
-    for device, records in models.items():
-        newest["models", device, ""] = merged(records)
+    for (kind, device), records in models.items():
+        newest[kind, device, ""] = merged(records)
     if not newest:
         return NOTHING
     parts = []

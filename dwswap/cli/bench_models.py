@@ -1,9 +1,11 @@
-"""``dwswap bench models``: whole models, next to PyTorch's ways to run them."""
+"""``dwswap bench models``: whole models, next to PyTorch's ways to run them or to train them."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -13,11 +15,14 @@ from dwswap.bench.model_cases import (
     ACCEPTED,
     BATCHES,
     SIZE,
+    TRAINED,
     Case,
     choose,
+    classifiers,
     defaults,
     depthwise_models,
     product,
+    training_cases,
 )
 from dwswap.bench.model_peers import EAGER, OURS, RUNNERS, chosen_peers
 from dwswap.bench.model_plot import plot
@@ -26,6 +31,10 @@ from dwswap.bench.model_results import ModelResult
 from dwswap.bench.model_summary import case_rows, profile_rows, speedup_rows
 from dwswap.bench.models import ModelBench
 from dwswap.bench.run_record import switches
+from dwswap.bench.tables import Cells
+from dwswap.bench.training import TrainingBench
+from dwswap.bench.training_record import TrainingRecord, training_rows
+from dwswap.bench.training_results import TRAINING_PEERS, training_peers
 from dwswap.cli.bench_common import (
     add_run_options,
     bench_device,
@@ -48,6 +57,42 @@ SETS = ("auto", "all", "eager", "none")
 TEXTS = ("run by", "note", "kernels", "largest", "model", "dtype", "layout")
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is measured of a model: forwards or steps of training.
+
+    Attributes:
+        call: what one measurement is of.
+        models: what ``--models all`` means.
+        title: of the table of all cases, ``rows``.
+    """
+
+    call: str
+    record: type[ModelRecord]
+    bench: type[ModelBench]
+    models: Callable[[], list[str]]
+    title: str
+    rows: Callable[[Sequence[ModelResult]], Cells]
+
+
+FORWARD = Subject(
+    "a forward",
+    ModelRecord,
+    ModelBench,
+    depthwise_models,
+    "Times faster than each peer, without / with cuda_graph",
+    speedup_rows,
+)
+TRAINING = Subject(
+    "a step",
+    TrainingRecord,
+    TrainingBench,
+    classifiers,
+    "Training: times faster than each peer, without / with torch.compile",
+    training_rows,
+)
+
+
 def add_parser(targets: Any) -> None:
     """Add the command to the subparsers ``targets``."""
     peers = [name for name in RUNNERS if name not in OURS]
@@ -58,7 +103,14 @@ def add_parser(targets: Any) -> None:
         "speed-ups, images per second, the time to optimize and to compile, peak memory, errors "
         "against float64. Saves a record (JSON) and a picture (PNG). Without --models, --dtype and "
         f"--layout: {', '.join(ACCEPTED)} in float16 channels_last, and mobilenet_v2 in float32 "
-        "NCHW. Exit code 1 where ours fails or is less accurate than the rule allows.",
+        "NCHW. Exit code 1 where ours fails or is less accurate than the rule allows. With --train "
+        "whole steps of training: forward under autocast, loss, backward, GradScaler and SGD, "
+        f"without options of {' and '.join(TRAINED)} in float16 and bfloat16, both layouts.",
+    )
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="time steps of training, next to eager in the same layout and torch.compile",
     )
     parser.add_argument(
         "--models",
@@ -72,7 +124,8 @@ def add_parser(targets: Any) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="default: 1, 32 and 256 on a GPU, 1 on the CPU",
+        help="default: 1, 32 and 256 on a GPU, 1 on the CPU; to train "
+        f"{', '.join(f'{n} for {model}' for model, n in TRAINED.items())}, 2 on the CPU",
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: see above")
     parser.add_argument(
@@ -93,7 +146,7 @@ def add_parser(targets: Any) -> None:
         metavar="PEER",
         help=f"{', '.join(peers)}; all: these without max_autotune; eager: {' and '.join(EAGER)}; "
         "auto (default): one mode of torch.compile per batch size, as compiling takes most of the "
-        "time; none",
+        f"time; none. With --train: {', '.join(TRAINING_PEERS)}, auto (default, both), none",
     )
     parser.add_argument(
         "--max-autotune", action="store_true", help="add max_autotune: minutes per case"
@@ -121,13 +174,16 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     device = bench_device(args.device)
     cuda = device.type == "cuda"
-    cases = _cases(args, cuda=cuda)
+    subject = TRAINING if args.train else FORWARD
+    cases = _cases(args, subject, cuda=cuda)
     asked = args.peers or (["eager"] if args.models and "all" in args.models else ["auto"])
+    if args.train:
+        _check_training(args, asked)
     name = device_name(device)
     parts = (args.models, args.batch, args.dtype, args.layout, args.select, args.peers)
     whole = cuda and not switches() and not any(parts) and args.size == SIZE
-    record = ModelRecord(
-        record_file(args.output, "models", name, "", whole=whole),
+    record = subject.record(
+        record_file(args.output, subject.record.kind, name, "", whole=whole),
         device=name,
         settings={
             "cases": [str(case) for case in cases],
@@ -142,34 +198,54 @@ def run(args: argparse.Namespace) -> int:
     start_or_resume(record, args.resume)
     introduce(out, f"{len(cases)} cases, peers: {', '.join(asked)}", name)
     try:
-        _measure(out, args, record, cases, asked, start)
+        _measure(out, args, subject, record, cases, asked, start)
         complete = not record.left(cases)
         saved = [record.path if complete else record.partial]
-        if complete and any(result.best_speedup(p) for result in record.results for p in RUNNERS):
+        if complete and any(
+            result.best_speedup(p) for result in record.results for p in result.runners
+        ):
             picture = record.path.with_suffix(".png")
             title = f"dwswap on {name}"
             saved += save_picture(out, lambda: plot(record.results, picture, title))
     except OSError as error:
         raise CliError(f"cannot write the results: {error}") from error
-    title = "Times faster than each peer, without / with cuda_graph"
-    print_table(out, title, speedup_rows(record.results), TEXTS)
+    print_table(out, subject.title, subject.rows(record.results), TEXTS)
     say(out, f"saved: {', '.join(map(str, saved))}")
     return _verdict(out, record.results)
 
 
-def _cases(args: argparse.Namespace, *, cuda: bool) -> list[Case]:
+def _check_training(args: argparse.Namespace, asked: Sequence[str]) -> None:
+    """Refuse what a step of training does not have.
+
+    Raises:
+        CliError: ``--max-autotune``, or peers of forwards only.
+    """
+    if args.max_autotune:
+        raise CliError("--max-autotune: is of forwards, not of steps of training (--train)")
+    try:
+        training_peers(asked)
+    except ValueError as error:
+        raise CliError(f"--peers: {error}") from error
+
+
+def _cases(args: argparse.Namespace, subject: Subject, *, cuda: bool) -> list[Case]:
     """What was asked for; each model is looked up, so that a wrong name costs no time.
 
     Raises:
         CliError: an unknown model, or no case fits ``--select``.
     """
     batches = args.batch or (BATCHES if cuda else [1])
-    if args.models or args.dtype or args.layout:
-        models = [
-            name
-            for word in args.models or ACCEPTED
-            for name in (depthwise_models() if word == "all" else [word])
-        ]
+    models = [
+        name
+        for word in args.models or (TRAINED if args.train else ACCEPTED)
+        for name in (subject.models() if word == "all" else [word])
+    ]
+    if args.train:
+        # BatchNorm in train mode takes two images at least.
+        batches = args.batch or ([] if cuda else [2])
+        dtypes, layouts = args.dtype or ["float16", "bfloat16"], args.layout or LAYOUTS
+        cases = training_cases(models, batches, dtypes, list(layouts), args.size)
+    elif args.models or args.dtype or args.layout:
         dtypes, layouts = args.dtype or ["float16"], args.layout or ["channels_last"]
         cases = product(models, batches, dtypes, layouts, args.size)
     else:
@@ -187,6 +263,7 @@ def _cases(args: argparse.Namespace, *, cuda: bool) -> list[Case]:
 def _measure(
     out: Console,
     args: argparse.Namespace,
+    subject: Subject,
     record: ModelRecord,
     cases: list[Case],
     asked: list[str],
@@ -196,6 +273,8 @@ def _measure(
     device = bench_device(args.device)
 
     def peers(case: Case) -> list[str]:
+        if args.train:
+            return training_peers(asked)
         cuda = device.type == "cuda"
         return chosen_peers(asked, case.batch, cuda=cuda, max_autotune=args.max_autotune)
 
@@ -203,7 +282,7 @@ def _measure(
     longest = 0.0
     with run_saved(out, record, cases) as progress:
         task = progress.add_task("", total=len(cases), completed=len(cases) - len(left))
-        bench = ModelBench(
+        bench = subject.bench(
             device,
             lambda name: construct(find(name), name, meta=False),
             budget=args.budget,
@@ -218,14 +297,14 @@ def _measure(
             longest = max(longest, time.monotonic() - begun)
             record.add(result)
             progress.update(task, advance=1)
-            _print(progress.console, result)
+            _print(progress.console, subject, result)
 
 
-def _print(out: Console, result: ModelResult) -> None:
+def _print(out: Console, subject: Subject, result: ModelResult) -> None:
     print_table(out, str(result.case), case_rows(result), TEXTS)
     if result.summary:
         say(out, result.summary)
-    print_table(out, f"{result.case}: kernels of a forward", profile_rows(result), TEXTS)
+    print_table(out, f"{result.case}: kernels of {subject.call}", profile_rows(result), TEXTS)
     if result.problem is not None:
         say(out, f"FAILED {result.case}: {result.problem}")
 
