@@ -1,8 +1,11 @@
-"""Shared by all tests: the marker ``gpu``, the fixture ``device``, float32 that is float32."""
+"""Shared by all tests: the marker ``gpu``, fixtures, float32 that is float32."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,6 +24,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def readme_table() -> ModuleType:
+    """``scripts/readme_table.py`` as a module."""
+    script = Path(__file__).resolve().parents[1] / "scripts" / "readme_table.py"
+    spec = importlib.util.spec_from_file_location("dwswap_readme_table", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

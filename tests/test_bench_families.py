@@ -60,6 +60,8 @@ NAMES = {
         "void cudnn::ops::op_tensor_kernel<2, float, float>",
         "aten::hardswish_",
         "aten::native_batch_norm",
+        "void cudnn::bn_bw_1C11_kernel_new<__half, float, float2, 512, true, 1>",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<TensorListMetadata<2>>",
     ],
     REDUCTION: [
         "void dwswap::squeeze_kernel<__half, 8, true>(dwswap::SqueezeExcitationParams, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -488,12 +487,7 @@ def test_plot_of_one_point(tmp_path):
 # the README
 
 
-def test_readme_takes_whole_runs_only(tmp_path):
-    script = Path(__file__).resolve().parents[1] / "scripts" / "readme_table.py"
-    spec = importlib.util.spec_from_file_location("readme_table_for_layers", script)
-    readme_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme_table)
-
+def test_readme_takes_whole_runs_only(tmp_path, readme_table):
     part = record(tmp_path / "part.json")
     part.add(row())
     part.finish()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -24,6 +23,7 @@ from dwswap.bench.model_results import Measured, ModelResult
 from dwswap.bench.model_summary import case_rows, markdown, profile_rows
 from dwswap.bench.model_targets import target
 from dwswap.bench.models import ModelBench
+from dwswap.bench.training_results import TRAINING_PEERS
 from dwswap.cli import bench_models, main
 
 CPU = torch.device("cpu")
@@ -513,12 +513,7 @@ def test_markdown():
     assert markdown([]) == ["Nothing was measured."]
 
 
-def test_readme_merges_records(tmp_path):
-    script = Path(__file__).resolve().parents[1] / "scripts" / "readme_table.py"
-    spec = importlib.util.spec_from_file_location("readme_table_for_models", script)
-    readme_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme_table)
-
+def test_readme_merges_records(tmp_path, readme_table):
     one, two = record(tmp_path / "one.json"), record(tmp_path / "two.json")
     one.add(result(run("eager_nchw"), run("compile", plain=1.95, graph=2.05)))
     one.save()
@@ -564,7 +559,7 @@ def test_plot(tmp_path):
     colours = model_plot.COLOURS
     assert {colours["eager_nchw"], colours["compile"], model_plot.TARGET} <= drawn
     assert colours["reduce_overhead"] not in drawn
-    assert set(colours) == set(RUNNERS) - set(OURS)
+    assert set(colours) == {*RUNNERS, *TRAINING_PEERS} - set(OURS)
 
 
 # the command

@@ -47,11 +47,6 @@ def kernelbench():
     return load("examples/kernelbench.py")
 
 
-@pytest.fixture(scope="module")
-def readme_table():
-    return load("scripts/readme_table.py")
-
-
 # kernelbench
 
 

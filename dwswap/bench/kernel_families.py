@@ -1,4 +1,4 @@
-"""Where the time of a forward goes, by the names of the kernels that run."""
+"""Where the time of a forward or of a training step goes, by the names of the kernels that run."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"gemm|gemv|nvjet|xmma|cutlass|splitKreduce|winograd|cask", GEMM),
     (r"memcpy|memset|copy|clone|transpose|FillFunctor|::cat$", COPY),
     (r"(nchw|nhwc)To(nchw|nhwc)|convertTensor", COPY),
-    # In eval mode: a scale and a shift.
-    (r"bn_fw|batch_?norm", ELEMENTWISE),
+    # In eval mode a scale and a shift; in train mode the statistics come with it.
+    (r"bn_[fb]w|batch_?norm", ELEMENTWISE),
     (r"softmax|layer_?norm|RowwiseMoments|pool|::mean|::sum|ReduceOp|reduce_kernel", REDUCTION),
     (r"conv|::mm$|::addmm|::bmm|::linear|dot_kernel", GEMM),
-    (r"elementwise|op_?tensor|scalePackedTensor|addTensor", ELEMENTWISE),
+    (r"elementwise|multi_tensor_apply|op_?tensor|scalePackedTensor|addTensor", ELEMENTWISE),
     (r"^aten::(relu|hardtanh|hardswish|hardsigmoid|sigmoid|silu|gelu|clamp)", ELEMENTWISE),
     (r"^aten::(add|mul|sub|div)", ELEMENTWISE),
 )

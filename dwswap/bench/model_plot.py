@@ -83,7 +83,8 @@ def _bars(panel: Any, rows: list[ModelResult], peers: list[str]) -> None:
             x = place + shift
             if height is not None:
                 panel.bar(x, height, width, color=COLOURS[peer], edgecolor="white", linewidth=0.4)
-                panel.text(x, height, f"{height:.1f}", ha="center", va="bottom", fontsize=6)
+                text = f"{height:.{1 if result.by_batch else 2}f}"
+                panel.text(x, height, text, ha="center", va="bottom", fontsize=6)
             if goal is not None:
                 panel.plot([x - width / 2, x + width / 2], [goal, goal], color=TARGET)
     panel.axhline(1.0, color="black", linewidth=1.0)

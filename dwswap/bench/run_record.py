@@ -15,7 +15,7 @@ __all__ = ["Row", "RunRecord", "switches"]
 
 SAVE_SECONDS = 1.0
 
-SAME = ("settings", "switches", "device", "environment")
+SAME = ("kind", "settings", "switches", "device", "environment")
 """What two halves of one record must agree in."""
 
 

@@ -58,7 +58,7 @@ TEXTS = ("run by", "note", "kernels", "largest", "model", "dtype", "layout")
 
 
 @dataclass(frozen=True)
-class Subject:
+class Kind:
     """What is measured of a model: forwards or steps of training.
 
     Attributes:
@@ -75,7 +75,7 @@ class Subject:
     rows: Callable[[Sequence[ModelResult]], Cells]
 
 
-FORWARD = Subject(
+FORWARD = Kind(
     "a forward",
     ModelRecord,
     ModelBench,
@@ -83,7 +83,7 @@ FORWARD = Subject(
     "Times faster than each peer, without / with cuda_graph",
     speedup_rows,
 )
-TRAINING = Subject(
+TRAINING = Kind(
     "a step",
     TrainingRecord,
     TrainingBench,
@@ -104,8 +104,8 @@ def add_parser(targets: Any) -> None:
         "against float64. Saves a record (JSON) and a picture (PNG). Without --models, --dtype and "
         f"--layout: {', '.join(ACCEPTED)} in float16 channels_last, and mobilenet_v2 in float32 "
         "NCHW. Exit code 1 where ours fails or is less accurate than the rule allows. With --train "
-        "whole steps of training: forward under autocast, loss, backward, GradScaler and SGD, "
-        f"without options of {' and '.join(TRAINED)} in float16 and bfloat16, both layouts.",
+        "steps of training (forward under autocast, loss, backward, GradScaler, SGD), by default "
+        f"of {' and '.join(TRAINED)} in float16 and bfloat16, both layouts.",
     )
     parser.add_argument(
         "--train",
@@ -174,16 +174,16 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     device = bench_device(args.device)
     cuda = device.type == "cuda"
-    subject = TRAINING if args.train else FORWARD
-    cases = _cases(args, subject, cuda=cuda)
+    kind = TRAINING if args.train else FORWARD
+    cases = _cases(args, kind, cuda=cuda)
     asked = args.peers or (["eager"] if args.models and "all" in args.models else ["auto"])
     if args.train:
         _check_training(args, asked)
     name = device_name(device)
     parts = (args.models, args.batch, args.dtype, args.layout, args.select, args.peers)
     whole = cuda and not switches() and not any(parts) and args.size == SIZE
-    record = subject.record(
-        record_file(args.output, subject.record.kind, name, "", whole=whole),
+    record = kind.record(
+        record_file(args.output, kind.record.kind, name, "", whole=whole),
         device=name,
         settings={
             "cases": [str(case) for case in cases],
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     start_or_resume(record, args.resume)
     introduce(out, f"{len(cases)} cases, peers: {', '.join(asked)}", name)
     try:
-        _measure(out, args, subject, record, cases, asked, start)
+        _measure(out, args, kind, record, cases, asked, start)
         complete = not record.left(cases)
         saved = [record.path if complete else record.partial]
         if complete and any(
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
             saved += save_picture(out, lambda: plot(record.results, picture, title))
     except OSError as error:
         raise CliError(f"cannot write the results: {error}") from error
-    print_table(out, subject.title, subject.rows(record.results), TEXTS)
+    print_table(out, kind.title, kind.rows(record.results), TEXTS)
     say(out, f"saved: {', '.join(map(str, saved))}")
     return _verdict(out, record.results)
 
@@ -228,7 +228,7 @@ def _check_training(args: argparse.Namespace, asked: Sequence[str]) -> None:
         raise CliError(f"--peers: {error}") from error
 
 
-def _cases(args: argparse.Namespace, subject: Subject, *, cuda: bool) -> list[Case]:
+def _cases(args: argparse.Namespace, kind: Kind, *, cuda: bool) -> list[Case]:
     """What was asked for; each model is looked up, so that a wrong name costs no time.
 
     Raises:
@@ -238,7 +238,7 @@ def _cases(args: argparse.Namespace, subject: Subject, *, cuda: bool) -> list[Ca
     models = [
         name
         for word in args.models or (TRAINED if args.train else ACCEPTED)
-        for name in (subject.models() if word == "all" else [word])
+        for name in (kind.models() if word == "all" else [word])
     ]
     if args.train:
         # BatchNorm in train mode takes two images at least.
@@ -263,7 +263,7 @@ def _cases(args: argparse.Namespace, subject: Subject, *, cuda: bool) -> list[Ca
 def _measure(
     out: Console,
     args: argparse.Namespace,
-    subject: Subject,
+    kind: Kind,
     record: ModelRecord,
     cases: list[Case],
     asked: list[str],
@@ -282,7 +282,7 @@ def _measure(
     longest = 0.0
     with run_saved(out, record, cases) as progress:
         task = progress.add_task("", total=len(cases), completed=len(cases) - len(left))
-        bench = subject.bench(
+        bench = kind.bench(
             device,
             lambda name: construct(find(name), name, meta=False),
             budget=args.budget,
@@ -297,14 +297,14 @@ def _measure(
             longest = max(longest, time.monotonic() - begun)
             record.add(result)
             progress.update(task, advance=1)
-            _print(progress.console, subject, result)
+            _print(progress.console, kind, result)
 
 
-def _print(out: Console, subject: Subject, result: ModelResult) -> None:
+def _print(out: Console, kind: Kind, result: ModelResult) -> None:
     print_table(out, str(result.case), case_rows(result), TEXTS)
     if result.summary:
         say(out, result.summary)
-    print_table(out, f"{result.case}: kernels of {subject.call}", profile_rows(result), TEXTS)
+    print_table(out, f"{result.case}: kernels of {kind.call}", profile_rows(result), TEXTS)
     if result.problem is not None:
         say(out, f"FAILED {result.case}: {result.problem}")
 
