@@ -1,9 +1,9 @@
-"""Fill the performance section of README.md from the recorded results, or check that it is filled.
+"""Fill the performance figures of README.md from the recorded results, or check that they are.
 
-    python scripts/readme_table.py            # rewrite the section
-    python scripts/readme_table.py --check    # exit code 1 if the section is not what the files say
+    python scripts/readme_table.py            # rewrite both sections
+    python scripts/readme_table.py --check    # exit code 1 where they are not what the files say
 
-Every figure in the section comes from a file in benchmarks/results, written by `--json` of
+Every figure between the markers comes from a file in benchmarks/results, written by `--json` of
 examples/kernelbench.py, by `dwswap bench` or by `dwswap demo`. Of several files of one kind and
 device the newest counts; those of `dwswap bench models` are merged case by case, with `--train` and
 without.
@@ -14,12 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dwswap.bench.model_results import ModelResult
 
 ROOT = Path(__file__).resolve().parents[1]
 START = "<!-- results: start (scripts/readme_table.py) -->"
 END = "<!-- results: end -->"
+HEADLINE_START = "<!-- headline: start (scripts/readme_table.py) -->"
+HEADLINE_END = "<!-- headline: end -->"
 NOTHING = "No results are recorded yet."
 
 
@@ -154,8 +160,8 @@ MERGED = ("models", "training")
 """The kinds of which all records count, case by case."""
 
 
-def section(folder: Path) -> str:
-    """The text between the markers, for the records in ``folder``.
+def newest_records(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The records in ``folder`` that count, by kind, device and what else tells them apart.
 
     Records of a kind that has no table here are passed over, and so are those of a part of the
     layers.
@@ -184,6 +190,59 @@ def section(folder: Path) -> str:
             newest[key] = {**result, "path": path}
     for (kind, device), records in models.items():
         newest[kind, device, ""] = merged(records)
+    return newest
+
+
+def headline(folder: Path) -> str:
+    """The few lines of the first marker pair: whole models in half precision, newest device.
+
+    Raises:
+        ValueError: see ``newest_records``.
+    """
+    from dwswap.bench.model_results import ModelResult
+
+    found = [result for key, result in newest_records(folder).items() if key[0] == "models"]
+    if not found:
+        return NOTHING
+    record = max(found, key=lambda result: result["recorded"])
+    results = [ModelResult.from_dict(**row) for row in record["results"]]
+    lines = [
+        f"Milliseconds per call on {record['device']}, float16, channels_last, 224 x 224 pixels; "
+        "eager PyTorch in its faster layout, `torch.compile` in the fastest measured mode:",
+        "",
+        "| model | batch | eager | torch.compile | dwswap | times eager | times torch.compile |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        if (result.dtype, result.layout, result.size) != ("float16", "channels_last", 224):
+            continue
+        ours = fastest(result, result.ours)
+        eager = fastest(result, ("eager_nchw", "eager_channels_last"))
+        compiled = fastest(result, ("compile", "reduce_overhead", "max_autotune"))
+        if ours is None or eager is None or compiled is None:
+            continue
+        cells = [f"{us / 1e3:.3g}" for _, us in (eager, compiled, ours)]
+        # Times of ours and of a peer are compared as they were measured, in turns.
+        cells += [f"{result.best_speedup(name):.1f}" for name in ("eager", compiled[0])]
+        lines.append(f"| {result.model} | {result.batch} | {' | '.join(cells)} |")
+    torch = record["environment"]["torch"]
+    return "\n".join([*lines, "", f"Recorded {record['recorded'][:10]}, torch {torch}."])
+
+
+def fastest(result: ModelResult, names: Sequence[str]) -> tuple[str, float] | None:
+    """Name and microseconds of the fastest of some ways to run a model; None where none ran."""
+    runs = [result.run(name) for name in names]
+    times = [(run.us, run.name) for run in runs if run is not None and run.us is not None]
+    return min(times)[::-1] if times else None
+
+
+def section(folder: Path) -> str:
+    """The text between the second pair of markers, for the records in ``folder``.
+
+    Raises:
+        ValueError: see ``newest_records``.
+    """
+    newest = newest_records(folder)
     if not newest:
         return NOTHING
     parts = []
@@ -197,16 +256,16 @@ def section(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def filled(readme: str, text: str) -> str:
+def filled(readme: str, text: str, start: str = START, end: str = END) -> str:
     """``readme`` with ``text`` between the markers.
 
     Raises:
         ValueError: the markers are missing.
     """
-    if START not in readme or END not in readme:
-        raise ValueError(f"README.md must hold the markers {START!r} and {END!r}")
-    head, _, rest = readme.partition(START)
-    return f"{head}{START}\n{text}\n{END}{rest.partition(END)[2]}"
+    if start not in readme or end not in readme:
+        raise ValueError(f"README.md must hold the markers {start!r} and {end!r}")
+    head, _, rest = readme.partition(start)
+    return f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> int:
@@ -216,7 +275,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     before = args.readme.read_text(encoding="utf-8")
-    after = filled(before, section(args.results))
+    after = filled(before, headline(args.results), HEADLINE_START, HEADLINE_END)
+    after = filled(after, section(args.results))
     if args.check:
         if after != before:
             print(f"{args.readme}: the results differ: run python scripts/readme_table.py")

@@ -125,9 +125,11 @@ def test_readme_shows_whole_runs_only(tmp_path):
     for whole in (False, True):
         found = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**found, "whole": whole}), encoding="utf-8")
-        readme.write_text(
-            "<!-- results: start (scripts/readme_table.py) -->\n<!-- results: end -->\n"
-        )
+        markers = [
+            f"<!-- {name}: start (scripts/readme_table.py) -->\n<!-- {name}: end -->\n"
+            for name in ("headline", "results")
+        ]
+        readme.write_text("".join(markers), encoding="utf-8")
         given = ["--readme", str(readme), "--results", str(tmp_path)]
         subprocess.run([sys.executable, str(script), *given], check=True)
         text = readme.read_text(encoding="utf-8")

@@ -537,6 +537,19 @@ def test_readme_merges_records(tmp_path, readme_table):
         readme_table.section(tmp_path)
 
 
+def test_the_headline_of_the_readme(tmp_path, readme_table):
+    assert readme_table.headline(tmp_path) == readme_table.NOTHING
+    found = record(tmp_path / "one.json")
+    found.add(result(run("eager_nchw"), run("compile", plain=1.95, graph=2.05)))
+    found.add(result(run("eager_nchw"), batch=1))  # nothing compiled
+    found.finish()
+    *lines, _, recorded = readme_table.headline(tmp_path).splitlines()
+    (row,) = [line for line in lines if line.startswith("| mobilenet_v2")]
+    assert row.startswith("| mobilenet_v2 | 256 | ")
+    assert row.endswith(" | 2.0 |")
+    assert recorded.startswith("Recorded ")
+
+
 # the picture
 
 
