@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 import dwswap
 from dwswap.export import ExportError, load, save
+from dwswap.export.aoti import libraries_to_link
 from dwswap.export.input_specs import InputSpecs
 
 
@@ -112,6 +116,24 @@ def test_a_package_of_another_program(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: Other())
     with pytest.raises(ExportError, match=r"was not written by dwswap.export"):
         load(path)
+
+
+def test_the_libstdcxx_of_torch_is_linked(tmp_path: Path) -> None:
+    """By a compiler with only a static one as well."""
+    ask = ["g++", "-print-file-name=libstdc++.a"]
+    found = shutil.which("g++") and subprocess.run(ask, capture_output=True, text=True, check=True)
+    if not found or not Path(found.stdout.strip()).is_absolute():
+        pytest.skip("needs g++ with a static libstdc++")
+    (tmp_path / "libstdc++.a").symlink_to(found.stdout.strip())
+    (tmp_path / "code.cpp").write_text("void fail() { throw 1; }")
+    library = tmp_path / "code.so"
+    torch_lib = Path(torch.__file__).parent / "lib"
+    # As AOTInductor does, in one string that is split.
+    command = f"g++ -B{tmp_path} -shared -fPIC {tmp_path}/code.cpp -o {library} -L{torch_lib}"
+    for names, shared in (([], False), (libraries_to_link(), True)):
+        flags = " ".join(f"-l{name}" for name in names)
+        subprocess.run(shlex.split(f"{command} {flags}"), check=True)
+        assert (b"libstdc++.so.6" in library.read_bytes()) == shared
 
 
 def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

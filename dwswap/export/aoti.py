@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch.export import ExportedProgram
 from dwswap.export.errors import ExportError
 from dwswap.export.input_specs import InputSpecs
 from dwswap.export.program import program_device, to_aten
+from dwswap.toolkit import find_libstdcxx
 
 __all__ = ["CompiledModel", "load_compiled", "save_compiled"]
 
@@ -34,11 +37,29 @@ def save_compiled(program: ExportedProgram, path: Path) -> None:
         # A trace holds 1 for special, but code for a dynamic size is right for it too. Without this
         # a host that sets AOTI_RUNTIME_CHECK_INPUTS could not run a single picture.
         "aot_inductor.check_lowerbound": False,
+        "aot_inductor.custom_op_libs": libraries_to_link(),
     }
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs=configs
         )
+
+
+def libraries_to_link() -> list[str]:
+    """What AOTInductor passes to the linker as ``-lNAME`` beside its own libraries.
+
+    The libstdc++ that torch has loaded, as in our own library: the compiler's static one behind it
+    is then left with nothing to add.
+    """
+    from torch._inductor import config  # not loaded before a program is compiled
+
+    libraries: list[str] = list(config.aot_inductor.custom_op_libs or ())
+    shared = find_libstdcxx()
+    if shared is not None:
+        # A file (":") is looked for below each -L folder, and that of torch is one of them.
+        folder = Path(torch.__file__).resolve().parent / "lib"
+        libraries.append(shlex.quote(":" + os.path.relpath(shared, folder)))
+    return libraries
 
 
 class CompiledModel:
