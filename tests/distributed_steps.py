@@ -25,9 +25,12 @@ import dwswap
 
 
 def sharded(model: nn.Module) -> nn.Module:
+    # Without a mesh it takes GPUs wherever there are any, for a model on the CPU as well.
+    kind = next(model.parameters()).device.type
+    mesh = dist.init_device_mesh(kind, (dist.get_world_size(),))
     for block in model.children():
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
