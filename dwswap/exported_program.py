@@ -97,8 +97,8 @@ def lift(graph_module: fx.GraphModule, program: ExportedProgram) -> ExportedProg
     signature, graph = program.graph_signature, graph_module.graph
     tensors = _tensors(graph_module, signature.input_specs)
     inputs = _lift_tensors(graph, tensors, signature.input_specs)
-    general = all(verifier.dialect != "TRAINING" for verifier in program.verifiers)
-    made = lower(graph, general_convolutions=general)
+    decomposed = all(verifier.dialect != "TRAINING" for verifier in program.verifiers)
+    made = lower(graph, decomposed=decomposed)
     outputs = _return_writes(graph, signature.output_specs)
     update_fake_values(graph, {*made, *inputs})
     # Names of values: those that the signature had, and those that the graph has now.

@@ -37,7 +37,6 @@ _CONVOLUTIONS: dict[Any, tuple[Any, Any]] = {
 }
 # Those that take the same arguments.
 _SIMPLE: dict[Any, Any] = {
-    F.linear: aten.linear.default,
     F.relu: aten.relu.default,
     F.relu6: aten.relu6.default,
     F.hardswish: aten.hardswish.default,
@@ -50,16 +49,16 @@ _SIMPLE: dict[Any, Any] = {
 _METHODS: dict[str, Any] = {"size": aten.sym_size.int}
 
 
-def lower(graph: fx.Graph, *, general_convolutions: bool = False) -> set[fx.Node]:
+def lower(graph: fx.Graph, *, decomposed: bool = False) -> set[fx.Node]:
     """Replace in place every call that a pass may have made of no operator; the new nodes.
 
     Inputs of the graph have their fake values in ``meta["val"]``. Conversions of layouts are made
     for inputs in the layout of these.
 
     Args:
-        general_convolutions: ``aten.convolution`` for all, as in a decomposed program.
+        decomposed: ``aten.convolution`` for all convolutions, ``aten.addmm`` for linear layers.
     """
-    lowering = _Lowering(graph, general_convolutions)
+    lowering = _Lowering(graph, decomposed)
     return _replace(graph, lowering.replacement)
 
 
@@ -92,8 +91,8 @@ def _replace(graph: fx.Graph, choose: Callable[[fx.Node], Replace | None]) -> se
 
 
 class _Lowering:
-    def __init__(self, graph: fx.Graph, general: bool) -> None:
-        self.graph, self.general = graph, general
+    def __init__(self, graph: fx.Graph, decomposed: bool) -> None:
+        self.graph, self.decomposed = graph, decomposed
 
     def replacement(self, node: fx.Node) -> Replace | None:
         """What makes the node that computes what ``node`` does; None where that may stay."""
@@ -105,6 +104,8 @@ class _Lowering:
             return self.depthwise
         if node.target in _CONVOLUTIONS:
             return self._convolution
+        if node.target is F.linear:
+            return self._linear
         if node.target is squeeze_excitation:
             return self._excitation
         if node.target is pointwise_residual:
@@ -150,7 +151,7 @@ class _Lowering:
         sizes = {name: _sizes(given.get(name, 0), spatial) for name in names}
         args = tuple(given[name] for name in ("input", "weight", "bias"))
         groups = given["groups"]
-        if self.general and not is_named:
+        if self.decomposed and not is_named:
             args += (sizes["stride"], sizes["padding"], sizes["dilation"], transposed)
             args += (sizes["output_padding"], groups)
             return self.graph.call_function(aten.convolution.default, args)
@@ -161,6 +162,15 @@ class _Lowering:
             args += (sizes["dilation"], groups)
         return self.graph.call_function(named if is_named else plain, args)
 
+    def _linear(self, node: fx.Node) -> fx.Node:
+        input, weight, bias = node.args
+        if not self.decomposed or _example(input).dim() != 2:
+            return self.graph.call_function(aten.linear.default, node.args)
+        weight = self.graph.call_function(aten.permute.default, (weight, [1, 0]))
+        if bias is None:
+            return self.graph.call_function(aten.mm.default, (input, weight))
+        return self.graph.call_function(aten.addmm.default, (bias, input, weight))
+
     def _excitation(self, node: fx.Node) -> fx.Node:
         given = {"activation": "relu", "gate": "sigmoid", **node.kwargs}
         args = (*node.args, given["activation"], given["gate"])
@@ -170,7 +180,7 @@ class _Lowering:
         """A product that changes its residual in place is none for a functional graph."""
         input, weight, residual = node.args
         zero, one = [0, 0], [1, 1]
-        if self.general:
+        if self.decomposed:
             args = (input, weight, None, one, zero, one, False, zero, 1)
             product = self.graph.call_function(aten.convolution.default, args)
         else:
@@ -196,7 +206,7 @@ class _Lowering:
         return self.graph.call_function(aten.squeeze.dim, (image, 0))
 
     def _contiguous(self, value: fx.Node, layout: Any) -> fx.Node:
-        if self.general:
+        if self.decomposed:
             return self.graph.call_function(aten.clone.default, (value,), {"memory_format": layout})
         options = {"memory_format": layout}
         return self.graph.call_function(aten.contiguous.default, (value,), options)

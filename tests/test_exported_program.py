@@ -158,9 +158,53 @@ def test_layers_beside_the_depthwise_one_are_folded_too(dialect: Dialect) -> Non
     report = dwswap.report(fast)
     assert report.verification is not None
     assert report.verification.passed, str(report)
-    # A decomposed linear layer is none any more.
-    left = [target for target in targets(fast) if "norm" in str(target)]
-    assert len(left) == ("linear" not in str(program.graph))
+    assert not any("norm" in str(target) for target in targets(fast))
+    linear = "addmm" if "addmm" in str(program.graph) else "linear"
+    assert sum(linear in str(target) for target in targets(fast)) == 1
+    check(fast, model, x)
+
+
+class Product(nn.Module):
+    """What is a linear layer only in its first form."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.depthwise, self.norm = depthwise(8), nn.BatchNorm1d(8)
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+        self.matrix = nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(x).mean((2, 3))
+        forms = {
+            "linear": lambda: torch.addmm(self.bias, x, self.weight.t()),
+            "no bias": lambda: torch.mm(x, self.weight.t()),
+            "a matrix is added": lambda: torch.addmm(self.matrix, x, self.weight.t()),
+            "scaled": lambda: torch.addmm(self.bias, x, self.weight.t(), alpha=2),
+            "not transposed": lambda: torch.addmm(self.bias, x, self.weight),
+            "computed": lambda: torch.mm(x, (self.weight * 2).t()),
+        }
+        return self.norm(forms[self.form]())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    ("form", "folds"),
+    [
+        ("linear", True),
+        ("no bias", True),
+        ("a matrix is added", False),
+        ("scaled", False),
+        ("not transposed", False),
+        ("computed", False),
+    ],
+)
+def test_products_that_are_linear_layers(form: str, folds: bool, dialect: Dialect) -> None:
+    model, x = Product(form).eval(), image(8)
+    nn.init.uniform_(model.norm.running_mean, -1, 1)
+    fast = dwswap.optimize(dialect(export(model, (x,))), memory_format="channels_last")
+    assert any("norm" in str(target) for target in targets(fast)) != folds
+    assert dwswap.report(fast).memory_format.startswith("channels_last")
     check(fast, model, x)
 
 

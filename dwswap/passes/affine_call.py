@@ -21,7 +21,7 @@ from dwswap.eligibility import reason_not_plain
 from dwswap.modules import DepthwiseConv2d
 from dwswap.ops import depthwise_conv2d
 
-__all__ = ["AffineCall", "Operand", "affine_call", "attribute", "value_of"]
+__all__ = ["AffineCall", "Operand", "affine_call", "attribute", "transposed", "value_of"]
 
 Operand = fx.Node | str
 """A tensor that a call takes: a node, or the path of a module's parameter."""
@@ -32,6 +32,10 @@ _CONV = ("stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 _ABSORBED = ("input_bias", "input_activation", "activation")
 _NEUTRAL: dict[str, Any] = {"input_bias": None, "input_activation": "none", "activation": "none"}
+
+# What decomposed programs have for a linear layer of two dimensions, and for the transpose in it.
+_PRODUCTS = (aten.mm.default, aten.addmm.default)
+_TRANSPOSES = (aten.t.default, aten.permute.default)
 
 # Functional form -> its options in order, and the spatial dimensions.
 _FORMS: dict[Any, tuple[tuple[str, ...], int]] = {
@@ -174,6 +178,15 @@ def value_of(graph_module: fx.GraphModule, operand: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def transposed(node: object) -> fx.Node | None:
+    """The matrix whose transpose ``node`` is, where it is a tensor of the graph."""
+    if not isinstance(node, fx.Node) or node.target not in _TRANSPOSES:
+        return None
+    matrix, *order = node.args
+    is_tensor = isinstance(matrix, fx.Node) and matrix.op == "get_attr"
+    return matrix if is_tensor and order in ([], [[1, 0]]) else None
+
+
 def _of_module(module: nn.Module, node: fx.Node) -> AffineCall | None:
     function = _MODULES.get(type(module))
     if function is None:
@@ -206,7 +219,21 @@ def _of_module(module: nn.Module, node: fx.Node) -> AffineCall | None:
     )
 
 
+def _of_product(graph_module: fx.GraphModule, node: fx.Node) -> AffineCall | None:
+    """``bias + input @ weight.T``, unless something else than a vector is added."""
+    *added, input, factor = node.args
+    weight, bias = transposed(factor), added[0] if added else None
+    if weight is None or node.kwargs or not isinstance(input, fx.Node):
+        return None
+    matrix, vector = value_of(graph_module, weight), value_of(graph_module, bias)
+    if matrix is None or (bias is not None and (vector is None or vector.dim() != 1)):
+        return None
+    return AffineCall(node, F.linear, input, weight, bias, {})
+
+
 def _of_function(graph_module: fx.GraphModule, node: fx.Node) -> AffineCall | None:
+    if node.target in _PRODUCTS:
+        return _of_product(graph_module, node)
     try:
         if node.target not in _CALLS:
             return None

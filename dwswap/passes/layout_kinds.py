@@ -40,6 +40,7 @@ _VIEWS = {
     *("unflatten", "expand", "expand_as", "chunk", "split", "unbind", "narrow", "select", "detach"),
     *("getitem", "contiguous", "to", "movedim", "swapaxes", "reshape_as", "type_as", "float"),
 }
+_MATRICES = {"mm", "addmm"}  # these return
 _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
 _SPATIAL = ({2, 3}, {-2, -1}, {2, -1}, {-2, 3})
 
@@ -73,6 +74,8 @@ class LayoutKinds:
             if call.spatial == 2:
                 return IMAGE if before is not None and self.channels_last_weights else before
             return SAME if call.spatial == 0 else None
+        if name in _MATRICES and not is_in_place(self.graph_module, node):
+            return SAME
         if self._is_elementwise(node, name):
             images = {self._of_image(n) for n in node.all_input_nodes if self.kinds[n] != CONSTANT}
             return images.pop() if len(images) == 1 else None

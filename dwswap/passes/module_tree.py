@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx, nn
 
+from dwswap.passes.affine_call import transposed
+
 __all__ = ["add_parameter", "add_parameters", "remove_released"]
 
 
@@ -56,8 +58,9 @@ def remove_released(graph_module: fx.GraphModule, released: Iterable[str]) -> No
     these, under the same keys. All names of a module are one.
     """
     graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users and str(node.target) in released:
+    for node in reversed(list(graph.nodes)):
+        is_released = node.op == "get_attr" and str(node.target) in released
+        if not node.users and (is_released or transposed(node) is not None):
             graph.erase_node(node)
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     called = {modules[str(n.target)] for n in graph.nodes if n.op == "call_module"}
