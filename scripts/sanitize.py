@@ -4,7 +4,8 @@
     compute-sanitizer --tool initcheck python scripts/sanitize.py --no-bulk-stores
     compute-sanitizer --tool racecheck python scripts/sanitize.py
 
-initcheck does not see what a bulk copy from shared memory writes, so it gets no problem with one.
+initcheck does not see what a bulk copy from shared memory writes, so with --no-bulk-stores whatever
+would run a family with such copies runs as it does on GPUs without them.
 Every tensor is an allocation of its own, so an access beyond its end is an error that memcheck
 sees. Results are compared with float64 on the CPU.
 """
@@ -17,7 +18,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Read when torch starts CUDA.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -28,10 +29,12 @@ import torch.nn.functional as F
 
 from dwswap import build, depthwise_conv2d
 from dwswap.ops import squeeze_excitation
+from dwswap.registration import kernel_family
 from dwswap.schema import depthwise_conv2d_backward
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 HALVES = (torch.float16, torch.bfloat16)
+BULK_STORES = ("plane_strips", "diagonal")  # the families with bulk copies from shared memory
 
 
 class Problem(NamedTuple):
@@ -177,7 +180,7 @@ def place(values: torch.Tensor, problem: Problem | Excitation) -> torch.Tensor:
     return buffer.as_strided(values.shape, laid_out.stride(), problem.offset).copy_(laid_out)
 
 
-def check(problem: Problem) -> str | None:
+def check(problem: Problem, bulk_stores: bool) -> str | None:
     """Run one problem; returns what is wrong with its result."""
     generator = torch.Generator().manual_seed(0)
 
@@ -192,17 +195,13 @@ def check(problem: Problem) -> str | None:
     padding = [p + extra for p, extra in zip(padding, problem.extra_padding, strict=True)]
     os.environ["DWSWAP_PORTABLE"] = str(int(problem.portable))  # both are read at each launch
     os.environ["DWSWAP_FAMILY"] = problem.family
-    ours = depthwise_conv2d(
-        place(input, problem),
-        weight.cuda(),
-        bias.cuda(),
-        problem.stride,
-        padding,
-        problem.dilation,
-        input_bias=input_bias.cuda() if problem.transform else None,
-        input_activation="relu6" if problem.transform else "none",
-        activation="silu" if problem.transform else "none",
-    )
+    tensors = (place(input, problem), weight.cuda(), bias.cuda())
+    geometry = ([problem.stride] * 2, padding, [problem.dilation] * 2)
+    absorbed = (input_bias.cuda(), "relu6", "silu") if problem.transform else (None, "none", "none")
+    if not bulk_stores and kernel_family(*tensors, *geometry, *absorbed) in BULK_STORES:
+        os.environ["DWSWAP_PORTABLE"] = "1"
+    names = ("input_bias", "input_activation", "activation")
+    ours = depthwise_conv2d(*tensors, *geometry, **dict(zip(names, absorbed, strict=True)))
     # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
     result = (ours * 1).cpu().double()
     hidden = input.double()
@@ -294,13 +293,10 @@ def main(arguments: list[str]) -> int:
         print("sanitize: PyTorch sees no CUDA GPU", file=sys.stderr)
         return 1
     count, failures = 0, 0
-    runs = [(check, problem) for problem in problems()]
-    if not bulk_stores:
-        bulk = ("plane_strips", "diagonal")
-        runs = [(run, p) for run, p in runs if p.family not in bulk or p.portable]
-    # Gradients of the input run forward families.
-    runs += [(check_gradients, p._replace(portable=not bulk_stores)) for p in gradient_problems()]
-    checks = [functools.partial(run, problem) for run, problem in runs]
+    checks: list[Any] = [functools.partial(check, p, bulk_stores) for p in problems()]
+    for problem in gradient_problems():  # gradients of the input run forward families
+        portable = problem._replace(portable=not bulk_stores)
+        checks.append(functools.partial(check_gradients, portable))
     checks += [functools.partial(check_excitation, problem) for problem in excitations()]
     with torch.no_grad():
         for run_one in checks:
