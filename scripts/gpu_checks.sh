@@ -13,7 +13,10 @@ mkdir -p "$logs"
 visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
 IFS=, read -ra gpus <<<"$visible"
 next=0
-export PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+# One thread per process, and few compilers: there are more processes than cores already.
+export PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=4
+xdist=no
+"$python" -c "import xdist" 2>/dev/null && xdist=yes || echo "without pytest-xdist it takes longer"
 
 part() { # NAME COMMAND...: prints its exit status and its last line
   local name=$1 status=0
@@ -22,13 +25,33 @@ part() { # NAME COMMAND...: prints its exit status and its last line
   echo "$status $name: $(grep -v '^$' "$logs/$name.log" | tail -n 1 | cut -c1-150)"
   echo "$status" >"$logs/$name.status"
 }
-side_by_side() { CUDA_VISIBLE_DEVICES=${gpus[next++ % ${#gpus[@]}]} part "$@" & }
+side_by_side() {
+  local gpu=${gpus[next++ % ${#gpus[@]}]} # not in the next line, which counts in a subshell
+  CUDA_VISIBLE_DEVICES=$gpu part "$@" &
+}
 pytest=("$python" -m pytest -q -rs --durations=3)
-tests() { local name=$1 && shift && side_by_side "$name" "${pytest[@]}" "$@"; }
+tests() { # NAME WORKERS ARGUMENTS...: as many processes of 64 cores
+  local name=$1 workers=$(($2 * $(nproc) / 64)) spread=()
+  shift 2
+  [ $xdist = yes ] && [ $workers -gt 1 ] && spread=(-n "$workers" --dist worksteal)
+  side_by_side "$name" "${pytest[@]}" "${spread[@]}" "$@"
+}
 tests_alone() { local name=$1 && shift && part "$name" "${pytest[@]}" "$@"; }
 
 rm -f "$logs"/*.status
 "$python" -m dwswap build || exit 1
+# The longest first. Whole models also run on the CPU, where one thread makes them slow.
+others=()
+for file in tests/test_*.py; do
+  case $file in */test_operator* | */test_module.py | */test_torchvision.py | */test_export* | */test_cpp_example.py) ;; *) others+=("$file") ;; esac
+done
+tests others 16 "${others[@]}"
+OMP_NUM_THREADS=2 tests gpu-export 8 tests/gpu/test_gpu_export.py
+OMP_NUM_THREADS=2 tests export 8 tests/test_export*.py tests/test_cpp_example.py
+OMP_NUM_THREADS=2 tests torchvision-outputs 8 tests/test_torchvision.py -k test_outputs
+OMP_NUM_THREADS=2 tests torchvision 2 tests/test_torchvision.py -k "not test_outputs"
+OMP_NUM_THREADS=2 tests gpu-composition 4 tests/gpu/test_gpu_composition.py
+OMP_NUM_THREADS=2 tests models 4 tests/gpu/test_gpu_models.py
 for tool in memcheck initcheck racecheck; do
   options=()
   [ "$tool" = initcheck ] && options=(--no-bulk-stores)
@@ -43,39 +66,29 @@ for dtype in float32 float16 bfloat16 float64; do
   chosen=$dtype
   [ "$dtype" = float16 ] && chosen="float16 and not bfloat16"
   for what in forward gradients; do
-    tests "fuzz-$dtype-$what" tests/gpu/test_fuzz.py -k "$chosen and $what"
+    tests "fuzz-$dtype-$what" 3 tests/gpu/test_fuzz.py -k "$chosen and $what"
   done
-  tests "kernels-$dtype" tests/gpu/test_kernels.py -k "$chosen"
-  tests "gradients-$dtype" tests/gpu/test_gradient_kernels.py -k "$chosen"
+  tests "kernels-$dtype" 1 tests/gpu/test_kernels.py -k "$chosen"
+  tests "gradients-$dtype" 1 tests/gpu/test_gradient_kernels.py -k "$chosen"
 done
-tests excitation tests/gpu/test_excitation_kernels.py
-tests fuzz-other tests/gpu/test_fuzz.py -k "not forward and not gradients"
-tests kernels-other tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64"
-tests reliability tests/gpu/test_reliability.py
-tests models tests/gpu/test_gpu_models.py
-tests training tests/gpu/test_training.py
-tests operator tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py
-tests registration tests/test_operator_registration.py tests/test_operator_errors.py
-tests selection tests/gpu/test_gpu_selection.py
-tests gpu-export tests/gpu/test_gpu_export.py
-tests gpu-composition tests/gpu/test_gpu_composition.py
-tests export tests/test_export*.py tests/test_cpp_example.py
-others=()
-for file in tests/test_*.py; do
-  case $file in */test_operator* | */test_module.py | */test_torchvision.py | */test_export* | */test_cpp_example.py) ;; *) others+=("$file") ;; esac
-done
-size=$((${#others[@]} / (3 * ${#gpus[@]}) + 1))
-for ((i = 0; i < ${#others[@]}; i += size)); do tests "others-$i" "${others[@]:i:size}"; done
-tests torchvision-outputs tests/test_torchvision.py -k test_outputs
-tests torchvision tests/test_torchvision.py -k "not test_outputs"
-wait
+tests excitation 1 tests/gpu/test_excitation_kernels.py
+tests fuzz-other 1 tests/gpu/test_fuzz.py -k "not forward and not gradients"
+tests kernels-other 1 tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64"
+tests reliability 1 tests/gpu/test_reliability.py
+tests training 1 tests/gpu/test_training.py
+tests operator 1 tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py
+tests registration 1 tests/test_operator_registration.py tests/test_operator_errors.py
+tests selection 1 tests/gpu/test_gpu_selection.py
 if [ ${#gpus[@]} -gt 1 ]; then
-  tests_alone several-gpus tests/gpu/test_reliability.py tests/test_composition.py \
-    tests/test_side_by_side.py -k "two_ or not_the_current"
+  several=(tests/gpu/test_reliability.py tests/test_composition.py tests/test_side_by_side.py)
+  several+=(-k "two_ or not_the_current")
+  part several-gpus "${pytest[@]}" "${several[@]}" & # with all of them visible
 fi
+wait
 # These compare times, and the first has a test of two GPUs.
 tests_alone cuda-graph tests/gpu/test_gpu_cuda_graph.py
-tests_alone bench-models tests/gpu/test_gpu_bench_models.py tests/test_bench_families.py
+tests_alone bench-models tests/gpu/test_gpu_bench_models.py tests/gpu/test_gpu_bench_training.py \
+  tests/test_bench_families.py
 tests_alone timing tests/gpu/test_timing.py
 
 grep -hE '^(FAILED|ERROR)' "$logs"/*.log | cut -c1-200
