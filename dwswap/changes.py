@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CHANGE_REASONS", "Change"]
+__all__ = ["CHANGE_REASONS", "DONE", "Change"]
 
 # Reason code -> the sentence that a change shows. As in ``dwswap.report.REASONS``, whose codes may
 # appear here as well, a code is never renamed.
@@ -13,6 +13,8 @@ CHANGE_REASONS: dict[str, str] = {
     "folded": "folded into the weights",
     "absorbed": "part of the operator's call now",
     "pushed": "made up for by the bias of {count} layers after it",
+    "epilogue": "added by the matrix product, which the convolution is, to what it stores",
+    "product": "a matrix product: cuDNN may be slow where {channels} channels are no multiple of 8",
     # stays: BatchNorm
     "train_mode": "it is in train mode",
     "no_statistics": "it normalizes by the statistics of each batch",
@@ -49,20 +51,25 @@ CHANGE_REASONS: dict[str, str] = {
 }
 
 
+DONE = ("folded", "absorbed", "pushed", "epilogue", "product")
+"""The reasons of what is gone from the graph."""
+
+
 @dataclass(frozen=True)
 class Change:
     """One neighbour of a convolution or linear layer, and what became of it.
 
     Attributes:
         kind: ``"batchnorm"``, ``"activation"``, ``"input_activation"``, ``"input_bias"``,
-            ``"bias"`` of a layer that gave its own to those after it, or kept it, or
-            ``"squeeze_excitation"`` of the first layer of one.
+            ``"bias"`` of a layer that gave its own to those after it, or kept it,
+            ``"squeeze_excitation"`` of the first layer of one, or ``"pointwise"`` of a convolution
+            that became a matrix product.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
         done: whether it is gone from the graph.
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
             not plain.
         detail: the reason as a sentence.
-        name: of the activation, where the operator has it.
+        name: of the activation, where the operator, or the matrix product, has it.
     """
 
     kind: str
@@ -83,6 +90,11 @@ class Change:
             return f"absorbed the bias of {self.subject}"
         if self.kind == "squeeze_excitation":
             return f"one call with {self.subject}, the pooling and the scaling"
+        if self.kind == "pointwise":
+            if self.reason == "product":
+                return "became a matrix product"
+            also = f" and the {self.name} after it" if self.name else ""
+            return f"its bias{also} in the epilogue of the matrix product"
         if self.kind == "bias":
             return f"gave its bias to {self.subject}"
         side = "after" if self.kind == "activation" else "before"

@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from dwswap.checks import pair
 from dwswap.convolution_call import bind, example_of
-from dwswap.layouts import restored, restored_layout, to_layout
+from dwswap.layouts import memory_format, restored, restored_layout, to_layout
 from dwswap.ops import depthwise_conv2d, squeeze_excitation
-from dwswap.residual import pointwise_residual
+from dwswap.pointwise import pointwise_product, pointwise_residual
 from dwswap.schema import depthwise_conv2d as depthwise_operator
 from dwswap.schema import squeeze_excitation as excitation_operator
 
@@ -108,6 +108,8 @@ class _Lowering:
             return self._linear
         if node.target is squeeze_excitation:
             return self._excitation
+        if node.target is pointwise_product:
+            return self._product
         if node.target is pointwise_residual:
             return self._residual
         if node.target is to_layout:
@@ -179,13 +181,39 @@ class _Lowering:
     def _residual(self, node: fx.Node) -> fx.Node:
         """A product that changes its residual in place is none for a functional graph."""
         input, weight, residual = node.args
-        zero, one = [0, 0], [1, 1]
-        if self.decomposed:
-            args = (input, weight, None, one, zero, one, False, zero, 1)
-            product = self.graph.call_function(aten.convolution.default, args)
-        else:
-            product = self.graph.call_function(aten.conv2d.default, (input, weight))
+        product = self._pointwise(input, weight, None)
         return self.graph.call_function(aten.add.Tensor, (residual, product))
+
+    def _product(self, node: fx.Node) -> fx.Node:
+        """Where the weight is channels_last, so is the result of the convolution, whatever its
+        input is; and it would lay out the input as the product does."""
+        call = self.graph.call_function
+        input, weight, bias, relu = node.args
+        assert not relu  # the pass leaves activations of exported programs
+        if memory_format(_example(weight)) is not torch.channels_last:
+            return self._pointwise(input, weight, bias)
+        outputs, inputs = _example(weight).shape[:2]
+        sizes = [
+            size if isinstance(size, int) else call(aten.sym_size.int, (input, dim))
+            for dim, size in enumerate(_example(node).shape[2:], 2)
+        ]
+        pixels = call(aten.permute.default, (input, [0, 2, 3, 1]))
+        rows = call(aten.reshape.default, (pixels, [-1, inputs]))
+        matrix = call(aten.view.default, (weight, [outputs, inputs]))
+        matrix = call(aten.permute.default, (matrix, [1, 0]))
+        if bias is None:
+            product = call(aten.mm.default, (rows, matrix))
+        else:
+            product = call(aten.addmm.default, (bias, rows, matrix))
+        pixels = call(aten.view.default, (product, [-1, *sizes, outputs]))
+        return call(aten.permute.default, (pixels, [0, 3, 1, 2]))
+
+    def _pointwise(self, input: Any, weight: Any, bias: Any) -> fx.Node:
+        if not self.decomposed:
+            return self.graph.call_function(aten.conv2d.default, (input, weight, bias))
+        zero, one = [0, 0], [1, 1]
+        args = (input, weight, bias, one, zero, one, False, zero, 1)
+        return self.graph.call_function(aten.convolution.default, args)
 
     def _converted(self, node: fx.Node) -> fx.Node:
         value, layout = node.args

@@ -263,7 +263,7 @@ class Report:
         changes += [c for found in self.elsewhere.values() for c in found]
         done = Counter(change.kind for change in changes if change.done)
         pushed = len([change for change in changes if change.reason == "pushed"])
-        blocks = done["squeeze_excitation"]
+        blocks, products = done["squeeze_excitation"], done["pointwise"]
         return (
             f"{self.calls_before} calls of operations per forward before, {self.calls_after} now; "
             f"folded {done['batchnorm']} BatchNorm, absorbed "
@@ -271,6 +271,7 @@ class Report:
             f"{done['input_bias']} biases"
             + (f", pushed {pushed} biases on" if pushed else "")
             + (f", made {blocks} squeeze-and-excitations one call each" if blocks else "")
+            + (f", made {products} pointwise convolutions matrix products" if products else "")
         )
 
     def _notes(self) -> list[str]:

@@ -38,6 +38,13 @@ def readme_table() -> ModuleType:
     return module
 
 
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pointwise convolutions become matrix products, as in half precision on CUDA."""
+    for module in ("dwswap.pointwise", "dwswap.passes.pointwise_call"):
+        monkeypatch.setattr(f"{module}.suits", lambda tensor: True)
+
+
 @pytest.fixture(autouse=True)
 def _no_tf32() -> Iterator[None]:
     """PyTorch's own error is the measure of ours, so it must not be that of TF32."""

@@ -15,7 +15,6 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 
 import dwswap
-from dwswap.passes import pointwise
 
 OPERATOR = torch.ops.dwswap.depthwise_conv2d.default
 DIALECTS = [
@@ -539,10 +538,10 @@ def test_a_second_optimize_changes_nothing() -> None:
 # --- whole models -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_mobilenet_v3(dialect: Dialect, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mobilenet_v3(dialect: Dialect) -> None:
     """With squeeze-and-excitation, and with the sums that a GPU would have in the products."""
-    monkeypatch.setattr(pointwise, "_gains", lambda weight: True)
     model = build_with_data("mobilenet_v3_small")
     shapes = ({0: Dim("batch", min=1, max=16)},)
     program = dialect(export(model, (torch.rand(2, 3, 64, 64),), dynamic_shapes=shapes))

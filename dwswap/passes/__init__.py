@@ -14,7 +14,8 @@ from dwswap.passes.channel_shuffle import fuse_shuffle
 from dwswap.passes.context import Context, GraphPass
 from dwswap.passes.fold_batchnorm import fold_batchnorm
 from dwswap.passes.memory_format import set_memory_format
-from dwswap.passes.pointwise import fuse_residual
+from dwswap.passes.pointwise_product import multiply_pointwise
+from dwswap.passes.pointwise_residual import fuse_residual
 from dwswap.passes.push_bias import push_bias
 from dwswap.passes.recompose_activation import recompose_activation
 from dwswap.passes.squeeze_excitation import fuse_squeeze_excitation
@@ -41,6 +42,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     set_memory_format,
     fuse_shuffle,
     fuse_residual,
+    multiply_pointwise,
 )
 # In front of a compiler that chooses layouts itself.
 COMPILED_PASSES: tuple[GraphPass, ...] = (

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
-from dwswap.changes import CHANGE_REASONS, Change
+from dwswap.changes import CHANGE_REASONS, DONE, Change
 from dwswap.convolution_call import example_of, owner_of
 from dwswap.report import REASONS, Layer
 
@@ -87,7 +87,7 @@ class Context:
         sentence = CHANGE_REASONS.get(reason) or REASONS[reason]
         if reason not in CHANGE_REASONS:
             sentence = f"of the layer: {sentence}"
-        done = reason in ("folded", "absorbed", "pushed")
+        done = reason in DONE
         detail = sentence.format(**facts or {})
         change = Change(kind, self.path_of(subject), done, reason, detail, name)
         known = self.changes.setdefault(self.path_of(layer), [])

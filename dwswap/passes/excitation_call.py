@@ -15,7 +15,7 @@ from dwswap.passes.activation_call import ActivationCall, activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.aliasing import changed_tensors, is_in_place
 from dwswap.passes.count_calls import does_nothing
-from dwswap.passes.padding import is_unpadded
+from dwswap.passes.pointwise_call import is_pointwise
 from dwswap.passes.pooling import added_dimensions, flattened, pooled
 
 __all__ = ["ExcitationCall", "excitation_call"]
@@ -176,7 +176,7 @@ def _weights_refusal(
             return "call_form", {}
         if not weight.is_floating_point():
             return "dtype", {"dtype": weight.dtype}
-        if call.function is torch.conv2d and not _is_pointwise(call, weight):
+        if call.function is torch.conv2d and not is_pointwise(call, weight):
             return "not_pointwise", {}
         shapes.append(weight.shape[:2])
     (hidden, channels), (outputs, inputs) = shapes
@@ -188,8 +188,3 @@ def _weights_refusal(
     if len({tensor.device for tensor in tensors if not tensor.is_meta}) > 1:
         return "devices", {}
     return None
-
-
-def _is_pointwise(call: AffineCall, weight: Tensor) -> bool:
-    """Whether it is a linear layer on an image of one pixel, where the stride does not matter."""
-    return weight.shape[2:] == (1, 1) and call.option("groups") == 1 and is_unpadded(call, weight)

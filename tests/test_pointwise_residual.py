@@ -15,19 +15,14 @@ from tiny_models import depthwise, image
 from torch import Tensor, nn
 
 import dwswap
-from dwswap.residual import pointwise_residual
-
-
-@pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in half precision on CUDA."""
-    monkeypatch.setattr("dwswap.passes.pointwise._gains", lambda weight: True)
+from dwswap.pointwise import pointwise_residual
 
 
 def fused(fast: nn.Module) -> int:
     return [node.target for node in fast.graph.nodes].count(pointwise_residual)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("size", [1, 5])
 @pytest.mark.parametrize("residual", ["full", "one image", "one channel", "one pixel", "part"])
@@ -46,6 +41,7 @@ def test_function(layout: torch.memory_format, size: int, residual: str) -> None
     assert pointwise_residual(x[:0], weight, other[:0]).shape[0] == 0
 
 
+@pytest.mark.usefixtures("products")
 def test_gradients_are_recorded() -> None:
     x, other = (image(4).to(memory_format=torch.channels_last) for _ in range(2))
     weight = torch.randn(4, 4, 1, 1, requires_grad=True)
@@ -63,7 +59,7 @@ def test_not_on_the_cpu() -> None:
     assert fused(dwswap.optimize(model, memory_format="channels_last")) == 0
 
 
-@pytest.mark.usefixtures("on")
+@pytest.mark.usefixtures("products")
 def test_fuses() -> None:
     model = chain(pointwise(), inverted(), inverted(combine=lambda x, y: y + x), pointwise()).eval()
     fast = dwswap.optimize(model, memory_format="channels_last")
@@ -79,7 +75,7 @@ def test_fuses() -> None:
     same(pickle.loads(pickle.dumps(plain))(image(8)), plain(image(8)))
 
 
-@pytest.mark.usefixtures("on")
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(
     "body",
     [
@@ -106,7 +102,7 @@ def test_leaves_alone(body: nn.Module) -> None:
     same(fast(image(8)), model(image(8)))
 
 
-@pytest.mark.usefixtures("on")
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("case", ["input", "output", "read later", "view", "alone"])
 def test_the_residual_must_be_spare(case: str) -> None:
     class Sum(nn.Module):
@@ -138,7 +134,7 @@ def test_the_residual_must_be_spare(case: str) -> None:
             same(own, other)
 
 
-@pytest.mark.usefixtures("on")
+@pytest.mark.usefixtures("products")
 def test_input_changed_in_between() -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:
@@ -156,7 +152,7 @@ def test_input_changed_in_between() -> None:
     same(fast(image(8)), model(image(8)))
 
 
-@pytest.mark.usefixtures("on")
+@pytest.mark.usefixtures("products")
 def test_mobilenet() -> None:
     model = build_with_data("mobilenet_v2").double()
     fast = dwswap.optimize(model, memory_format="channels_last")

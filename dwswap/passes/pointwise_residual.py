@@ -9,8 +9,7 @@ Reason:
 Limits:
     Where the graph computes ``x`` itself and nothing reads it later: the product takes its place.
     BLAS would copy another ``x`` first, which costs what the sum does. In half precision on CUDA:
-    in float32 convolutions may round to TF32 and products may not. All other pointwise convolutions
-    stay as they are: without a bias and in channels_last, cuDNN's take the time of the product.
+    in float32 convolutions may round to TF32 and products may not.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from dwswap.passes.affine_call import AffineCall, affine_call, value_of
+from dwswap.passes.affine_call import AffineCall, affine_call
 from dwswap.passes.aliasing import changes_between
 from dwswap.passes.context import Context
-from dwswap.passes.padding import is_unpadded
-from dwswap.residual import pointwise_residual
+from dwswap.passes.pointwise_call import product_weight
+from dwswap.pointwise import pointwise_residual
 
 __all__ = ["fuse_residual"]
 
@@ -64,20 +63,8 @@ def fuse_residual(graph_module: fx.GraphModule, context: Context) -> None:
 
 
 def _is_plain(graph_module: fx.GraphModule, call: AffineCall) -> bool:
-    if call.spatial != 2 or call.transposed or call.depthwise or call.refusal is not None:
-        return False
-    weight = value_of(graph_module, call.weight)
-    if weight is None or weight.shape[2:] != (1, 1) or len(call.node.users) > 1:
-        return False
-    if not _gains(weight):
-        return False
-    strides = call.option("stride")
-    ones = all(s == 1 for s in (strides if isinstance(strides, (list, tuple)) else [strides]))
-    return ones and call.option("groups") == 1 and call.bias is None and is_unpadded(call, weight)
-
-
-def _gains(weight: Tensor) -> bool:
-    return weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
+    alone = call.bias is None and len(call.node.users) == 1
+    return alone and product_weight(graph_module, call) is not None
 
 
 def _is_spare(graph_module: fx.GraphModule, value: fx.Node, last: fx.Node) -> bool:

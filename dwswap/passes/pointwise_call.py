@@ -1,0 +1,28 @@
+"""Which convolutions are pointwise: a matrix product for every pixel."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from dwswap.passes.affine_call import AffineCall, value_of
+from dwswap.passes.padding import is_unpadded
+from dwswap.pointwise import suits
+
+__all__ = ["is_pointwise", "product_weight"]
+
+
+def is_pointwise(call: AffineCall, weight: Tensor) -> bool:
+    """Whether it is a linear layer on an image of one pixel, where the stride does not matter."""
+    return weight.shape[2:] == (1, 1) and call.option("groups") == 1 and is_unpadded(call, weight)
+
+
+def product_weight(graph_module: fx.GraphModule, call: AffineCall) -> Tensor | None:
+    """The weight where ``call`` is one product for all pixels, and may become one."""
+    if call.spatial != 2 or call.transposed or call.depthwise or call.refusal is not None:
+        return None
+    weight = value_of(graph_module, call.weight)
+    if weight is None or not suits(weight) or not is_pointwise(call, weight):
+        return None
+    strides = call.option("stride")
+    strides = strides if isinstance(strides, (list, tuple)) else [strides]
+    return weight if all(stride == 1 for stride in strides) else None

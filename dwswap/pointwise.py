@@ -1,0 +1,98 @@
+"""Pointwise convolutions as matrix products, with what they are added to or end in.
+
+In channels_last, pixels are rows: ``(N H W, C) @ (C, K)`` on views. In any other layout, dtype or
+device, under autocast and where gradients are recorded, each function is the convolution and what
+follows it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwswap.layouts import memory_format
+
+__all__ = ["pointwise_product", "pointwise_residual", "suits"]
+
+
+def pointwise_product(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """``conv2d(input, weight, bias)`` for a weight ``(K, C, 1, 1)``, and ReLU where asked.
+
+    BLAS adds a bias to what it is about to store, and takes the maximum with 0; cuDNN's
+    convolutions leave both to kernels of their own, which read and write the result again.
+
+    Args:
+        input: ``(N, C, H, W)``; also some of the channels of a wider image, which a product reads
+            where they are.
+        bias: ``(K,)``.
+    """
+    rows = _rows(input) if _are_alike(input, weight, bias) else None
+    if rows is None:
+        output = F.conv2d(input, weight, bias)
+        return output.relu_() if relu else output
+    matrix = weight.flatten(1).t()
+    # Of an exported program gradients may be asked, which the operator with ReLU does not have.
+    if relu and bias is not None and not torch.compiler.is_exporting():
+        product = torch._addmm_activation(bias, rows, matrix)
+    else:
+        product = torch.mm(rows, matrix) if bias is None else torch.addmm(bias, rows, matrix)
+        product = product.relu_() if relu else product
+    size = (input.shape[0], *input.shape[2:], weight.shape[0])
+    return product.view(size).permute(0, 3, 1, 2)
+
+
+def pointwise_residual(input: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    """``residual + conv2d(input, weight)`` for a weight ``(K, C, 1, 1)``; may change ``residual``.
+
+    The product is added to what the rows of ``residual`` hold (``beta * C`` in BLAS). Rounded
+    once, not twice.
+
+    Args:
+        input: ``(N, C, H, W)``, of other memory than ``residual``.
+        residual: ``(N, K, H, W)``.
+    """
+    if _are_alike(input, weight, residual) and _fits(input, weight, residual):
+        rows, sums = _rows(input), _rows(residual)
+        if rows is not None and sums is not None:
+            sums.addmm_(rows, weight.flatten(1).t())
+            return residual
+    return residual + F.conv2d(input, weight)
+
+
+def suits(tensor: Tensor) -> bool:
+    """Whether products of such tensors are as exact as convolutions, and known to be as fast.
+
+    In float32 convolutions may round to TF32, and products may not.
+    """
+    return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _are_alike(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether they can be multiplied, with the result that the convolution has."""
+    tensors = [input, *(tensor for tensor in others if tensor is not None)]
+    if not suits(input) or any(tensor.dtype != input.dtype for tensor in tensors):
+        return False
+    if torch.is_autocast_enabled(input.device.type):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _fits(input: Tensor, weight: Tensor, residual: Tensor) -> bool:
+    """Whether ``residual`` has the shape of the result, so that nothing is broadcast."""
+    shape = (*input.shape[:1], *weight.shape[:1], *input.shape[2:])
+    return residual.shape == shape
+
+
+def _rows(image: Tensor) -> Tensor | None:
+    """``image`` as the rows ``(N H W, C)``, a view; None where a convolution would not see it, and
+    lay out its result, as channels_last."""
+    if image.dim() != 4 or memory_format(image) is not torch.channels_last:
+        return None
+    height, width = image.shape[2:]
+    by_image, by_channel, by_row, by_pixel = image.stride()
+    if by_channel != 1 or by_row != width * by_pixel or by_image != height * by_row:
+        return None
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
