@@ -81,7 +81,7 @@ tests registration 1 tests/test_operator_registration.py tests/test_operator_err
 tests selection 1 tests/gpu/test_gpu_selection.py
 if [ ${#gpus[@]} -gt 1 ]; then
   several=(tests/gpu/test_reliability.py tests/test_composition.py tests/test_side_by_side.py)
-  several+=(-k "two_ or not_the_current")
+  several+=(tests/test_examples_training.py -k "two_ or not_the_current")
   part several-gpus "${pytest[@]}" "${several[@]}" & # with all of them visible
 fi
 wait

@@ -1,13 +1,14 @@
-"""The training examples: train_digits.py and its comparison."""
+"""The training examples: train_digits.py, its comparison, and train_distributed.py."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
 import torch
-from test_examples import load, run
+from test_examples import ROOT, load, run
 from torch import nn
 
 import dwswap
@@ -157,3 +158,77 @@ def test_compare_on_digits(tmp_path, device, epochs):
     saved = json.loads(path.read_text())
     assert len(saved["drift"]["noise"]) == 50
     assert saved["accuracy_difference_points"] <= 0.5
+
+
+# train_distributed
+
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def test_train_distributed_alone(noise, monkeypatch, capsys):
+    """One process needs no launcher; the bar is for digits, and noise does not reach it."""
+    arguments = ["train_distributed.py", "--device", "cpu", "--epochs", "1", "--data", str(noise)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert load("examples/train_distributed.py").main() == 1
+    output = capsys.readouterr().out
+    assert "epoch 1: loss" in output
+    assert "1 ranks: parameters are equal" in output
+    assert "FAILED" in output
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("device", "epochs"),
+    [
+        pytest.param("cpu", "4", marks=pytest.mark.slow),
+        pytest.param("cuda", "8", marks=pytest.mark.gpu),
+    ],
+)
+def test_two_processes_train_distributed(device, epochs):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("sklearn")
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    done = run("train_distributed.py", "--epochs", epochs, device=device, launcher=TWO_PROCESSES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("epoch 1: loss") == 1  # rank 0 speaks for all
+    assert "2 ranks: parameters are equal" in done.stdout
+
+
+def test_train_distributed_sees_parameters_that_differ(tmp_path):
+    pytest.importorskip("torchvision")
+    script = tmp_path / "differ.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'examples')!r})\n"
+        "import torch, train_distributed as example, torch.distributed as dist\n"
+        "example.join(torch.device('cpu'))\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)\n"
+        "assert example.equal_on_all_ranks(model)\n"
+        "if dist.get_rank() == 1:\n"
+        "    torch.nn.init.constant_(model.bias, 1e-30)\n"
+        "assert not example.equal_on_all_ranks(model)\n"
+        "dist.destroy_process_group()\n"
+    )
+    done = run(str(script), launcher=TWO_PROCESSES)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "error"),
+    [
+        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, r"must be at most 1, got 2; --device cpu"),
+        ({"WORLD_SIZE": "65"}, r"at most 64 processes \(a batch\), got 65"),
+    ],
+)
+def test_train_distributed_refuses_too_many_processes(variables, error, monkeypatch, capsys):
+    pytest.importorskip("torchvision")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["train_distributed.py"])
+    with pytest.raises(SystemExit, match="2"):
+        load("examples/train_distributed.py").main()
+    assert re.search(error, capsys.readouterr().err)
