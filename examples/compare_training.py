@@ -16,8 +16,12 @@ The drift of two curves at step t is the largest difference of their losses up t
 - at each of the first ``STEPS`` steps, ``swapped`` must be at most ``FACTOR`` times ``noise`` plus
   ``ULPS`` float32 ulp at the scale of the loss.
 
-The first steps make the test sharp: the noise is about 1e-4 there. Chance may take one run off
-early (a value next to the kink of a ReLU6), hence the median; wrong numbers take all runs off.
+The drift grows in jumps (a value crosses the kink of a ReLU6), and chance decides in which of the
+first steps they come: two ways in which PyTorch itself computes on a CPU, with oneDNN and without,
+were once 3 times as far apart as the noise is. Hence the median, and a factor that is a few steps'
+growth. What makes the test sharp are the first steps, where the noise is 1e-6: layers that compute
+in bfloat16 and gradients of mirrored weights fail there. Single layers are held to a narrower limit
+by ``dwswap.optimize(..., verify=True)``; this is about what becomes of a whole training.
 
 The accuracies at the end, means over the runs, must be within ``POINTS`` percentage points. A test
 digit is 0.25 points, and chance alone moves single runs by half a point.
@@ -46,7 +50,7 @@ from dwswap.precision import float32_convolutions
 
 RUNS = 5
 STEPS = 50
-FACTOR = 2
+FACTOR = 10
 ULPS = 4
 POINTS = 0.5
 FORMATS = (torch.contiguous_format, torch.channels_last)
