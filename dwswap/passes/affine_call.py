@@ -183,8 +183,9 @@ def transposed(node: object) -> fx.Node | None:
     if not isinstance(node, fx.Node) or node.target not in _TRANSPOSES:
         return None
     matrix, *order = node.args
-    is_tensor = isinstance(matrix, fx.Node) and matrix.op == "get_attr"
-    return matrix if is_tensor and order in ([], [[1, 0]]) else None
+    if not isinstance(matrix, fx.Node) or matrix.op != "get_attr":
+        return None
+    return matrix if order in ([], [[1, 0]]) else None
 
 
 def _of_module(module: nn.Module, node: fx.Node) -> AffineCall | None:
