@@ -12,7 +12,7 @@ from torch import Tensor
 from dwswap import build
 from dwswap.checks import check_dense, geometry, raise_typed
 from dwswap.layouts import empty_image, laid_out, memory_format, output_memory_format
-from dwswap.plain import differentiated_elsewhere, is_plain, needs_gradient
+from dwswap.plain import any_autocast, differentiated_elsewhere, is_plain, needs_gradient
 from dwswap.schema import depthwise_conv2d, depthwise_conv2d_backward
 
 __all__ = [
@@ -134,6 +134,8 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: Any) -> Any:
+        if not any_autocast():
+            return backward(ctx, *grads)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return backward(ctx, *grads)
 

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dwswap import excitation_registration, registration
 from dwswap.checks import NAME, pair
-from dwswap.plain import is_plain
+from dwswap.plain import is_plain, is_plain_but_for_autocast
 
 __all__ = ["depthwise_conv2d", "squeeze_excitation"]
 
@@ -54,7 +54,7 @@ def depthwise_conv2d(
         TypeError, ValueError: naming the argument, the rule and the value (RuntimeError when the
             CUDA operator finds it).
     """
-    plain = is_plain(input, weight, bias, input_bias)
+    plain = is_plain_but_for_autocast(input, weight, bias, input_bias)
     if not plain:
         tensors = (input, weight, bias, input_bias)
         if has_torch_function(tensors):  # one node in a symbolic trace, as the functions of torch

@@ -8,7 +8,14 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-__all__ = ["differentiated_elsewhere", "is_plain", "is_watched", "needs_gradient"]
+__all__ = [
+    "any_autocast",
+    "differentiated_elsewhere",
+    "is_plain",
+    "is_plain_but_for_autocast",
+    "is_watched",
+    "needs_gradient",
+]
 
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _OPTIONAL = frozenset({Tensor, nn.Parameter, type(None)})
@@ -16,7 +23,7 @@ _OPTIONAL = frozenset({Tensor, nn.Parameter, type(None)})
 # By these names because each dot costs as much as the call.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
-_autocast = torch._C._is_any_autocast_enabled
+any_autocast = torch._C._is_any_autocast_enabled
 _functorch = torch._C._are_functorch_transforms_active
 _jit_trace = torch._C._get_tracing_state
 
@@ -28,6 +35,13 @@ def is_plain(input: Tensor, weight: Tensor, bias: Tensor | None, input_bias: Ten
     autocast, a functorch transform or forward AD, and not with a subclass of Tensor. Gradients are
     not looked at.
     """
+    return not any_autocast() and is_plain_but_for_autocast(input, weight, bias, input_bias)
+
+
+def is_plain_but_for_autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None, input_bias: Tensor | None
+) -> bool:
+    """:func:`is_plain`, or it would be with tensors that are cast first, as autocast casts them."""
     return (
         not torch.compiler.is_compiling()
         and type(input) in _TENSORS
@@ -36,7 +50,6 @@ def is_plain(input: Tensor, weight: Tensor, bias: Tensor | None, input_bias: Ten
         and type(input_bias) in _OPTIONAL
         and not _dispatch_modes()
         and not _function_modes()
-        and not _autocast()
         and not _functorch()
         and forward_ad._current_level < 0
         and _jit_trace() is None

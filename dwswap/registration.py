@@ -21,19 +21,13 @@ from torch import Tensor
 
 from dwswap import build
 from dwswap.activations import ACTIVATIONS
-from dwswap.backward import (
-    apply_backward,
-    backward_aten,
-    backward_autograd,
-    backward_composite,
-    backward_fake,
-    without_autocast,
-)
+from dwswap.autograd import preactivated, recorded
+from dwswap.backward import backward_aten, backward_autograd, backward_composite, backward_fake
 from dwswap.checks import check_arguments, check_dense, geometry, output_size, raise_typed
 from dwswap.layouts import empty_image, laid_out, output_memory_format
-from dwswap.plain import differentiated_elsewhere, is_plain, needs_gradient
+from dwswap.plain import any_autocast, differentiated_elsewhere, needs_gradient
 from dwswap.schema import depthwise_conv2d, depthwise_conv2d_backward, direct, library
-from dwswap.transforms import autocast_kernel, forward_vmap
+from dwswap.transforms import AUTOCAST_KEYS, autocast_kernel, forward_vmap
 
 __all__ = ["apply", "decomposed", "depthwise_conv2d", "depthwise_conv2d_backward", "kernel_family"]
 
@@ -65,14 +59,9 @@ def decomposed(
     check_arguments(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
     )
-    hidden = _preactivate(input, input_bias, input_activation)
+    hidden = preactivated(input, input_bias, input_activation)
     output = torch.conv2d(hidden, weight, bias, stride, padding, dilation, input.shape[-3])
     return ACTIVATIONS[activation].forward(output)
-
-
-def _preactivate(input: Tensor, input_bias: Tensor | None, input_activation: str) -> Tensor:
-    hidden = input if input_bias is None else input + input_bias[:, None, None]
-    return ACTIVATIONS[input_activation].forward(hidden)
 
 
 def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -175,54 +164,6 @@ def _at_once(
         raise_typed(error)
 
 
-class _DepthwiseConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        """``args``: all nine of the operator, in its order."""
-        input, weight, bias, stride, padding, dilation, input_bias, *activations = args
-        ctx.geometry = geometry(stride, padding, dilation)
-        ctx.input_activation, ctx.activation = activations
-        ctx.save_for_backward(input, weight, bias, input_bias)
-        run = _at_once if is_plain(input, weight, bias, input_bias) else _below_autograd
-        return run(*args)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, input_bias = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs_input_bias = ctx.needs_input_grad[6]
-        hidden = _preactivate(input, input_bias, ctx.input_activation)
-        if ctx.activation != "none":
-            output = depthwise_conv2d(hidden, weight, bias, *ctx.geometry)
-            grad_output = ACTIVATIONS[ctx.activation].backward(grad_output, output)
-        grad_input, grad_weight, grad_bias = apply_backward(
-            grad_output,
-            hidden,
-            weight,
-            *ctx.geometry,
-            [needs_input or needs_input_bias, needs_weight, needs_bias],
-        )
-        grad_input_bias = None
-        if needs_input or needs_input_bias:
-            if ctx.input_activation != "none":
-                before = _preactivate(input, input_bias, "none")
-                grad_input = ACTIVATIONS[ctx.input_activation].backward(grad_input, before)
-            if needs_input_bias:
-                grad_input_bias = grad_input.sum(dim=(-1, -2) if input.dim() == 3 else (0, 2, 3))
-        return (
-            grad_input if needs_input else None,
-            grad_weight,
-            grad_bias,
-            None,
-            None,
-            None,
-            grad_input_bias,
-            None,
-            None,
-        )
-
-
 def _forward_autograd(
     input: Tensor,
     weight: Tensor,
@@ -249,8 +190,43 @@ def _forward_autograd(
     if differentiated_elsewhere() or input.is_complex():
         return decomposed(*args)
     if needs_gradient(input, weight, bias, input_bias):
-        return _DepthwiseConv2d.apply(*args)
+        pairs = geometry(stride, padding, dilation)
+        return recorded(
+            _below_autograd,
+            input,
+            weight,
+            bias,
+            *pairs,
+            input_bias,
+            input_activation,
+            activation,
+        )
     return _below_autograd(*args)
+
+
+def _apply_plain(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    input_bias: Tensor | None,
+    *activations: str,
+) -> Tensor:
+    args: Any = (input, weight, bias, stride, padding, dilation, input_bias, *activations)
+    if not needs_gradient(input, weight, bias, input_bias):
+        return _at_once(*args)
+    if not input.is_complex():
+        return recorded(_at_once, *args)
+    return depthwise_conv2d(*args)
+
+
+# Device type -> what its Autocast key calls, past that key and those below.
+_PLAIN_AUTOCAST = {
+    device_type: autocast_kernel(_apply_plain, device_type, key)
+    for device_type, key in AUTOCAST_KEYS.items()
+}
 
 
 def apply(
@@ -270,7 +246,7 @@ def apply(
     Their kernels are Python, and those microseconds count at batch 1.
 
     Args:
-        plain: what ``is_plain`` says of the tensors.
+        plain: what ``is_plain_but_for_autocast`` says of the tensors.
     """
     args = (
         input,
@@ -284,11 +260,11 @@ def apply(
         activation,
     )
     if plain:
-        if not needs_gradient(input, weight, bias, input_bias):
-            return _at_once(*args)
-        if not input.is_complex():
-            return _DepthwiseConv2d.apply(*args)
-        return depthwise_conv2d(*args)
+        if any_autocast():
+            device_type = input.device.type
+            if device_type in _PLAIN_AUTOCAST and torch.is_autocast_enabled(device_type):
+                return _PLAIN_AUTOCAST[device_type](*args)
+        return _apply_plain(*args)
     if (
         torch.compiler.is_compiling()
         or needs_gradient(input, weight, bias, input_bias)
@@ -324,7 +300,7 @@ for _name in ("_depthwise_conv2d_backward", "_depthwise_conv2d_backward_aten"):
     torch.library.register_fake(f"dwswap::{_name}", backward_fake, lib=library)
 library.impl("depthwise_conv2d", _forward_autograd, "Autograd")
 library.impl("_depthwise_conv2d_backward", backward_autograd, "Autograd")
-for _device_type, _key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+for _device_type, _key in AUTOCAST_KEYS.items():
     _kernel = autocast_kernel(depthwise_conv2d, _device_type, _key)
     library.impl("depthwise_conv2d", _kernel, _key)
 torch.library.register_vmap(

@@ -8,21 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_kernel", "cast", "forward_vmap"]
+__all__ = ["AUTOCAST_KEYS", "autocast_kernel", "cast", "forward_vmap"]
 
 Ints = Sequence[int]
 Operator = Callable[..., Tensor]
 
+# Device type -> the dispatch key that is excluded where autocast is off for it.
+AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
+
 
 def cast(tensor: Tensor | None, device_type: str, dtype: torch.dtype) -> Tensor | None:
     """``tensor`` in ``dtype``, where autocast of ``device_type`` casts it."""
+    # In a model most inputs have the dtype: the layer before was cast as well.
+    if tensor is None or tensor.dtype is dtype:
+        return tensor
     eligible = (
-        tensor is not None
-        and tensor.device.type == device_type
+        tensor.device.type == device_type
         and tensor.is_floating_point()
         and tensor.dtype != torch.float64
     )
-    return tensor.to(dtype) if eligible and tensor is not None else tensor
+    return tensor.to(dtype) if eligible else tensor
 
 
 def autocast_kernel(operator: Operator, device_type: str, key: str) -> Operator:

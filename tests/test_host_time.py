@@ -264,6 +264,90 @@ def test_plain_and_other_calls_agree(device, requires_grad):
         torch.testing.assert_close(other, results[0])
 
 
+# --- autocast ------------------------------------------------------------------------------------
+
+
+def draw(device: str, **dtypes: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"input": (2, 6, 9, 8), "weight": (12, 1, 3, 3), "bias": (12,), "input_bias": (6,)}
+    return [
+        torch.randn(shape, generator=generator)
+        .to(device, dtypes.get(name, torch.float32))
+        .requires_grad_()
+        for name, shape in shapes.items()
+    ]
+
+
+def results_under_autocast(
+    mode: Any, leaves: list[Tensor], device: str, dtype: torch.dtype, absorbed: dict[str, Any]
+) -> list[Tensor]:
+    """Output, gradients and second derivatives of a call; ``mode`` decides which way it takes."""
+    x, weight, bias, input_bias = leaves
+    if absorbed:
+        absorbed = {"input_bias": input_bias, **absorbed}
+    else:
+        leaves = leaves[:3]
+    with mode, torch.autocast(device, dtype):
+        output = depthwise_conv2d(x, weight, bias, 2, (1, 0), **absorbed)
+    # Means, as sums leave the range of float16.
+    grads = torch.autograd.grad(output.float().square().mean(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.float().square().mean() for g in grads), leaves)
+    return [output, *grads, *second]
+
+
+@pytest.mark.parametrize("absorbed", [{}, {"input_activation": "silu", "activation": "gelu"}])
+@pytest.mark.parametrize("given", [{}, {"input": torch.bfloat16}, {"bias": torch.float16}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_plain_calls_under_autocast_give_what_the_registered_way_gives(
+    device, dtype, given, absorbed
+):
+    ours = results_under_autocast(nullcontext(), draw(device, **given), device, dtype, absorbed)
+    theirs = results_under_autocast(Ignorant(), draw(device, **given), device, dtype, absorbed)
+    assert ours[0].dtype == dtype
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+
+
+def test_training_under_autocast_goes_past_the_dispatch_keys(device, monkeypatch):
+    def dispatched(*args: Any) -> Tensor:
+        raise AssertionError("through the dispatcher")
+
+    ours, x = DepthwiseConv2d.from_conv2d(depthwise().to(device)), image(8).to(device)
+    if device == "cuda":
+        ours(x)  # loads the kernels
+    monkeypatch.setattr(registration, "depthwise_conv2d", dispatched)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), torch.autocast(device, torch.bfloat16):
+            output = ours(x)
+        assert output.dtype == torch.bfloat16
+    with torch.autocast(device, torch.bfloat16):
+        ours(x).sum().backward()
+    assert ours.weight.grad.dtype == torch.float32
+
+
+def test_autocast_that_is_off_or_for_another_device_casts_nothing(device):
+    leaves = draw(device)
+    other = {"cpu": "cuda", "cuda": "cpu"}[device]
+    enabled = torch.is_autocast_enabled(other)
+    torch.set_autocast_enabled(other, True)
+    try:
+        assert depthwise_conv2d(*leaves[:3]).dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled(other, enabled)
+    with torch.autocast(device, torch.bfloat16), torch.autocast(device, enabled=False):
+        assert depthwise_conv2d(*leaves[:3]).dtype == torch.float32
+
+
+def test_autocast_leaves_float64_and_says_what_is_mixed(device):
+    x, weight, bias, _ = draw(device, input=torch.float64)
+    with torch.autocast(device, torch.bfloat16):
+        assert depthwise_conv2d(x, weight.double(), bias.double()).dtype == torch.float64
+        with pytest.raises((TypeError, RuntimeError), match="must have the input's dtype"):
+            depthwise_conv2d(x, weight, bias)
+
+
 # --- parameters of modules -----------------------------------------------------------------------
 
 
@@ -304,3 +388,4 @@ def test_bench_overhead(device, capsys):
     assert main(["bench", "overhead", "--device", device, "--rounds", "1"]) == 0
     output = capsys.readouterr().out
     assert output.count("inference_mode") == output.count("no_grad") == (2, 4)[device == "cuda"]
+    assert output.count("training") == 2

@@ -21,7 +21,8 @@ def add_parser(targets: Any) -> None:
         "overhead",
         help="the time that a layer takes of the host, next to nn.Conv2d",
         description="Time calls of one small layer without waiting for the GPU, with nn.Conv2d and "
-        "with DepthwiseConv2d, in no_grad, inference_mode and with gradients (forward only).",
+        "with DepthwiseConv2d: forward in no_grad, in inference_mode and with gradients, then "
+        "training, which is forward and backward under autocast.",
     )
     parser.add_argument("--device", help="default: cuda; on the CPU aten computes on both sides")
     parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
