@@ -1,4 +1,4 @@
-"""What the passes for inference did to a layer or left as it was, and why: plain data."""
+"""What the passes did to a layer or left as it was, and why: plain data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ CHANGE_REASONS: dict[str, str] = {
     # done
     "folded": "folded into the weights",
     "absorbed": "part of the operator's call now",
+    "input_kept": "autograd needs its input, and copies it first where it is changed in place",
     "pushed": "made up for by the bias of {count} layers after it",
     "epilogue": "added by the matrix product, which the convolution is, to what it stores",
     "product": "a matrix product: cuDNN may be slow where {channels} channels are no multiple of 8",
@@ -62,8 +63,8 @@ class Change:
     Attributes:
         kind: ``"batchnorm"``, ``"activation"``, ``"input_activation"``, ``"input_bias"``,
             ``"bias"`` of a layer that gave its own to those after it, or kept it,
-            ``"squeeze_excitation"`` of the first layer of one, or ``"pointwise"`` of a convolution
-            that became a matrix product.
+            ``"squeeze_excitation"`` of the first layer of one, ``"pointwise"`` of a convolution
+            that became a matrix product, or ``"inplace"`` of an activation in train mode.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
         done: whether it is gone from the graph.
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
@@ -95,6 +96,8 @@ class Change:
                 return "became a matrix product"
             also = f" and the {self.name} after it" if self.name else ""
             return f"its bias{also} in the epilogue of the matrix product"
+        if self.kind == "inplace":
+            return f"out of place ({self.reason}: {self.detail})"
         if self.kind == "bias":
             return f"gave its bias to {self.subject}"
         side = "after" if self.kind == "activation" else "before"

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dwswap.ops import depthwise_conv2d
 
-__all__ = ["DepthwiseConv2d"]
+__all__ = ["DepthwiseConv2d", "as_class"]
 
-Convolution = TypeVar("Convolution", bound=nn.Conv2d)
+M = TypeVar("M", bound=nn.Module)
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -105,14 +105,14 @@ class DepthwiseConv2d(nn.Conv2d):
                 "DepthwiseConv2d.from_conv2d: conv must have groups == in_channels, got "
                 f"groups={conv.groups}, in_channels={conv.in_channels}"
             )
-        return _as_class(conv, cls)
+        return as_class(conv, cls)
 
     def to_conv2d(self) -> nn.Conv2d:
         """The inverse of :meth:`from_conv2d`: a plain ``nn.Conv2d`` with the same Parameters."""
-        return _as_class(self, nn.Conv2d)
+        return as_class(self, nn.Conv2d)
 
 
-def _as_class(source: nn.Conv2d, cls: type[Convolution]) -> Convolution:
+def as_class(source: nn.Module, cls: type[M]) -> M:
     """``source`` as an instance of ``cls``: everything it holds is shared, nothing is copied."""
     result = cls.__new__(cls)
     # Containers of its own, so that what is added to the one does not appear in the other.

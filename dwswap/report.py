@@ -275,7 +275,19 @@ class Report:
         )
 
     def _notes(self) -> list[str]:
-        lines = [f"{path}: {', '.join(map(str, c))}" for path, c in self.elsewhere.items()]
+        out_of_place = [
+            path for path, found in self.elsewhere.items() if found[0].kind == "inplace"
+        ]
+        lines = [
+            f"{path}: {', '.join(map(str, found))}"
+            for path, found in self.elsewhere.items()
+            if path not in out_of_place
+        ]
+        if out_of_place:
+            lines.append(
+                f"keeps autograd from copying the input of {len(out_of_place)} activations, which "
+                "do not change it in place any more"
+            )
         if self.calls_before is not None and self.calls_after is not None:
             lines.append(self._fused())
         if self.memory_format != "preserve":

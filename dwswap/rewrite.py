@@ -22,6 +22,7 @@ from dwswap.inference_graph import InferenceGraph
 from dwswap.kernels_in_use import kernels_in_use
 from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
 from dwswap.passes.count_calls import count_calls
+from dwswap.passes.inplace_activations import out_of_place
 from dwswap.passes.memory_format import MemoryFormat, set_memory_format
 from dwswap.passes.substitution import replace_modules, swap_modules
 from dwswap.report import Report, attach
@@ -63,8 +64,10 @@ def optimize(
     the depthwise convolutions become part of these. Folded weights are new parameters under new
     keys (``conv_folded.weight``), and a checkpoint of the original is refused. In train mode, with
     ``fuse=False``, or where it cannot be traced, modules are replaced: the result has the model's
-    class, ``state_dict`` keys, attributes and hooks, shares nothing else, and trains. What cannot
-    be rewritten safely stays; ``dwswap.report`` tells why.
+    class, ``state_dict`` keys, attributes and hooks, shares nothing else, and trains. In train mode
+    activations such as ``nn.ReLU6(inplace=True)``, whose input autograd copies first, get
+    ``inplace=False`` behind a convolution or normalization in an ``nn.Sequential``. What cannot be
+    rewritten safely stays; ``dwswap.report`` tells why.
 
     A ``torch.export.ExportedProgram`` gives a new one, rewritten as the graph that it is: what it
     was exported in, eval or train mode, stays in it, and so do its dynamic shapes. Folded weights
@@ -79,7 +82,7 @@ def optimize(
             ``model`` itself, which is returned; a new graph shares the weights of ``model`` that
             nothing was folded into. (A ``GraphModule`` is changed itself, a program never.)
         fuse: False swaps only: modules are replaced, or calls in a ``GraphModule``; nothing is
-            folded or absorbed, and all keys stay.
+            folded or absorbed, activations stay in place, and all keys stay.
         skip: ``skip(module, path)`` is asked about every convolution that would be swapped; true
             keeps it as it is. For a functional call it gets the module that makes it.
         verify: compare every swapped layer and the whole model with a float64 run of the original
@@ -143,6 +146,8 @@ def optimize(
     if arguments is not None and changed and verify:
         result, report = verify_result(subject, result, report, arguments)
     failed = report.verification is not None and not report.verification.passed
+    if fuse and report.swapped and not failed:
+        _spare_copies(result, report)
     if failed or not report.swapped:
         rewritten = result is not workspace or report.traced  # and then put back
         result = subject if inplace else copy_model(subject) if rewritten else workspace
@@ -181,6 +186,7 @@ def explain(
     if fuse:
         context.values = False
         report = _fuse(subject, result, report, context)
+        _spare_copies(result, report)
     return report
 
 
@@ -266,6 +272,12 @@ def _fuse(model: nn.Module, result: nn.Module, report: Report, context: Context)
         return report
     assert isinstance(result, fx.GraphModule)
     return fuse_graph(result, report, context, INFERENCE_PASSES)
+
+
+def _spare_copies(result: nn.Module, report: Report) -> None:
+    """Where modules were replaced, and the model trains, autograd need not copy for activations."""
+    if report.mode == "substitution" and is_training(result):
+        report.elsewhere = out_of_place(result)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
