@@ -204,22 +204,13 @@ def _forward_autograd(
     return _below_autograd(*args)
 
 
-def _apply_plain(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    input_bias: Tensor | None,
-    *activations: str,
-) -> Tensor:
-    args: Any = (input, weight, bias, stride, padding, dilation, input_bias, *activations)
-    if not needs_gradient(input, weight, bias, input_bias):
-        return _at_once(*args)
+def _apply_plain(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    """``args``: the other six of the operator, in its order."""
+    if not needs_gradient(input, weight, bias, args[3]):
+        return _at_once(input, weight, bias, *args)
     if not input.is_complex():
-        return recorded(_at_once, *args)
-    return depthwise_conv2d(*args)
+        return recorded(_at_once, input, weight, bias, *args)
+    return depthwise_conv2d(input, weight, bias, *args)
 
 
 # Device type -> what its Autocast key calls, past that key and those below.
@@ -229,49 +220,29 @@ _PLAIN_AUTOCAST = {
 }
 
 
-def apply(
-    plain: bool,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    input_bias: Tensor | None,
-    input_activation: str,
-    activation: str,
-) -> Tensor:
+def apply(plain: bool, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
     """Call the operator; a plain call past its dispatch keys.
 
-    Their kernels are Python, and those microseconds count at batch 1.
+    Their kernels are Python, and those microseconds count at batch 1, and in every step of a
+    training whose host is busy.
 
     Args:
         plain: what ``is_plain_but_for_autocast`` says of the tensors.
+        args: the other six of the operator, in its order.
     """
-    args = (
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        input_bias,
-        input_activation,
-        activation,
-    )
     if plain:
         if any_autocast():
             device_type = input.device.type
             if device_type in _PLAIN_AUTOCAST and torch.is_autocast_enabled(device_type):
-                return _PLAIN_AUTOCAST[device_type](*args)
-        return _apply_plain(*args)
+                return _PLAIN_AUTOCAST[device_type](input, weight, bias, *args)
+        return _apply_plain(input, weight, bias, *args)
     if (
         torch.compiler.is_compiling()
-        or needs_gradient(input, weight, bias, input_bias)
+        or needs_gradient(input, weight, bias, args[3])
         or differentiated_elsewhere()
     ):
-        return depthwise_conv2d(*args)
-    return _below_autograd(*args)
+        return depthwise_conv2d(input, weight, bias, *args)
+    return _below_autograd(input, weight, bias, *args)
 
 
 def kernel_family(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> str:

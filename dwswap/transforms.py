@@ -19,15 +19,14 @@ AUTOCAST_KEYS = {"cuda": "AutocastCUDA", "cpu": "AutocastCPU"}
 
 def cast(tensor: Tensor | None, device_type: str, dtype: torch.dtype) -> Tensor | None:
     """``tensor`` in ``dtype``, where autocast of ``device_type`` casts it."""
-    # In a model most inputs have the dtype: the layer before was cast as well.
-    if tensor is None or tensor.dtype is dtype:
+    if tensor is None:
+        return None
+    given = tensor.dtype
+    # The cheapest questions first. In a model most inputs have the dtype: the layer before was cast
+    # as well.
+    if given is dtype or given is torch.float64 or not given.is_floating_point:
         return tensor
-    eligible = (
-        tensor.device.type == device_type
-        and tensor.is_floating_point()
-        and tensor.dtype != torch.float64
-    )
-    return tensor.to(dtype) if eligible else tensor
+    return tensor.to(dtype) if tensor.device.type == device_type else tensor
 
 
 def autocast_kernel(operator: Operator, device_type: str, key: str) -> Operator:
