@@ -74,6 +74,7 @@ done
 tests excitation 1 tests/gpu/test_excitation_kernels.py
 tests fuzz-other 1 tests/gpu/test_fuzz.py -k "not forward and not gradients"
 tests kernels-other 1 tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64"
+tests pointwise 1 tests/gpu/test_gpu_pointwise.py
 tests reliability 1 tests/gpu/test_reliability.py
 tests training 1 tests/gpu/test_training.py
 tests operator 1 tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py

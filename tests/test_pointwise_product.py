@@ -360,9 +360,11 @@ def test_exported_programs(dialect: Dialect, layout: str) -> None:
         assert aten.convolution.default not in targets(fast)
         done = [c for layer in dwswap.report(fast).layers for c in layer.changes]
         assert [c.name for c in done if c.kind == "pointwise"] == [None] * 4
+    again = dwswap.optimize(fast, memory_format=layout)
     for other in (x, image(8, size=5, batch=1), image(8, batch=3)):
         other = other[:, :, :, :1].expand(-1, -1, -1, 9).contiguous()
         check(fast, model, other)
+        check(again, model, other)
     x = image(8).requires_grad_()
     (ours,), (theirs,) = (torch.autograd.grad(m(x).sum(), x) for m in (fast.module(), model))
     torch.testing.assert_close(ours, theirs)
