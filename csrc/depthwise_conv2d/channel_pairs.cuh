@@ -9,7 +9,7 @@ namespace dwswap {
 // `reversed`.
 template <int CHANNELS, int TAPS, typename T>
 __device__ __forceinline__ void load_taps(const T* source, float (&taps)[CHANNELS][TAPS],
-                                          bool reversed) {
+                                          bool reversed = false) {
 #pragma unroll
   for (int i = 0; i < CHANNELS * TAPS; i += CHANNELS) {
     float raw[CHANNELS];
