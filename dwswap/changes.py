@@ -70,7 +70,7 @@ class Change:
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
             not plain.
         detail: the reason as a sentence.
-        name: of the activation, where the operator, or the matrix product, has it.
+        name: of the activation, where the operator has it.
     """
 
     kind: str
@@ -94,8 +94,7 @@ class Change:
         if self.kind == "pointwise":
             if self.reason == "product":
                 return "became a matrix product"
-            also = f" and the {self.name} after it" if self.name else ""
-            return f"its bias{also} in the epilogue of the matrix product"
+            return "its bias in the epilogue of the matrix product"
         if self.kind == "inplace":
             return f"out of place ({self.reason}: {self.detail})"
         if self.kind == "bias":

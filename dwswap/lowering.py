@@ -188,8 +188,7 @@ class _Lowering:
         """Where the weight is channels_last, so is the result of the convolution, whatever its
         input is; and it would lay out the input as the product does."""
         call = self.graph.call_function
-        input, weight, bias, relu = node.args
-        assert not relu  # the pass leaves activations of exported programs
+        input, weight, bias = node.args
         if memory_format(_example(weight)) is not torch.channels_last:
             return self._pointwise(input, weight, bias)
         outputs, inputs = _example(weight).shape[:2]

@@ -1,8 +1,8 @@
-"""Pointwise convolutions as matrix products, with what they are added to or end in.
+"""Pointwise convolutions as matrix products, with a bias or what they are added to.
 
 In channels_last, pixels are rows: ``(N H W, C) @ (C, K)`` on views. In any other layout, dtype or
-device, under autocast and where gradients are recorded, each function is the convolution and what
-follows it.
+device, under autocast and where gradients are recorded, each function is the convolution and the
+sum.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from dwswap.layouts import memory_format
 __all__ = ["pointwise_product", "pointwise_residual", "suits"]
 
 
-def pointwise_product(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False
-) -> Tensor:
-    """``conv2d(input, weight, bias)`` for a weight ``(K, C, 1, 1)``, and ReLU where asked.
+def pointwise_product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``conv2d(input, weight, bias)`` for a weight ``(K, C, 1, 1)``.
 
-    BLAS adds a bias to what it is about to store, and takes the maximum with 0; cuDNN's
-    convolutions leave both to kernels of their own, which read and write the result again.
+    BLAS adds a bias to what it is about to store; with cuDNN's convolutions a kernel of its own
+    does, which reads and writes the result again. (BLAS has a ReLU too, but makes 0 of NaN.)
 
     Args:
         input: ``(N, C, H, W)``; also some of the channels of a wider image, which a product reads
@@ -31,15 +29,9 @@ def pointwise_product(
     """
     rows = _rows(input) if _are_alike(input, weight, bias) else None
     if rows is None:
-        output = F.conv2d(input, weight, bias)
-        return output.relu_() if relu else output
+        return F.conv2d(input, weight, bias)
     matrix = weight.flatten(1).t()
-    # Of an exported program gradients may be asked, which the operator with ReLU does not have.
-    if relu and bias is not None and not torch.compiler.is_exporting():
-        product = torch._addmm_activation(bias, rows, matrix)
-    else:
-        product = torch.mm(rows, matrix) if bias is None else torch.addmm(bias, rows, matrix)
-        product = product.relu_() if relu else product
+    product = torch.mm(rows, matrix) if bias is None else torch.addmm(bias, rows, matrix)
     size = (input.shape[0], *input.shape[2:], weight.shape[0])
     return product.view(size).permute(0, 3, 1, 2)
 

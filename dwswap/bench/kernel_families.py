@@ -41,7 +41,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     # In eval mode a scale and a shift; in train mode the statistics come with it.
     (r"bn_[fb]w|batch_?norm", ELEMENTWISE),
     (r"softmax|layer_?norm|RowwiseMoments|pool|::mean|::sum|ReduceOp|reduce_kernel", REDUCTION),
-    (r"conv|::mm$|::_?addmm|::bmm|::linear|dot_kernel", GEMM),
+    (r"conv|::mm$|::addmm|::bmm|::linear|dot_kernel", GEMM),
     (r"elementwise|multi_tensor_apply|op_?tensor|scalePackedTensor|addTensor", ELEMENTWISE),
     (r"^aten::(relu|hardtanh|hardswish|hardsigmoid|sigmoid|silu|gelu|clamp)", ELEMENTWISE),
     (r"^aten::(add|mul|sub|div)", ELEMENTWISE),

@@ -192,7 +192,11 @@ def detects(model: nn.Module) -> bool:
 
 
 def collect(device: torch.device) -> None:
-    """Give back what nothing uses any more."""
+    """Give back what nothing uses any more, and what cuBLAS works in.
+
+    A capture gives the latter back too, and that must not count for the model that is captured.
+    """
     gc.collect()
     if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()

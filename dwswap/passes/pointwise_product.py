@@ -2,17 +2,17 @@
 
 Pattern:
     A 1 x 1 convolution without stride, padding and groups: with a bias, which ``push_bias`` has
-    left before what is not linear or an output, and with the ReLU behind it, if that is all that
-    reads it; or without a bias, where the channels on one side are no multiple of 8.
+    left before what is not linear or an output; or without a bias, where the channels on one side
+    are no multiple of 8.
 Reason:
-    cuDNN adds the bias in a kernel of its own, which reads and writes the whole result; so does the
-    ReLU. BLAS does both on the way out: half the time of the convolution or less. Of 58 or 116
-    channels cuDNN has kernels that take several times as long, depending on the batch.
+    cuDNN adds the bias in a kernel of its own, which reads and writes the whole result. BLAS does
+    so on the way out: half the time of the convolution. Of 58 or 116 channels cuDNN has kernels
+    that take several times as long, depending on the batch.
 Limits:
     In half precision on CUDA: in float32 convolutions may round to TF32 and products may not. In
-    channels_last: in the other layout pixels are no rows. Other activations stay, as no product
-    has them, and every activation of an exported program, as the product with ReLU has no
-    gradients. Other convolutions without a bias stay: cuDNN's take the time of the product.
+    channels_last: in the other layout pixels are no rows. The activation behind it stays: of those
+    BLAS has only ReLU, and makes 0 of NaN. Other convolutions without a bias stay: cuDNN's take the
+    time of the product.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from dwswap.inference_graph import EXPORTED
 from dwswap.layouts import memory_format
-from dwswap.passes.activation_call import ActivationCall, activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.context import Context
 from dwswap.passes.pointwise_call import product_weight
@@ -46,42 +44,28 @@ def multiply_pointwise(graph_module: fx.GraphModule, context: Context) -> None:
             continue
         if call.bias is not None and not _fits(value_of(graph_module, call.bias), weight):
             continue
-        without = call.bias is None or EXPORTED in graph_module.meta
-        relu = None if without else _relu(graph_module, node)
         if call.bias is None:
             odd = next(size for size in weight.shape[:2] if size % 8)
             context.note(node, "pointwise", node, "product", {"channels": odd})
         else:
-            name = None if relu is None else relu.name
-            context.note(node, "pointwise", node, "epilogue", name=name)
-        _rewrite(context, call, relu)
+            context.note(node, "pointwise", node, "epilogue")
+        _rewrite(context, call)
 
 
 def _fits(bias: Tensor | None, weight: Tensor) -> bool:
     return bias is not None and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
 
 
-def _relu(graph_module: fx.GraphModule, node: fx.Node) -> ActivationCall | None:
-    """The ReLU that is all that reads ``node``."""
-    if len(node.users) != 1:
-        return None
-    found = activation_call(graph_module, next(iter(node.users)))
-    is_relu = found is not None and found.name == "relu" and found.refusal is None
-    return found if is_relu and found is not None and found.input is node else None
-
-
-def _rewrite(context: Context, call: AffineCall, relu: ActivationCall | None) -> None:
-    """The product runs where the convolution did: what that reads may change before the ReLU."""
-    graph, last = call.node.graph, call.node if relu is None else relu.node
-    path = context.path_of(call.node)
-    with graph.inserting_before(call.node):
+def _rewrite(context: Context, call: AffineCall) -> None:
+    node, graph = call.node, call.node.graph
+    path = context.path_of(node)
+    with graph.inserting_before(node):
         tensors = [graph.get_attr(o) if isinstance(o, str) else o for o in (call.weight, call.bias)]
-        new = graph.call_function(pointwise_product, (call.input, *tensors, relu is not None))
+        new = graph.call_function(pointwise_product, (call.input, *tensors))
     # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
-    new.meta = {**last.meta, "is_wrapped": True}
+    new.meta = {**node.meta, "is_wrapped": True}
     context.keep_path(new, path)
-    context.replaced(last, new)
-    last.replace_all_uses_with(new)
-    for node in dict.fromkeys((last, call.node)):
-        graph.erase_node(node)
-        context.release(node)
+    context.replaced(node, new)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    context.release(node)

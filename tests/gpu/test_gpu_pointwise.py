@@ -66,11 +66,10 @@ def judge_model(fast: Any, model: nn.Module, *inputs: Tensor, what: str) -> None
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("channels", "out"), CHANNELS)
 @torch.no_grad()
-def test_function(channels: int, out: int, bias: bool, relu: bool, dtype: torch.dtype) -> None:
+def test_function(channels: int, out: int, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     judge = Judge()
     offset = randn(out, dtype=dtype) if bias else None
@@ -84,8 +83,7 @@ def test_function(channels: int, out: int, bias: bool, relu: bool, dtype: torch.
                     F.conv2d(*(None if t is None else t.to(kind) for t in (x, w, offset)))
                     for kind in (dtype, torch.float64)
                 )
-                theirs, exact = (t.relu() if relu else t for t in (theirs, exact))
-                ours = pointwise_product(x, w, offset, relu)
+                ours = pointwise_product(x, w, offset)
                 assert strides(ours) == strides(theirs), f"{batch} {side} {layout} {x.stride()}"
                 # Some have few results: judged together.
                 judge.add(f"{channels} to {out}", ours, theirs, exact)
@@ -93,28 +91,26 @@ def test_function(channels: int, out: int, bias: bool, relu: bool, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("relu", [False, True])
 @torch.no_grad()
-def test_nan_stays(relu: bool, dtype: torch.dtype) -> None:
+def test_nan_stays(dtype: torch.dtype) -> None:
     x = randn(5, 58, 14, 14, dtype=dtype).to(memory_format=torch.channels_last)
     x[1, :, 2, 3] = float("nan")
-    result = pointwise_product(x, randn(58, 58, 1, 1, dtype=dtype), randn(58, dtype=dtype), relu)
+    result = pointwise_product(x, randn(58, 58, 1, 1, dtype=dtype), randn(58, dtype=dtype))
     expected = torch.zeros_like(result, dtype=torch.bool)
     expected[1, :, 2, 3] = True
     assert result.isnan().equal(expected)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("relu", [False, True])
 @torch.no_grad()
-def test_one_kernel(relu: bool) -> None:
-    """The bias and ReLU are no kernels of their own, and some of the channels are not copied."""
+def test_one_kernel() -> None:
+    """The bias is no kernel of its own, and some of the channels are not copied."""
     wide = randn(64, 116, 28, 28, dtype=torch.float16).to(memory_format=torch.channels_last)
     weight, bias = (randn(*s, dtype=torch.float16) for s in ((58, 58, 1, 1), (58,)))
     for x in (wide[:, 58:].contiguous(memory_format=torch.channels_last), wide[:, 58:]):
 
         def call(x: Tensor = x) -> Tensor:
-            return pointwise_product(x, weight, bias, relu)
+            return pointwise_product(x, weight, bias)
 
         call()
         rows = profile(call, torch.device("cuda"))
@@ -130,8 +126,7 @@ def test_graphs(channels: int, activation: str, dtype: torch.dtype) -> None:
     model = Body(pointwise(8, channels), build(), pointwise(channels, 24, bias=False), nn.ELU())
     model = model.eval().to(DEVICE, dtype)
     fast = dwswap.optimize(model, memory_format="channels_last")
-    relu = activation in ("relu", "relu in place")
-    assert products(fast) == ([relu, False] if channels % 8 else [relu])
+    assert products(fast) == (2 if channels % 8 else 1)
     images = [randn(n, 8, 14, 14, dtype=dtype) for n in (1, 5)]
     images += [x.to(memory_format=torch.channels_last) for x in images]
     judge_model(fast, model, *images, what=f"{channels} {activation}")
@@ -140,14 +135,14 @@ def test_graphs(channels: int, activation: str, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_float32_stays() -> None:
     model = Body(pointwise(), nn.ReLU()).eval().cuda()
-    assert products(dwswap.optimize(model, memory_format="channels_last")) == []
+    assert products(dwswap.optimize(model, memory_format="channels_last")) == 0
 
 
 @pytest.mark.gpu
 def test_another_dtype_or_device_later() -> None:
     model = Body(pointwise(8, 58), nn.ReLU()).eval().cuda().half()
     fast = dwswap.optimize(model)
-    assert products(fast) == [True]
+    assert products(fast) == 1
     x = randn(2, 8, 14, 14)
     with torch.no_grad():
         for device in ("cuda", "cpu"):
@@ -167,8 +162,7 @@ def test_shufflenet(dtype: torch.dtype) -> None:
     fast = dwswap.optimize(model, **options)
     # The last of each branch and of the model; before depthwise layers those of 58 channels and
     # the first of stage 3, whose 116 are no multiple of 8 either.
-    assert products(fast).count(True) == 20
-    assert products(fast).count(False) == 12
+    assert products(fast) == 20 + 12
     images = [randn(n, 3, 64, 64, dtype=dtype) for n in (1, 5)]
     images += [x.to(memory_format=torch.channels_last) for x in images]
     judge_model(fast, model, *images, what="graph")
@@ -192,10 +186,10 @@ def test_shufflenet_as_a_program() -> None:
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_shufflenet_has_nothing_elementwise_but_its_stem() -> None:
+def test_shufflenet_has_no_biases_but_that_of_its_stem() -> None:
     model = build_model("shufflenet_v2_x1_0", "cuda", torch.float16)
     x = randn(64, 3, 64, 64, dtype=torch.float16).to(memory_format=torch.channels_last)
     fast = dwswap.optimize(model)
     fast(x)
     rows = {row.family: row for row in profile(lambda: fast(x), torch.device("cuda"))}
-    assert rows[ELEMENTWISE].kernels <= 2, rows  # its bias and its ReLU
+    assert rows[ELEMENTWISE].kernels <= 2 + 20, rows  # its bias, and 21 ReLUs
