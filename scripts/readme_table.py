@@ -142,9 +142,18 @@ def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
             if case not in best or best[case][:2] < found[:2]:
                 best[case] = found
     newest = max(records, key=lambda record: record["recorded"])
-    chosen = list(best.values())
+    chosen = [best[case] for case in sorted(best, key=_place)]
     paths = dict.fromkeys(path for _, _, _, path in chosen)
     return {**newest, "results": [row for _, _, row, _ in chosen], "paths": list(paths)}
+
+
+def _place(case: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those that have targets first, then by name."""
+    from dwswap.bench.model_cases import ACCEPTED
+
+    model, *others = case
+    known = model in ACCEPTED
+    return (not known, ACCEPTED.index(model) if known else 0, model, *others)
 
 
 TABLES = {
@@ -194,7 +203,7 @@ def newest_records(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
 
 
 def headline(folder: Path) -> str:
-    """The few lines of the first marker pair: whole models in half precision, newest device.
+    """The few lines between the first pair of markers: whole models in half precision.
 
     Raises:
         ValueError: see ``newest_records``.
@@ -204,29 +213,38 @@ def headline(folder: Path) -> str:
     found = [result for key, result in newest_records(folder).items() if key[0] == "models"]
     if not found:
         return NOTHING
-    record = max(found, key=lambda result: result["recorded"])
-    results = [ModelResult.from_dict(**row) for row in record["results"]]
     lines = [
-        f"Milliseconds per call on {record['device']}, float16, channels_last, 224 x 224 pixels; "
-        "eager PyTorch in its faster layout, `torch.compile` in the fastest measured mode:",
+        "Milliseconds per call in float16, channels_last, 224 x 224 pixels; eager PyTorch in its "
+        "faster layout, `torch.compile` in the fastest measured mode:",
         "",
-        "| model | batch | eager | torch.compile | dwswap | times eager | times torch.compile |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| GPU | model | batch | eager | torch.compile | dwswap | times eager "
+        "| times torch.compile |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for result in results:
-        if (result.dtype, result.layout, result.size) != ("float16", "channels_last", 224):
-            continue
-        ours = fastest(result, result.ours)
-        eager = fastest(result, ("eager_nchw", "eager_channels_last"))
-        compiled = fastest(result, ("compile", "reduce_overhead", "max_autotune"))
-        if ours is None or eager is None or compiled is None:
-            continue
-        cells = [f"{us / 1e3:.3g}" for _, us in (eager, compiled, ours)]
-        # Times of ours and of a peer are compared as they were measured, in turns.
-        cells += [f"{result.best_speedup(name):.1f}" for name in ("eager", compiled[0])]
-        lines.append(f"| {result.model} | {result.batch} | {' | '.join(cells)} |")
-    torch = record["environment"]["torch"]
-    return "\n".join([*lines, "", f"Recorded {record['recorded'][:10]}, torch {torch}."])
+    recorded = []
+    for record in sorted(found, key=lambda result: result["recorded"], reverse=True):
+        device = record["device"]
+        recorded.append(f"{record['recorded'][:10]} on {device}")
+        for row in record["results"]:
+            result = ModelResult.from_dict(**row)
+            cells = _headline_cells(result)
+            if cells is not None:
+                lines.append(f"| {device} | {result.model} | {result.batch} | {cells} |")
+    return "\n".join([*lines, "", f"Recorded {', '.join(recorded)}."])
+
+
+def _headline_cells(result: ModelResult) -> str | None:
+    """Times and ratios of one row; None where it is of another kind, or a time is missing."""
+    if (result.dtype, result.layout, result.size) != ("float16", "channels_last", 224):
+        return None
+    ours = fastest(result, result.ours)
+    eager = fastest(result, ("eager_nchw", "eager_channels_last"))
+    compiled = fastest(result, ("compile", "reduce_overhead", "max_autotune"))
+    if ours is None or eager is None or compiled is None:
+        return None
+    cells = [f"{us / 1e3:#.3g}" for _, us in (eager, compiled, ours)]
+    # Times of ours and of a peer are compared as they were measured, in turns.
+    return " | ".join(cells + [f"{result.best_speedup(n):.1f}" for n in ("eager", compiled[0])])
 
 
 def fastest(result: ModelResult, names: Sequence[str]) -> tuple[str, float] | None:
