@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, side by side: the GPU tests, the other tests on the GPU, the fuzz at
-# full size, and compute-sanitizer, spread over all visible GPUs. Prints a line per part and what
-# failed; logs go to a folder.
+# Everything that needs a GPU, side by side: the tests marked gpu, the fuzz at full size, and
+# compute-sanitizer, spread over all visible GPUs. Prints a line per part and what failed; logs go to
+# a folder. With ALL=1 the tests that need no GPU run as well, which takes far longer.
 #
-#   scripts/gpu_checks.sh [FOLDER]        PYTHON=python3, LIMIT=300 (seconds per part)
+#   scripts/gpu_checks.sh [FOLDER]        PYTHON=python3, LIMIT=300 (seconds per part), ALL=0
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 logs=${1:-gpu-checks}
@@ -29,7 +29,7 @@ side_by_side() {
   local gpu=${gpus[next++ % ${#gpus[@]}]} # not in the next line, which counts in a subshell
   CUDA_VISIBLE_DEVICES=$gpu part "$@" &
 }
-pytest=("$python" -m pytest -q -rs --durations=3)
+pytest=("$python" -m pytest -q -rsfE --durations=3)
 tests() { # NAME WORKERS ARGUMENTS...: as many processes of 64 cores
   local name=$1 workers=$(($2 * $(nproc) / 64)) spread=()
   shift 2
@@ -40,16 +40,13 @@ tests_alone() { local name=$1 && shift && part "$name" "${pytest[@]}" "$@"; }
 
 rm -f "$logs"/*.status
 "$python" -m dwswap build || exit 1
-# The longest first. Whole models also run on the CPU, where one thread makes them slow.
-others=()
-for file in tests/test_*.py; do
-  case $file in */test_operator* | */test_module.py | */test_torchvision.py | */test_export* | */test_cpp_example.py) ;; *) others+=("$file") ;; esac
-done
-tests others 16 "${others[@]}"
+# The longest first.
+if [ "${ALL:-0}" = 1 ]; then
+  # Whole models run on the CPU here, where one thread makes them slow.
+  OMP_NUM_THREADS=2 tests no-gpu 16 tests -m "not gpu"
+fi
 OMP_NUM_THREADS=2 tests gpu-export 8 tests/gpu/test_gpu_export.py
-OMP_NUM_THREADS=2 tests export 8 tests/test_export*.py tests/test_cpp_example.py
-OMP_NUM_THREADS=2 tests torchvision-outputs 8 tests/test_torchvision.py -k test_outputs
-OMP_NUM_THREADS=2 tests torchvision 2 tests/test_torchvision.py -k "not test_outputs"
+tests others 1 -m gpu tests --ignore-glob "tests/gpu" --ignore-glob "tests/test_operator*"
 OMP_NUM_THREADS=2 tests gpu-composition 4 tests/gpu/test_gpu_composition.py
 OMP_NUM_THREADS=2 tests models 4 tests/gpu/test_gpu_models.py
 for tool in memcheck initcheck racecheck; do
@@ -77,12 +74,12 @@ tests kernels-other 1 tests/gpu/test_kernels.py -k "not float32 and not float16 
 tests pointwise 1 tests/gpu/test_gpu_pointwise.py
 tests reliability 1 tests/gpu/test_reliability.py
 tests training 1 tests/gpu/test_training.py
-tests operator 1 tests/test_operator.py tests/test_operator_autograd.py tests/test_module.py
-tests registration 1 tests/test_operator_registration.py tests/test_operator_errors.py
+tests operator 1 -m gpu tests/test_operator.py tests/test_operator_autograd.py
+tests registration 1 -m gpu tests/test_operator_registration.py tests/test_operator_errors.py
 tests selection 1 tests/gpu/test_gpu_selection.py
 if [ ${#gpus[@]} -gt 1 ]; then
   several=(tests/gpu/test_reliability.py tests/test_composition.py tests/test_side_by_side.py)
-  several+=(tests/test_examples_training.py -k "two_ or not_the_current")
+  several+=(tests/test_examples_training.py -m gpu -k "two_ or not_the_current")
   part several-gpus "${pytest[@]}" "${several[@]}" & # with all of them visible
 fi
 wait
