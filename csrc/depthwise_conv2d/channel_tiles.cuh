@@ -245,9 +245,10 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   }
   if (idle) return;
 
-  float taps[2][K * K];
-  load_taps(tile_taps + 2 * pair * (K * K), taps, a.reversed_taps);
   constexpr Form IN_LOADS = Traits::kForm == Form::kAny ? Form::kPlain : Traits::kForm;
+  float taps[2][K * K];
+  // What has an activation in its loads is no gradient.
+  load_taps(tile_taps + 2 * pair * (K * K), taps, IN_LOADS == Form::kPlain && a.reversed_taps);
   float input_bias[2] = {};
   if (IN_LOADS != Form::kPlain && a.input_bias != nullptr)
     load(static_cast<const T*>(a.input_bias) + c, input_bias);

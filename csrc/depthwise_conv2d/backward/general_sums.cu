@@ -58,11 +58,13 @@ __global__ void __launch_bounds__(kLanes* kRows)
   const int lane = threadIdx.x, row = threadIdx.y;
   const bool channels_last = p.channels_last();
   const int64_t out_channels = p.channels * p.multiplier;
-  int64_t rest = blockIdx.x;
-  const int64_t column = rest % cut.columns;
-  rest /= cut.columns;
-  const int64_t first_value = cut.first_value + rest % cut.chunks * kValues;
-  const int64_t share = rest / cut.chunks;
+  // Their product with the shares is the number of blocks.
+  const auto columns = static_cast<uint32_t>(cut.columns);
+  const auto chunks = static_cast<uint32_t>(cut.chunks);
+  const int64_t column = blockIdx.x % columns;
+  const uint32_t rest = blockIdx.x / columns;
+  const int64_t first_value = cut.first_value + static_cast<int64_t>(rest % chunks) * kValues;
+  const int64_t share = rest / chunks;
   const int64_t channel = channels_last ? column * kLanes + lane : column;
   const auto kernel_w = static_cast<Index>(p.kernel_w);
   const auto out_h = static_cast<Index>(p.out_h), out_w = static_cast<Index>(p.out_w);
