@@ -130,8 +130,10 @@ REWRITTEN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "relu in place": (lambda: Body(pointwise(), nn.ReLU(True)), 1),
     "F.relu": (lambda: Body(pointwise(), forward=lambda f, x: F.relu(f(x))), 1),
     "relu_": (lambda: Body(pointwise(), forward=lambda f, x: f(x).relu_()), 1),
+    "clamp": (lambda: Body(pointwise(), forward=lambda f, x: f(x).clamp(min=0)), 1),
     "relu6": (lambda: Body(pointwise(), nn.ReLU6(True)), 1),
     "silu": (lambda: Body(pointwise(), nn.SiLU()), 1),
+    "hardswish": (lambda: Body(pointwise(), nn.Hardswish()), 1),
     "elu": (lambda: Body(pointwise(), nn.ELU()), 1),
     "read twice": (
         lambda: Body(pointwise(), forward=lambda f, x: (y := f(x), y.relu())[1] + F.elu(y)),

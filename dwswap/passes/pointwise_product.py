@@ -31,23 +31,23 @@ __all__ = ["multiply_pointwise"]
 
 def multiply_pointwise(graph_module: fx.GraphModule, context: Context) -> None:
     """Rewrite in place; writes what it did to ``context.changes``."""
+    laid_out = context.layout.startswith("channels_last")
     for node in list(graph_module.graph.nodes):
         call = affine_call(graph_module, node)
         weight = None if call is None else product_weight(graph_module, call)
         if call is None or weight is None:
             continue
         # A weight in channels_last makes the result of the convolution channels_last.
-        laid_out = context.layout.startswith("channels_last")
         if not laid_out and memory_format(weight) is not torch.channels_last:
             continue
-        if call.bias is None and all(size % 8 == 0 for size in weight.shape[:2]):
-            continue
-        if call.bias is not None and not _fits(value_of(graph_module, call.bias), weight):
-            continue
         if call.bias is None:
-            odd = next(size for size in weight.shape[:2] if size % 8)
+            odd = next((size for size in weight.shape[:2] if size % 8), None)
+            if odd is None:
+                continue
             context.note(node, "pointwise", node, "product", {"channels": odd})
         else:
+            if not _fits(value_of(graph_module, call.bias), weight):
+                continue
             context.note(node, "pointwise", node, "epilogue")
         _rewrite(context, call)
 
