@@ -9,7 +9,7 @@
 // down one column at a time. It loads each row of input that the column sees once, and multiplies
 // it by the kSeen rows of grad_output whose windows hold that row, which wait in registers: a step
 // of the walk takes kStride rows of input and one of grad_output. The loads of kSteps steps come
-// before the first use. In the end the threads of the block add up their K * K + 1 sums.
+// before the first use. In the end the threads of the block add up their sums.
 #pragma once
 
 #include <type_traits>
@@ -32,7 +32,7 @@ struct Traits {
   static constexpr int kSeen = (K_ + STRIDE_ - 1) / STRIDE_;
   // 7 divides the heights of most networks.
   static constexpr int kSteps = STRIDE_ == 1 ? 7 : K_ == 3 ? 4 : 2;
-  static constexpr int kSums = K_ * K_ + 1;
+  static constexpr int kTaps = K_ * K_;
   static constexpr bool kDilated = DILATED_;
   // The phases take registers, too.
   static constexpr int kMinBlocks = resident_blocks(K_) * (DILATED_ ? 2 : 3) / 3;
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
     kernel(const Arguments a, const Sums<typename Traits::T> target) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, SEEN = Traits::kSeen;
-  constexpr int STEPS = Traits::kSteps, SUMS = Traits::kSums;
-  constexpr int COUNT = SUMS <= 16 ? 16 : SUMS <= 32 ? 32 : 64;
+  constexpr int STEPS = Traits::kSteps, TAPS = Traits::kTaps;
+  constexpr int COUNT = TAPS <= 16 ? 16 : TAPS <= 32 ? 32 : 64;
   uint32_t channel;
   const int share = static_cast<int>(a.by_channels.divide(blockIdx.x, &channel));
   const int in_channels = a.channels / a.multiplier;
@@ -89,8 +89,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
   const int dilation_w = Traits::kDilated ? a.dilation_w : 1;
   const int in_row = a.in_w * dilation_h, out_row = a.out_w * dilation_h;
 
-  // Tap by tap, then the sum of grad_output; the rest stays zero. The sums of a walk's steps are
-  // short; `bias` has those of all walks.
+  // Tap by tap; the rest stays zero. `bias` adds up what few steps of a walk bring to `grads`.
   float sums[COUNT] = {};
   sum_t<T> bias;
   const int end_item = min(a.items, (share + 1) * a.share);
@@ -127,11 +126,11 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
     const T* source = static_cast<const T*>(a.input) + iw +
                       (static_cast<int64_t>(n) * in_channels + in_channel) * a.in_h * a.in_w +
                       (q * S * dilation_h + top) * a.in_w;
-    float grad[SEEN - 1 + STEPS];
+    float grad[SEEN - 1 + STEPS], grads = 0.0f;
     const auto load_grad = [&](int i, int oh) {
       grad[i] = oh >= first_row && oh < end_row ? widen(*grad_source) : 0.0f;
       grad_source += out_row;
-      sums[K * K] += grad[i];
+      grads += grad[i];
     };
 #pragma unroll
     for (int i = 0; i < SEEN - 1; ++i) load_grad(i, q - (SEEN - 1) + i);
@@ -163,8 +162,8 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
 #pragma unroll
       for (int i = 0; i < SEEN - 1; ++i) grad[i] = grad[COUNT + i];
       q += COUNT;
-      bias.add(sums[K * K]);
-      sums[K * K] = 0.0f;
+      bias.add(grads);
+      grads = 0.0f;
     };
     const std::integral_constant<int, STEPS> steps;
     if constexpr (S > 1) {
@@ -174,22 +173,31 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
         S == 1 ? end : min(end, static_cast<int>(a.by_step.divide(a.in_h - top, &rest)));
     while (q + STEPS <= whole_end) advance(steps, std::false_type());
     while (q < end) advance(steps, std::true_type());
+    bias.add(grads);  // where there was no step
   }
 
-  bias.add(sums[K * K]);
-  sums[K * K] = bias.value();
   add_up_warp(sums);
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) bias.add(bias.from_lane(offset));
   __shared__ float warps[kThreads / 32][COUNT];
+  __shared__ sum_t<T> warp_biases[kThreads / 32];
   constexpr int HELD = COUNT < 32 ? 1 : COUNT / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < HELD; ++i) warps[warp][lane * COUNT / 32 + i] = sums[i];
+  if (lane == 0) warp_biases[warp] = bias;
   __syncthreads();
-  if (threadIdx.x >= SUMS) return;
-  float sum = 0.0f;
+  if (threadIdx.x < TAPS) {
+    float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) sum += warps[i][threadIdx.x];
-  target.set(share, channel, threadIdx.x, sum);
+    for (int i = 0; i < kThreads / 32; ++i) sum += warps[i][threadIdx.x];
+    target.set(share, channel, threadIdx.x, sum);
+  } else if (threadIdx.x == TAPS) {
+    sum_t<T> sum;
+#pragma unroll
+    for (int i = 0; i < kThreads / 32; ++i) sum.add(warp_biases[i]);
+    target.set(share, channel, TAPS, sum.value());
+  }
 }
 
 template <typename Traits>
