@@ -13,6 +13,7 @@ mkdir -p "$logs"
 visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
 IFS=, read -ra gpus <<<"$visible"
 next=0
+cores=$(nproc) # before OMP_NUM_THREADS, which nproc answers with
 # One thread per process, and few compilers: there are more processes than cores already.
 export PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=4
 xdist=no
@@ -31,7 +32,7 @@ side_by_side() {
 }
 pytest=("$python" -m pytest -q -rsfE --durations=3)
 tests() { # NAME WORKERS ARGUMENTS...: as many processes of 64 cores
-  local name=$1 workers=$(($2 * $(nproc) / 64)) spread=()
+  local name=$1 workers=$(($2 * cores / 64)) spread=()
   shift 2
   [ $xdist = yes ] && [ $workers -gt 1 ] && spread=(-n "$workers" --dist worksteal)
   side_by_side "$name" "${pytest[@]}" "${spread[@]}" "$@"
