@@ -30,7 +30,7 @@ NINJA_FILE = "build.ninja"
 NINJA_STATUS = "@dwswap %f %t@ "
 TAIL_LINES = 30
 # The file that makes a library serve processes without Python, where it is linked in.
-STANDALONE_SOURCE = "standalone.cu"
+STANDALONE_SOURCE = "standalone.cpp"
 TORCH_LIBRARIES = ("-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10")
 
 
@@ -47,6 +47,19 @@ def csrc_dir() -> Path:
     raise BuildError(f"the CUDA sources (csrc) are missing beside {package}: reinstall dwswap")
 
 
+def source_files(sources: Path) -> list[Path]:
+    """What is compiled below ``sources``: kernels (.cu), and host code (.cpp), which nvcc leaves to
+    the host's compiler: every architecture that it compiled that for would take as long again.
+
+    Raises:
+        BuildError: there is nothing.
+    """
+    files = sorted(file for suffix in (".cu", ".cpp") for file in sources.rglob(f"*{suffix}"))
+    if not files:
+        raise BuildError(f"there are no .cu or .cpp files below {sources}: reinstall dwswap")
+    return files
+
+
 def compile_flags() -> tuple[str, ...]:
     """nvcc's flags, but for include directories and architectures: they make part of the cache key.
 
@@ -56,7 +69,8 @@ def compile_flags() -> tuple[str, ...]:
         "-std=c++20",
         "-O3",
         "--expt-relaxed-constexpr",
-        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+        # gcc 12 takes the value of an empty std::optional for one that is used.
+        "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-maybe-uninitialized",
         # The oldest libtorch whose stable ABI the library may use: 2.10.
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DUSE_CUDA",
@@ -72,7 +86,8 @@ def include_flags(sources: Path) -> list[str]:
 
 
 def compile_command(nvcc: Nvcc, sources: Path, targets: Iterable[Target]) -> list[str]:
-    """The nvcc call that compiles one source file, to be completed with ``SOURCE -o OBJECT``."""
+    """The nvcc call that compiles one source file, to be completed with
+    ``-c SOURCE -o OBJECT``."""
     return [
         str(nvcc.path),
         "-ccbin",
@@ -80,7 +95,6 @@ def compile_command(nvcc: Nvcc, sources: Path, targets: Iterable[Target]) -> lis
         *compile_flags(),
         *(target.gencode for target in sorted(set(targets))),
         *include_flags(sources),
-        "-c",
     ]
 
 
@@ -118,7 +132,7 @@ def compile_library(
     library: Path,
     standalone: Path,
 ) -> None:
-    """Compile every .cu file below ``sources`` and link them as ``library`` and ``standalone``.
+    """Compile every source file below ``sources`` and link them as ``library`` and ``standalone``.
 
     Args:
         sources: the root of the CUDA sources.
@@ -137,9 +151,7 @@ def compile_library(
         names = ", ".join(target.name for target in unknown)
         raise BuildError(f"{nvcc.path} of CUDA {nvcc.version} does not know {names}")
     # Ninja starts them in this order, and those that take longest have names towards the end.
-    files = sorted(sources.rglob("*.cu"), reverse=True)
-    if not files:
-        raise BuildError(f"there are no .cu files below {sources}: reinstall dwswap")
+    files = source_files(sources)[::-1]
     text = _ninja_file(nvcc, sources, files, targets, library, standalone)
     (workdir / NINJA_FILE).write_text(text)
     command = [str(find_ninja()), "-C", str(workdir), "-f", NINJA_FILE, f"-j{jobs()}"]
@@ -247,7 +259,7 @@ def _ninja_file(
     """One edge per source file and one per link."""
     lines = [
         "rule nvcc",
-        f"  command = {_command(compile_command(nvcc, sources, targets))} $in -o $out",
+        f"  command = {_command(compile_command(nvcc, sources, targets))} -c $in -o $out",
         "  description = $label",
         "rule link",
         f"  command = {_command(link_command())} $in -o $out {_command(link_libraries(nvcc))}",

@@ -27,7 +27,7 @@ _EXCITATION = (
 library = torch.library.Library("dwswap", "DEF")
 # Kernels and fake kernels take any strides, so Inductor need not copy tensors to those it traced.
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-# csrc/standalone.cu has those of inference too, for processes without Python.
+# csrc/standalone.cpp has those of inference too, for processes without Python.
 try:
     library.define(f"depthwise_conv2d{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
 except RuntimeError as error:

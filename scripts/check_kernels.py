@@ -3,7 +3,7 @@
 Usage: python scripts/check_kernels.py [--csrc FOLDER] [ARCHITECTURE ...]  (default: 8.0 9.0 12.0)
 
 Needs nvcc, but no GPU. Every file is compiled once, for all the architectures, with the flags of
-`dwswap build`.
+`dwswap build`; of a .cu file, whose host code only launches its kernels, no object is made.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dwswap.compilation import compile_command, csrc_dir  # noqa: E402
+from dwswap.compilation import compile_command, csrc_dir, source_files  # noqa: E402
 from dwswap.toolkit import BuildError, Target, find_nvcc  # noqa: E402
 
 ARCHITECTURES = ("8.0", "9.0", "12.0")
@@ -105,8 +105,9 @@ def shorten(demangled: str) -> str:
 
 def compile_file(command: list[str], source: Path, output: Path) -> tuple[int, str]:
     """Compile one file; gives the exit status and everything that nvcc prints."""
+    kind = ["-fatbin", "-Xptxas", "-v"] if source.suffix == ".cu" else ["-c"]
     done = subprocess.run(
-        [*command, "-Xptxas", "-v", str(source), "-o", str(output)],
+        [*command, *kind, str(source), "-o", str(output)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -141,9 +142,7 @@ def check(sources: Path, architectures: list[str]) -> int:
     """Compile everything below ``sources``, print the table; gives the number of faults."""
     start = time.monotonic()
     targets = [Target.parse(architecture) for architecture in architectures]
-    files = sorted(sources.rglob("*.cu"), key=lambda file: file.stat().st_size, reverse=True)
-    if not files:
-        raise BuildError(f"there are no .cu files below {sources}")
+    files = source_files(sources)
     nvcc = find_nvcc()
     command = compile_command(nvcc, sources, targets)
     usages: list[Usage] = []

@@ -381,7 +381,7 @@ def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, mon
         toolkit.find_host_compiler()
     except BuildError as error:
         pytest.skip(f"nothing to compile with: {error}")
-    standalone = ROOT / "csrc" / "standalone.cu"
+    standalone = ROOT / "csrc" / "standalone.cpp"
     sources = write_sources(
         tmp_path / "with space", twice=REAL_SOURCE, standalone=standalone.read_text()
     )

@@ -162,7 +162,7 @@ def test_sources_that_change_during_the_build(machine):
 
 def test_no_sources(machine):
     machine.sources = machine.root / "nothing"
-    with pytest.raises(BuildError, match=r"no \.cu files"):
+    with pytest.raises(BuildError, match=r"no \.cu or \.cpp files"):
         build(["9.0"])
 
 

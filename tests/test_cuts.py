@@ -1,6 +1,6 @@
 """The cut of a problem into blocks: whatever problem and GPU, it exists and can be launched.
 
-The search is host code: nvcc compiles it with ``tests/host/cuts.cu``, and no GPU is needed.
+The search is host code: nvcc compiles it with ``tests/host/cuts.cpp``, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
         pytest.skip(f"needs nvcc: {error}")
     program = tmp_path_factory.mktemp("cuts") / "cuts"
     sources = [
-        Path(__file__).parent / "host" / "cuts.cu",
-        FOLDER / "plane_strips_cut.cu",
-        FOLDER / "channel_columns_cut.cu",
-        FOLDER / "channel_direct_cut.cu",
-        FOLDER / "toeplitz_cut.cu",
-        csrc_dir() / "squeeze_excitation" / "cut.cu",
+        Path(__file__).parent / "host" / "cuts.cpp",
+        FOLDER / "plane_strips_cut.cpp",
+        FOLDER / "channel_columns_cut.cpp",
+        FOLDER / "channel_direct_cut.cpp",
+        FOLDER / "toeplitz_cut.cpp",
+        csrc_dir() / "squeeze_excitation" / "cut.cpp",
     ]
     # The runtime library that the build of the kernels links: a compiler from PyPI has no other.
     link = ["-cudart", "none", "-Xlinker", f"{cudart},-rpath={cudart.parent}"]

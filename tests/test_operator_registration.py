@@ -45,7 +45,7 @@ def test_schema():
 
 
 def test_numbering_of_the_enum():
-    source = (csrc_dir() / "common" / "activation.cuh").read_text()
+    source = (csrc_dir() / "common" / "activation.h").read_text()
     body = re.search(r"enum class Activation : int \{(.*?)\}", source, re.DOTALL)
     assert body is not None
     names = re.findall(r"\bk([A-Z]\w*)", body[1])

@@ -170,6 +170,7 @@ def test_outputs(name: str) -> None:
     check(name, FAMILIES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(DEPTHWISE.keys() - FAMILIES.keys()))
 def test_outputs_of_the_other_models(name: str) -> None:
     check(name, 96 if name in DETECTION else 64)

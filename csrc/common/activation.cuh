@@ -1,21 +1,11 @@
-// The activations that kernels absorb. Numbering: dwswap/activations.py.
+// The activations as kernels compute them.
 #pragma once
 
 #include <cuda_runtime.h>
 
-namespace dwswap {
+#include "common/activation.h"
 
-enum class Activation : int {
-  kNone = 0,
-  kRelu,
-  kRelu6,
-  kHardswish,
-  kSilu,
-  kGelu,
-  kGeluTanh,
-  kHardsigmoid,
-  kSigmoid,
-};
+namespace dwswap {
 
 // min and max as aten has them: NaN stays NaN, which fminf and fmaxf would drop.
 __device__ __forceinline__ float maximum(float x, float y) {

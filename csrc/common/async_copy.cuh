@@ -6,11 +6,10 @@
 
 #include <cstdint>
 
+#include "common/data_type.h"
 #include "common/numeric.cuh"
 
 namespace dwswap {
-
-constexpr int kVectorBytes = 16;
 
 // Elements between the 16-byte boundary at or below `pointer` and `pointer`.
 template <typename T>

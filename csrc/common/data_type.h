@@ -11,6 +11,8 @@ namespace dwswap {
 
 enum class DataType { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
+constexpr int kVectorBytes = 16;  // of the widest access of a thread
+
 // Sizes and strides count elements. Dense: N, C, H, W in that order of strides (kContiguous) or
 // N, H, W, C (kChannelsLast), without gaps.
 enum class Layout { kContiguous, kChannelsLast, kStrided };

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "common/activation.cuh"
+#include "common/activation.h"
 #include "common/check.h"
 #include "common/data_type.h"
 #include "common/device.h"

@@ -256,11 +256,13 @@ template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
   const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
   if (cut.rows == 0) return cudaErrorInvalidValue;
-#define DWSWAP_COLUMNS_CASE(S, COLUMNS)                                            \
-  if (p.stride_h == S && cut.columns == COLUMNS) {                                 \
-    return visit_form(form_of(p), [&](auto form) {                                 \
-      return launch<Traits<T, S, COLUMNS, decltype(form)::value>>(p, cut, stream); \
-    });                                                                            \
+#define DWSWAP_COLUMNS_CASE(S, COLUMNS)                                              \
+  if constexpr (is_compiled(S, sizeof(T))) {                                         \
+    if (p.stride_h == S && cut.columns == COLUMNS) {                                 \
+      return visit_form(form_of(p), [&](auto form) {                                 \
+        return launch<Traits<T, S, COLUMNS, decltype(form)::value>>(p, cut, stream); \
+      });                                                                            \
+    }                                                                                \
   }
   DWSWAP_COLUMNS_CASE(1, 7)
   DWSWAP_COLUMNS_CASE(1, 4)
@@ -272,9 +274,6 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cu
 
 #define DWSWAP_LAUNCH_TYPED(T) \
   cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, int, cudaStream_t)
-extern template DWSWAP_LAUNCH_TYPED(float);
-extern template DWSWAP_LAUNCH_TYPED(__half);
-extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
 
 }  // namespace channel_columns
 }  // namespace dwswap

@@ -259,9 +259,6 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cu
 
 #define DWSWAP_LAUNCH_TYPED(T) \
   cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, int, cudaStream_t)
-extern template DWSWAP_LAUNCH_TYPED(float);
-extern template DWSWAP_LAUNCH_TYPED(__half);
-extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
 
 }  // namespace channel_direct
 }  // namespace dwswap

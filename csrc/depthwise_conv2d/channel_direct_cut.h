@@ -28,5 +28,10 @@ struct Cut {
 // The cut of a problem of 3 x 3 taps, for as wide accesses as all tensors are aligned to.
 Cut choose_cut(const DepthwiseConv2dParams& params, int element_bytes, int multiprocessors);
 
+// Compiled by a file per element type.
+template <typename T>
+cudaError_t launch_typed(const DepthwiseConv2dParams& params, int multiprocessors,
+                         cudaStream_t stream);
+
 }  // namespace channel_direct
 }  // namespace dwswap

@@ -15,19 +15,17 @@
 #include <type_traits>
 
 #include "common/async_copy.cuh"
-#include "common/depth.h"
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/channel_pairs.cuh"
+#include "depthwise_conv2d/channel_tiles_cut.h"
 #include "depthwise_conv2d/form.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
 namespace channel_tiles {
-
-constexpr int kMaxThreads = 128;
 
 template <typename T_, int K_, int STRIDE_, Depth DEPTH_, Form FORM_>
 struct Traits {
@@ -46,20 +44,6 @@ struct Traits {
   static constexpr int kMinBlocks = (K_ == 3 ? 4 : 3) - (kTight && K_ == 3 ? 1 : 0);
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + K_;
   static constexpr int kInputRows = (kRows - 1) * STRIDE_ + K_;
-};
-
-// How a problem is cut into blocks.
-struct Tile {
-  int pairs;               // of channels per block
-  int groups_w, groups_h;  // threads of a pair along columns and rows
-
-  int threads() const { return pairs * groups_w * groups_h; }
-};
-
-// How a tile is read: by the copy engine, or by asynchronous copies of so many bytes.
-struct Reader {
-  bool bulk;
-  int vector_bytes;  // 16, 8 or 4
 };
 
 struct Arguments {
@@ -326,10 +310,6 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   }
 }
 
-Depth choose_depth(const DepthwiseConv2dParams& params, int multiprocessors);
-Tile choose_tile(const DepthwiseConv2dParams& params, const Reader& reader, int columns, int rows,
-                 int element_bytes, int multiprocessors);
-
 template <typename Traits>
 cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int multiprocessors,
                    cudaStream_t stream) {
@@ -376,6 +356,12 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int mul
   return cudaGetLastError();
 }
 
+// Of 3 x 3 taps, channel_columns and channel_direct take what is large, but for float32 with
+// stride 1.
+constexpr bool has_deep(int kernel, int stride, int element_bytes) {
+  return kernel != 3 || (stride == 1 && element_bytes == 4);
+}
+
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, int multiprocessors,
@@ -394,10 +380,13 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
   Traits<T, K, S, DEPTH, DWSWAP_FORM(K, S, Form::kClamp)>,         \
       Traits<T, K, S, DEPTH, DWSWAP_FORM(K, S, Form::kHardswish)>, \
       Traits<T, K, S, DEPTH, Form::kAny>
-#define DWSWAP_CASE(K, S)                                                                        \
-  if (p.kernel_h == K && p.stride_h == S) {                                                      \
-    return depth == Depth::kDeep ? run.template operator()<DWSWAP_TRAITS(K, S, Depth::kDeep)>()  \
-                                 : run.template operator()<DWSWAP_TRAITS(K, S, Depth::kFlat)>(); \
+#define DWSWAP_CASE(K, S)                                                    \
+  if (p.kernel_h == K && p.stride_h == S) {                                  \
+    if constexpr (has_deep(K, S, sizeof(T))) {                               \
+      if (depth == Depth::kDeep)                                             \
+        return run.template operator()<DWSWAP_TRAITS(K, S, Depth::kDeep)>(); \
+    }                                                                        \
+    return run.template operator()<DWSWAP_TRAITS(K, S, Depth::kFlat)>();     \
   }
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)
@@ -413,9 +402,6 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
 
 #define DWSWAP_LAUNCH_TYPED(T) \
   cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, const Reader&, int, cudaStream_t)
-extern template DWSWAP_LAUNCH_TYPED(float);
-extern template DWSWAP_LAUNCH_TYPED(__half);
-extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
 
 }  // namespace channel_tiles
 }  // namespace dwswap

@@ -344,8 +344,6 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Device& device,
 
 #define DWSWAP_LAUNCH_TYPED(T) \
   cudaError_t launch_typed<T>(const DepthwiseConv2dParams&, const Device&, cudaStream_t)
-extern template DWSWAP_LAUNCH_TYPED(__half);
-extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
 
 }  // namespace diagonal
 }  // namespace dwswap

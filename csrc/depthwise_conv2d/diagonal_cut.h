@@ -59,5 +59,10 @@ Cut choose_cut(const DepthwiseConv2dParams& params, const Device& device);
 // Blocks that a multiprocessor has at once.
 int resident_blocks(const Cut& cut, int kernel, int stride, const Device& device);
 
+// Compiled by a file per element type.
+template <typename T>
+cudaError_t launch_typed(const DepthwiseConv2dParams& params, const Device& device,
+                         cudaStream_t stream);
+
 }  // namespace diagonal
 }  // namespace dwswap

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/activation.cuh"
+#include "common/activation.h"
 #include "common/data_type.h"
 
 namespace dwswap {

@@ -520,44 +520,20 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   return cudaGetLastError();
 }
 
-// The compiled sizes: X(kernel_h, kernel_w, stride).
-#define DWSWAP_PLANE_STRIPS_SIZES(X) \
-  X(3, 3, 1)                         \
-  X(3, 3, 2) X(5, 5, 1) X(5, 5, 2) X(7, 7, 1) X(7, 7, 2) X(3, 1, 1) X(1, 3, 1) X(3, 7, 1) X(7, 3, 1)
-
-// Calls visit.operator()<Traits>() for the compiled size of the problem. False: there is none.
-template <typename T, bool WIDE, typename Visit>
-bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
-#define DWSWAP_CASE(KH, KW, S)                                   \
-  if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) { \
-    visit.template operator()<Traits<T, KH, KW, S, WIDE>>();     \
-    return true;                                                 \
-  }
+template <typename T, bool WIDE>
+cudaError_t launch_cut(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
+                       bool bulk, cudaStream_t stream) {
+#define DWSWAP_CASE(KH, KW, S)                                 \
+  if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) \
+    return launch<Traits<T, KH, KW, S, WIDE>>(p, cut, device, bulk, stream);
   DWSWAP_PLANE_STRIPS_SIZES(DWSWAP_CASE)
 #undef DWSWAP_CASE
-  return false;
-}
-
-// One file per element type and kind of thread instantiates this: together they take long.
-template <typename T, bool WIDE>
-cudaError_t launch_cut(const DepthwiseConv2dParams& params, const Cut& cut, const Device& device,
-                       bool bulk, cudaStream_t stream) {
-  cudaError_t status = cudaErrorInvalidValue;
-  visit<T, WIDE>(params, [&]<typename Traits>() {
-    status = launch<Traits>(params, cut, device, bulk, stream);
-  });
-  return status;
+  return cudaErrorInvalidValue;
 }
 
 #define DWSWAP_LAUNCH_CUT(T, WIDE)                                                               \
   cudaError_t launch_cut<T, WIDE>(const DepthwiseConv2dParams&, const Cut&, const Device&, bool, \
                                   cudaStream_t)
-extern template DWSWAP_LAUNCH_CUT(float, false);
-extern template DWSWAP_LAUNCH_CUT(float, true);
-extern template DWSWAP_LAUNCH_CUT(__half, false);
-extern template DWSWAP_LAUNCH_CUT(__half, true);
-extern template DWSWAP_LAUNCH_CUT(__nv_bfloat16, false);
-extern template DWSWAP_LAUNCH_CUT(__nv_bfloat16, true);
 
 }  // namespace plane_strips
 }  // namespace dwswap

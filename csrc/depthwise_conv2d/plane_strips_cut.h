@@ -1,7 +1,7 @@
 // How plane_strips cuts a problem into blocks and threads.
 #pragma once
 
-#include "common/async_copy.cuh"
+#include "common/data_type.h"
 #include "common/device.h"
 #include "common/integer.h"
 #include "depthwise_conv2d/params.h"
@@ -54,6 +54,24 @@ struct Cut {
 
 // The cut of a problem that plane_strips covers; the search for it is remembered.
 Cut choose_cut(const DepthwiseConv2dParams& params, int element_bytes, const Device& device);
+
+// The compiled sizes: X(kernel_h, kernel_w, stride).
+#define DWSWAP_PLANE_STRIPS_SIZES(X) \
+  X(3, 3, 1)                         \
+  X(3, 3, 2) X(5, 5, 1) X(5, 5, 2) X(7, 7, 1) X(7, 7, 2) X(3, 1, 1) X(1, 3, 1) X(3, 7, 1) X(7, 3, 1)
+
+inline bool is_compiled(const DepthwiseConv2dParams& p) {
+#define DWSWAP_CASE(KH, KW, S) \
+  if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) return true;
+  DWSWAP_PLANE_STRIPS_SIZES(DWSWAP_CASE)
+#undef DWSWAP_CASE
+  return false;
+}
+
+// Compiled by a file per element type and kind of thread.
+template <typename T, bool WIDE>
+cudaError_t launch_cut(const DepthwiseConv2dParams& params, const Cut& cut, const Device& device,
+                       bool bulk, cudaStream_t stream);
 
 }  // namespace plane_strips
 }  // namespace dwswap

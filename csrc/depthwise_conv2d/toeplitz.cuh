@@ -292,10 +292,6 @@ cudaError_t launch_cut(const DepthwiseConv2dParams& params, const Cut& cut, cons
 #define DWSWAP_LAUNCH_CUT(T, STRIDE)                                                         \
   cudaError_t launch_cut<T, STRIDE>(const DepthwiseConv2dParams&, const Cut&, const Device&, \
                                     cudaStream_t)
-extern template DWSWAP_LAUNCH_CUT(__half, 1);
-extern template DWSWAP_LAUNCH_CUT(__half, 2);
-extern template DWSWAP_LAUNCH_CUT(__nv_bfloat16, 1);
-extern template DWSWAP_LAUNCH_CUT(__nv_bfloat16, 2);
 
 }  // namespace toeplitz
 }  // namespace dwswap

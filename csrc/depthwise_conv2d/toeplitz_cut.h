@@ -66,5 +66,10 @@ int choose_steps(const DepthwiseConv2dParams& params);
 // The cut of a problem; the search for it is remembered. None fits: rows == 0.
 Cut choose_cut(const DepthwiseConv2dParams& params, const Device& device);
 
+// Compiled by a file per element type and stride.
+template <typename T, int STRIDE>
+cudaError_t launch_cut(const DepthwiseConv2dParams& params, const Cut& cut, const Device& device,
+                       cudaStream_t stream);
+
 }  // namespace toeplitz
 }  // namespace dwswap

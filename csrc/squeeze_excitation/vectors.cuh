@@ -6,19 +6,6 @@
 
 namespace dwswap {
 
-struct ExcitationTile {
-  static constexpr int kThreads = 256;
-  // Loads that a thread has under way, and blocks of a multiprocessor: 3 x 256 threads x 4 x 16
-  // bytes = 48 KiB. Bandwidth times latency is about 22 KiB (4.2 TB/s, 700 ns, 132 of them).
-  static constexpr int kUnroll = 4;
-  static constexpr int kBlocks = 3;
-  static constexpr int kMostSlice = 64;   // channels
-  static constexpr int kReduceLanes = 8;  // threads per hidden unit: 8 x 16 bytes of weights
-  static constexpr int kExpandLanes = kThreads / kMostSlice;  // threads per channel
-  static_assert(kMostSlice * kExpandLanes == kThreads, "each channel has its threads");
-  static_assert(32 % kReduceLanes == 0 && 32 % kExpandLanes == 0, "shuffles stay within a warp");
-};
-
 __device__ __forceinline__ int64_t elements_before(const SqueezeExcitationParams& p, int sample) {
   return int64_t{sample} * (p.channels * p.pixels);
 }

@@ -20,7 +20,7 @@ import dwswap
 from dwswap import build
 from dwswap.bench.records import record
 from dwswap.cli.common import console, save_json
-from dwswap.compilation import csrc_dir
+from dwswap.compilation import csrc_dir, source_files
 from dwswap.environment import environment
 from dwswap.toolkit import (
     OLDEST_CAPABILITY,
@@ -160,7 +160,7 @@ def _sources() -> Check:
         folder = csrc_dir()
     except BuildError as error:
         return Check("sources", FAIL, "missing", str(error))
-    return Check("sources", OK, f"{len(list(folder.rglob('*.cu')))} CUDA files in {folder}")
+    return Check("sources", OK, f"{len(source_files(folder))} source files in {folder}")
 
 
 def _tool(name: str, find: Callable[[], str], needed: bool) -> Check:

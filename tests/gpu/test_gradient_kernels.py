@@ -1,6 +1,6 @@
 """Every family of CUDA kernels of the gradients, at every size that is compiled.
 
-The families are listed in ``csrc/depthwise_conv2d/backward/choice.cu``; ``DWSWAP_BACKWARD_FAMILY``
+The families are listed in ``csrc/depthwise_conv2d/backward/choice.cpp``; ``DWSWAP_BACKWARD_FAMILY``
 asks for one. A family is added here by its lines in ``ROWS``.
 """
 
@@ -321,6 +321,6 @@ def test_other_arguments_are_refused(monkeypatch):
 
 
 def test_every_family_is_covered():
-    source = (csrc_dir() / "depthwise_conv2d" / "backward" / "choice.cu").read_text()
+    source = (csrc_dir() / "depthwise_conv2d" / "backward" / "choice.cpp").read_text()
     families = re.findall(r'^    \{\{"(\w+)", ', source, re.MULTILINE)
     assert set(families) == {row.family for row in ROWS.values()}

@@ -1,6 +1,6 @@
 """Every family of CUDA kernels, at every size that is compiled, is right and is the one that runs.
 
-The families are chosen by shape in ``csrc/depthwise_conv2d/choice.cu``; ``DWSWAP_FAMILY`` asks for
+The families are chosen by shape in ``csrc/depthwise_conv2d/choice.cpp``; ``DWSWAP_FAMILY`` asks for
 one, so that each runs small problems too. A family is added here by its lines in ``ROWS``; sizes
 that its source compiles and no line covers fail a test.
 """
@@ -358,11 +358,11 @@ def test_the_family_is_told(family, monkeypatch):
 def test_every_family_and_every_compiled_size_is_covered():
     """Sizes as the sources list them: ``X(kernel_h, kernel_w, stride)``, ``DWSWAP_CASE(K, S)``."""
     folder = csrc_dir() / "depthwise_conv2d"
-    families = re.findall(r'^    \{"(\w+)", ', (folder / "choice.cu").read_text(), re.MULTILINE)
+    families = re.findall(r'^    \{"(\w+)", ', (folder / "choice.cpp").read_text(), re.MULTILINE)
     assert set(families) == {row.family for row in ROWS.values()}
     for family in families:
-        header = folder / f"{family}.cuh"
-        source = header.read_text() if header.exists() else ""
+        headers = (folder / f"{family}.cuh", folder / f"{family}_cut.h")
+        source = "".join(header.read_text() for header in headers if header.exists())
         found = re.findall(r"\b(?:X|DWSWAP_CASE)\((\d+(?:, \d+)+)\)", source)
         sizes = [tuple(map(int, numbers.split(", "))) for numbers in found]
         covered = {

@@ -150,9 +150,5 @@ cudaError_t launch_typed(const GradientParams& p, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-extern template cudaError_t launch_typed<float>(const GradientParams&, cudaStream_t);
-extern template cudaError_t launch_typed<__half>(const GradientParams&, cudaStream_t);
-extern template cudaError_t launch_typed<__nv_bfloat16>(const GradientParams&, cudaStream_t);
-
 }  // namespace channel_gather
 }  // namespace dwswap

@@ -301,9 +301,6 @@ cudaError_t launch_typed(const GradientParams& p, const Cut& cut, cudaStream_t s
 
 #define DWSWAP_LAUNCH_TYPED(T) \
   cudaError_t launch_typed<T>(const GradientParams&, const Cut&, cudaStream_t)
-extern template DWSWAP_LAUNCH_TYPED(float);
-extern template DWSWAP_LAUNCH_TYPED(__half);
-extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
 
 }  // namespace channel_sums
 }  // namespace dwswap

@@ -41,5 +41,9 @@ struct Cut {
 // The cut of a problem, for as wide accesses as both images are aligned to.
 Cut choose_cut(const GradientParams& params, int multiprocessors);
 
+// Compiled by a file per element type.
+template <typename T>
+cudaError_t launch_typed(const GradientParams& params, const Cut& cut, cudaStream_t stream);
+
 }  // namespace channel_sums
 }  // namespace dwswap

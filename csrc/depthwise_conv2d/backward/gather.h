@@ -18,4 +18,15 @@ inline int64_t pairs_of(int64_t size, int64_t padding) {
   return (padding + size - 1) / 2 - padding / 2 + 1;
 }
 
+// Compiled by a file per element type each.
+namespace channel_gather {
+template <typename T>
+cudaError_t launch_typed(const GradientParams& params, cudaStream_t stream);
+}
+namespace plane_gather {
+constexpr int kPairs = 4;
+template <typename T>
+cudaError_t launch_typed(const GradientParams& params, cudaStream_t stream);
+}  // namespace plane_gather
+
 }  // namespace dwswap

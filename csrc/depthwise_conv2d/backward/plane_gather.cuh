@@ -16,7 +16,6 @@ namespace dwswap {
 namespace plane_gather {
 
 constexpr int kThreads = 128;
-constexpr int kPairs = 4;
 
 template <typename T_, int K_>
 struct Traits {
@@ -118,10 +117,6 @@ cudaError_t launch_typed(const GradientParams& p, cudaStream_t stream) {
 #undef DWSWAP_CASE
   return cudaErrorInvalidValue;
 }
-
-extern template cudaError_t launch_typed<float>(const GradientParams&, cudaStream_t);
-extern template cudaError_t launch_typed<__half>(const GradientParams&, cudaStream_t);
-extern template cudaError_t launch_typed<__nv_bfloat16>(const GradientParams&, cudaStream_t);
 
 }  // namespace plane_gather
 }  // namespace dwswap

@@ -246,9 +246,6 @@ cudaError_t launch_typed(const GradientParams& p, const Split& cut, cudaStream_t
 
 #define DWSWAP_LAUNCH_TYPED(T) \
   cudaError_t launch_typed<T>(const GradientParams&, const Split&, cudaStream_t)
-extern template DWSWAP_LAUNCH_TYPED(float);
-extern template DWSWAP_LAUNCH_TYPED(__half);
-extern template DWSWAP_LAUNCH_TYPED(__nv_bfloat16);
 
 }  // namespace plane_sums
 }  // namespace dwswap

@@ -14,5 +14,9 @@ constexpr int resident_blocks(int64_t kernel) { return kernel == 3 ? 6 : kernel 
 
 Split choose_cut(const GradientParams& params, int multiprocessors);
 
+// Compiled by a file per element type.
+template <typename T>
+cudaError_t launch_typed(const GradientParams& params, const Split& cut, cudaStream_t stream);
+
 }  // namespace plane_sums
 }  // namespace dwswap

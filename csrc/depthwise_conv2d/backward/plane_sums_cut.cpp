@@ -1,5 +1,6 @@
-#include "common/integer.h"
 #include "depthwise_conv2d/backward/plane_sums_cut.h"
+
+#include "common/integer.h"
 
 namespace dwswap {
 namespace plane_sums {

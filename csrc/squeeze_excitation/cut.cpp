@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "common/integer.h"
-#include "squeeze_excitation/kernels.cuh"
+#include "squeeze_excitation/params.h"
 
 namespace dwswap {
 namespace {

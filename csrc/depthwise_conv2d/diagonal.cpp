@@ -1,6 +1,7 @@
 #include <limits>
 
-#include "depthwise_conv2d/diagonal.cuh"
+#include "depthwise_conv2d/diagonal_cut.h"
+#include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
 

@@ -21,7 +21,7 @@ constexpr const char* kSchemas[] = {
 class Schemas {
  public:
   Schemas() {
-    STD_TORCH_CHECK(aoti_torch_library_init_fragment("dwswap", "standalone.cu", __LINE__,
+    STD_TORCH_CHECK(aoti_torch_library_init_fragment("dwswap", "standalone.cpp", __LINE__,
                                                      &library_) == AOTI_TORCH_SUCCESS,
                     "dwswap: the operator library could not be registered");
     for (const char* schema : kSchemas) aoti_torch_library_def(library_, schema);

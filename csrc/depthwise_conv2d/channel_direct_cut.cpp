@@ -1,6 +1,6 @@
-#include <algorithm>
-
 #include "depthwise_conv2d/channel_direct_cut.h"
+
+#include <algorithm>
 
 namespace dwswap {
 namespace channel_direct {

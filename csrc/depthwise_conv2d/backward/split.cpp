@@ -1,3 +1,5 @@
+#include "depthwise_conv2d/backward/split.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -5,7 +7,6 @@
 
 #include "common/integer.h"
 #include "common/memo.h"
-#include "depthwise_conv2d/backward/split.h"
 
 namespace dwswap {
 namespace {

@@ -3,7 +3,7 @@
 #include "common/data_type.h"
 #include "common/device.h"
 #include "common/integer.h"
-#include "depthwise_conv2d/rolling_rows.cuh"
+#include "depthwise_conv2d/rolling_rows_cut.h"
 
 namespace dwswap {
 

@@ -1,10 +1,11 @@
+#include "depthwise_conv2d/channel_columns_cut.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
 
 #include "common/memo.h"
-#include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {

@@ -1,6 +1,6 @@
 #include <limits>
 
-#include "depthwise_conv2d/toeplitz.cuh"
+#include "depthwise_conv2d/toeplitz_cut.h"
 
 namespace dwswap {
 

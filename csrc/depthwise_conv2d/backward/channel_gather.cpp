@@ -1,7 +1,7 @@
 #include <limits>
 
 #include "common/data_type.h"
-#include "depthwise_conv2d/backward/channel_gather.cuh"
+#include "depthwise_conv2d/backward/gather.h"
 
 namespace dwswap {
 

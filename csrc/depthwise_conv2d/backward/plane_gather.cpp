@@ -1,7 +1,8 @@
 #include <limits>
 
 #include "common/data_type.h"
-#include "depthwise_conv2d/backward/plane_gather.cuh"
+#include "common/integer.h"
+#include "depthwise_conv2d/backward/gather.h"
 
 namespace dwswap {
 

@@ -2,7 +2,7 @@
 #include <limits>
 
 #include "common/data_type.h"
-#include "depthwise_conv2d/plane_strips.cuh"
+#include "depthwise_conv2d/plane_strips_cut.h"
 
 namespace dwswap {
 
@@ -22,7 +22,7 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
   if (std::max(std::min(p.kernel_h, p.in_h) * p.in_w, p.out_w) * element_bytes >
       plane_strips::kStageBytes)
     return false;
-  return plane_strips::visit<float, true>(p, [&]<typename Traits>() {});
+  return plane_strips::is_compiled(p);
 }
 
 cudaError_t launch_plane_strips(const DepthwiseConv2dParams& p, cudaStream_t stream) {

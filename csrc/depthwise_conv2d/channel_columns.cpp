@@ -3,7 +3,8 @@
 #include "common/data_type.h"
 #include "common/device.h"
 #include "common/integer.h"
-#include "depthwise_conv2d/channel_columns.cuh"
+#include "depthwise_conv2d/channel_columns_cut.h"
+#include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
 
@@ -14,9 +15,10 @@ bool covers_channel_columns(const DepthwiseConv2dParams& p) {
   if (p.multiplier != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (p.kernel_h != channel_columns::kKernel || p.kernel_w != channel_columns::kKernel)
     return false;
-  if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
-  const Device device = current_device();
   const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  if (p.stride_h != p.stride_w || !channel_columns::is_compiled(p.stride_h, element_bytes))
+    return false;
+  const Device device = current_device();
   if (!reads_boxes(device) || !readable_in_boxes(p, element_bytes)) return false;
   // A thread owns a pair of channels.
   const auto vectors = reinterpret_cast<uintptr_t>(p.bias) |

@@ -1,5 +1,4 @@
-// Prints the cuts that the launch choice makes: for tests without a GPU, where only the host's half
-// of a .cu file runs. Reads lines of
+// Prints the cuts that the launch choice makes, for tests without a GPU. Reads lines of
 //   family batch channels in_h in_w kernel_h kernel_w stride element_bytes
 //   multiprocessors shared_per_multiprocessor shared_per_block
 // with padding kernel / 2, and prints a line for each, with the microseconds that the search took.

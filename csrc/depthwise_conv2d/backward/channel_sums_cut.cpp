@@ -1,5 +1,6 @@
-#include "common/integer.h"
 #include "depthwise_conv2d/backward/channel_sums_cut.h"
+
+#include "common/integer.h"
 
 namespace dwswap {
 namespace channel_sums {

@@ -2,7 +2,7 @@
 
 #include "common/data_type.h"
 #include "common/device.h"
-#include "depthwise_conv2d/backward/channel_sums.cuh"
+#include "depthwise_conv2d/backward/channel_sums_cut.h"
 
 namespace dwswap {
 

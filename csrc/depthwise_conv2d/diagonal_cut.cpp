@@ -1,6 +1,6 @@
-#include <algorithm>
-
 #include "depthwise_conv2d/diagonal_cut.h"
+
+#include <algorithm>
 
 namespace dwswap {
 namespace diagonal {

@@ -1,10 +1,11 @@
+#include "depthwise_conv2d/toeplitz_cut.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
 
 #include "common/memo.h"
-#include "depthwise_conv2d/toeplitz_cut.h"
 
 namespace dwswap {
 namespace toeplitz {

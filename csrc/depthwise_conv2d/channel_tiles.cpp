@@ -7,7 +7,8 @@
 #include "common/device.h"
 #include "common/integer.h"
 #include "common/memo.h"
-#include "depthwise_conv2d/channel_tiles.cuh"
+#include "depthwise_conv2d/channel_tiles_cut.h"
+#include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
 namespace {

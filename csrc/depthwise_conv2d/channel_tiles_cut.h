@@ -1,0 +1,36 @@
+// How channel_tiles cuts a problem into blocks.
+#pragma once
+
+#include "common/depth.h"
+#include "depthwise_conv2d/params.h"
+
+namespace dwswap {
+namespace channel_tiles {
+
+constexpr int kMaxThreads = 128;
+
+// How a problem is cut into blocks.
+struct Tile {
+  int pairs;               // of channels per block
+  int groups_w, groups_h;  // threads of a pair along columns and rows
+
+  int threads() const { return pairs * groups_w * groups_h; }
+};
+
+// How a tile is read: by the copy engine, or by asynchronous copies of so many bytes.
+struct Reader {
+  bool bulk;
+  int vector_bytes;  // 16, 8 or 4
+};
+
+Depth choose_depth(const DepthwiseConv2dParams& params, int multiprocessors);
+Tile choose_tile(const DepthwiseConv2dParams& params, const Reader& reader, int columns, int rows,
+                 int element_bytes, int multiprocessors);
+
+// Compiled by a file per element type.
+template <typename T>
+cudaError_t launch_typed(const DepthwiseConv2dParams& params, const Reader& reader,
+                         int multiprocessors, cudaStream_t stream);
+
+}  // namespace channel_tiles
+}  // namespace dwswap
