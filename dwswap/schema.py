@@ -8,6 +8,7 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "direct",
+    "interleave_channels",
     "library",
     "squeeze_excitation",
 ]
@@ -54,8 +55,16 @@ library.define(f"_depthwise_conv2d_backward_family{_BACKWARD_ARGUMENTS} -> str",
 library.define(f"squeeze_excitation{_EXCITATION}", tags=_tags)
 # float64, and what is too large for the CUDA kernels.
 library.define(f"_squeeze_excitation_aten{_EXCITATION}", tags=_tags)
+# What has no kernel the first sends to the second. activations: as above, of first and second.
+for _name in ("_interleave_channels", "_interleave_channels_aten"):
+    library.define(
+        f"{_name}(Tensor first, Tensor second, Tensor? first_bias, Tensor? second_bias, "
+        "int activations, bool channels_last) -> Tensor",
+        tags=_tags,
+    )
 
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default
+interleave_channels = torch.ops.dwswap._interleave_channels.default
 squeeze_excitation = torch.ops.dwswap.squeeze_excitation.default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -142,3 +143,122 @@ def test_shufflenet(layout: Any) -> None:
     with torch.no_grad():
         expected = model(x)
         assert float((fast(x) - expected).abs().max() / expected.abs().max()) < 1e-12
+
+
+# --- what the shuffle absorbs -------------------------------------------------------------------
+
+
+@pytest.fixture
+def absorbing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU as on a GPU."""
+    module = sys.modules["dwswap.passes.absorb_before_shuffle"]  # hidden by its function
+    monkeypatch.setattr(module, "has_kernel", lambda tensor: True)
+
+
+def absorbed(model: nn.Module) -> list[dict[str, Any]]:
+    """Of every shuffle: the activations and the places of the biases that it took."""
+    assert isinstance(model, fx.GraphModule)
+    found = [node.kwargs for node in model.graph.nodes if node.target is interleaved]
+    return [{key: str(value) for key, value in sorted(kwargs.items())} for kwargs in found]
+
+
+class Branches(nn.Module):
+    """Two convolutions, each followed by what ``first`` and ``second`` are, joined."""
+
+    def __init__(self, first: Any, second: Any, twice: str = "") -> None:
+        super().__init__()
+        self.start, self.left, self.right = depthwise(), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+        self.first, self.second, self.twice = first, second, twice
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.start(x)
+        left, right = self.left(x), self.right(x)
+        first = left if self.first is None else self.first(left)
+        second = right if self.second is None else self.second(right)
+        joined = shuffle(torch.cat((first, second), 1))
+        extra = {"value": first, "input": left}.get(self.twice)
+        return joined if extra is None else (joined, extra)
+
+
+BOTH = [f"{name}_{what}" for name in ("first", "second") for what in ("activation", "bias")]
+
+
+@pytest.mark.usefixtures("absorbing")
+@pytest.mark.parametrize("layout", ["preserve", "channels_last"])
+@pytest.mark.parametrize(
+    ("first", "second", "keys"),
+    [
+        (nn.ReLU(), nn.ReLU6(inplace=True), BOTH),
+        (nn.Hardswish(inplace=True), None, [*BOTH[:2], BOTH[3]]),
+        (nn.SiLU(), nn.GELU(approximate="tanh"), BOTH),
+        (None, nn.ELU(), BOTH[1:2]),
+        (nn.Tanh(), nn.Softplus(), []),
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(1)), nn.ReLU(), BOTH[2:]),
+    ],
+)
+def test_absorbs_what_is_in_front(
+    layout: Any, first: nn.Module | None, second: nn.Module | None, keys: list[str]
+) -> None:
+    model = Branches(first, second).eval()
+    with torch.no_grad():
+        model.left.bias.copy_(torch.linspace(-2, 2, 6))
+    fast = dwswap.optimize(model, memory_format=layout)
+    assert [list(found) for found in absorbed(fast)] == [keys]
+    done = [c for layer in dwswap.report(fast).layers for c in layer.changes if c.done]
+    assert len([c for c in done if c.kind in ("shuffle", "bias")]) == len(keys)
+    assert all("channel shuffle" in str(change) for change in done if change.kind == "shuffle")
+    with torch.no_grad():
+        for x in (image(8), image(8).to(memory_format=torch.channels_last)):
+            torch.testing.assert_close(fast(x), model(x))
+            torch.testing.assert_close(copy.deepcopy(fast)(x), model(x))
+            torch._dynamo.reset()
+            compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x), model(x))
+    if layout == "preserve":
+        same(pickle.loads(pickle.dumps(fast))(image(8)), fast(image(8)))
+
+
+@pytest.mark.usefixtures("absorbing")
+@pytest.mark.parametrize("twice", ["value", "input"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_leaves_what_is_read_elsewhere(twice: str, in_place: bool) -> None:
+    model = Branches(nn.ReLU(in_place), nn.ReLU(in_place), twice).eval()
+    fast = dwswap.optimize(model)
+    # Out of place, the activation alone may go where its input is read elsewhere.
+    first = BOTH[:1] if twice == "input" and not in_place else []
+    assert [list(found) for found in absorbed(fast)] == [[*first, *BOTH[2:]]]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(image(8)), model(image(8)))
+
+
+@pytest.mark.usefixtures("absorbing")
+def test_leaves_one_value_on_both_sides() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.body = depthwise(), nn.Conv2d(8, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            value = self.body(self.start(x)).relu()
+            return shuffle(torch.cat((value, value), 1))
+
+    model = Doubled().eval()
+    fast = dwswap.optimize(model)
+    assert absorbed(fast) == [{}]
+    same(fast(image(8)), model(image(8)))
+
+
+def test_the_cpu_leaves_biases_to_the_convolutions() -> None:
+    fast = dwswap.optimize(Branches(nn.ReLU(), nn.ReLU()).eval())
+    assert absorbed(fast) == [{}]
+
+
+@pytest.mark.usefixtures("absorbing")
+def test_shufflenet_absorbs_all_activations() -> None:
+    model = build_with_data("shufflenet_v2_x0_5").double()
+    fast = dwswap.optimize(model)
+    counts = [len(found) for found in absorbed(fast)]
+    assert sorted(counts) == [2] * 13 + [4] * 3
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-9, atol=1e-9)

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/integer.h"
+#include "common/early_launch.cuh"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/rolling_rows_cut.h"
@@ -49,6 +50,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   const int ih = oh * S - a.padding_h;
   const int iw = ow * S - a.padding_w;
 
+  wait_for_kernel_in_front();
   const auto* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(k) * K * K;
   float taps[K * K];
 #pragma unroll
@@ -127,8 +129,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.transforms_input = p.transforms_input(), a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
   const auto blocks = static_cast<unsigned>(ceil_div(a.threads, kThreads));
-  kernel<Traits><<<blocks, kThreads, 0, stream>>>(a);
-  return cudaGetLastError();
+  return launch_early(kernel<Traits>, blocks, kThreads, 0, stream, a);
 }
 
 // One file per element type instantiates this.

@@ -32,7 +32,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"dwswap::excite_kernel", ELEMENTWISE),
     (r"dwswap::.*(pool|reduce|mean|squeeze)", REDUCTION),
     (r"dwswap::.*(scale|elementwise|add_)", ELEMENTWISE),
-    (r"dwswap::.*(copy|transpose|to_channels_last|to_nchw)", COPY),
+    (r"dwswap::.*(copy|interleave|transpose|to_channels_last|to_nchw)", COPY),
     (r"dwswap::", DEPTHWISE),
     # Before copies: CUTLASS names its copy atoms among the template arguments.
     (r"gemm|gemv|nvjet|xmma|cutlass|splitKreduce|winograd|cask", GEMM),

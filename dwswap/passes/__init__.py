@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from dwswap.passes.absorb_activation import absorb_activation
+from dwswap.passes.absorb_before_shuffle import absorb_before_shuffle
 from dwswap.passes.channel_shuffle import fuse_shuffle
 from dwswap.passes.context import Context, GraphPass
 from dwswap.passes.fold_batchnorm import fold_batchnorm
@@ -41,6 +42,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     push_bias,
     set_memory_format,
     fuse_shuffle,
+    absorb_before_shuffle,
     fuse_residual,
     multiply_pointwise,
 )

@@ -15,18 +15,15 @@ Limits:
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from dwswap.passes.activation_call import ActivationCall, activation_call
+from dwswap.passes.absorbing import Refusal, activation_refusal, bias_refusal, erase, rewritten
+from dwswap.passes.activation_call import activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
-from dwswap.passes.aliasing import changed_tensors, changes_between
 from dwswap.passes.context import Context
 from dwswap.passes.padding import is_symmetric
 
 __all__ = ["absorb_activation"]
-
-Refusal = tuple[str, dict[str, object]]
 
 
 def absorb_activation(graph_module: fx.GraphModule, context: Context) -> None:
@@ -53,10 +50,10 @@ def _absorb_output(graph_module: fx.GraphModule, context: Context, call: AffineC
             context.note(call.node, "activation", user, *refusal, name=found.name)
             continue
         context.note(call.node, "activation", user, "absorbed", name=found.name)
-        new = _rewritten(context, call.with_options(activation=found.name))
+        new = rewritten(context, call.with_options(activation=found.name))
         context.replaced(found.node, new)
         found.node.replace_all_uses_with(new)
-        _erase(context, found)
+        erase(context, found)
         return
 
 
@@ -68,7 +65,9 @@ def _absorb_input(graph_module: fx.GraphModule, context: Context, call: AffineCa
         return
     found = activation_call(graph_module, source)
     if found is not None:
-        refusal = _activation_refusal(graph_module, call, found)
+        is_operand = call.weight is found.node or call.bias is found.node
+        unfit = ("call_form", {}) if is_operand else _unfit(graph_module, call)
+        refusal = activation_refusal(graph_module, found, call.node, unfit)
         if refusal is not None:
             context.note(call.node, "input_activation", found.node, *refusal, name=found.name)
             return
@@ -78,78 +77,21 @@ def _absorb_input(graph_module: fx.GraphModule, context: Context, call: AffineCa
         source = found.input
     producer = affine_call(graph_module, source)
     if producer is not None and producer.bias is not None and not producer.depthwise:
-        refusal = _bias_refusal(graph_module, call, producer)
+        weight = value_of(graph_module, call.weight)
+        refusal = bias_refusal(graph_module, producer, weight, _unfit(graph_module, call))
         if refusal is None:
             context.note(call.node, "input_bias", producer.node, "absorbed")
             call = call.with_options(input_bias=producer.bias)
             context.note(producer.node, "bias", call.node, "absorbed")
-            source = _rewritten(context, producer.with_tensors(producer.weight, None))
+            source = rewritten(context, producer.with_tensors(producer.weight, None))
         else:
             context.note(call.node, "input_bias", producer.node, *refusal)
     if call.option("input_bias") is None and call.option("input_activation") == "none":
         return
-    _rewritten(context, call.with_input(source))
+    rewritten(context, call.with_input(source))
     if found is not None:
-        _erase(context, found)
+        erase(context, found)
 
 
-def _activation_refusal(
-    graph_module: fx.GraphModule, call: AffineCall, found: ActivationCall
-) -> Refusal | None:
-    if found.refusal is not None:
-        return found.refusal
-    if len(found.node.users) > 1:
-        return "other_users", {"value": found.node.name}
-    if call.weight is found.node or call.bias is found.node:
-        return "call_form", {}
-    if not is_symmetric(graph_module, call):
-        return "asymmetric_padding", {}
-    producer = affine_call(graph_module, found.input)
-    if producer is not None and len(found.input.users) == 1 and producer.refusal is None:
-        return None  # nothing else knows the value, and no hook keeps it
-    if found.in_place:
-        return "in_place", {}
-    if changes_between(graph_module, found.node, call.node):
-        return "changed_between", {}
-    return None
-
-
-def _bias_refusal(
-    graph_module: fx.GraphModule, call: AffineCall, producer: AffineCall
-) -> Refusal | None:
-    if producer.refusal is not None:
-        return producer.refusal
-    if producer.spatial != 2:
-        return "call_form", {}
-    if len(producer.node.users) > 1:
-        return "other_users", {"value": producer.node.name}
-    if not is_symmetric(graph_module, call):
-        return "asymmetric_padding", {}
-    bias, weight = (value_of(graph_module, operand) for operand in (producer.bias, call.weight))
-    if bias is None or weight is None:
-        return "computed", {}
-    if id(bias) in changed_tensors(graph_module):
-        return "changed_in_graph", {}
-    if bias.dtype != weight.dtype:
-        return "dtypes", {"norm": _name(bias.dtype), "layer": _name(weight.dtype)}
-    if len({tensor.device for tensor in (bias, weight) if not tensor.is_meta}) > 1:
-        return "devices", {}
-    return None
-
-
-def _rewritten(context: Context, call: AffineCall) -> fx.Node:
-    path = context.path_of(call.node)
-    new = call.rewrite()
-    context.keep_path(new, path)
-    context.replaced(call.node, new)
-    context.release(call.node)
-    return new
-
-
-def _erase(context: Context, found: ActivationCall) -> None:
-    found.node.graph.erase_node(found.node)
-    context.release(found.node)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _unfit(graph_module: fx.GraphModule, call: AffineCall) -> Refusal | None:
+    return None if is_symmetric(graph_module, call) else ("asymmetric_padding", {})

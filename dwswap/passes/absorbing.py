@@ -1,0 +1,91 @@
+"""What a reader of a value needs before it may apply the activation and the bias behind that value
+itself: those of absorb_activation and absorb_before_shuffle."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from dwswap.passes.activation_call import ActivationCall
+from dwswap.passes.affine_call import AffineCall, affine_call, value_of
+from dwswap.passes.aliasing import changed_tensors, changes_between
+from dwswap.passes.context import Context
+
+__all__ = ["Refusal", "activation_refusal", "bias_refusal", "erase", "rewritten"]
+
+Refusal: TypeAlias = tuple[str, dict[str, object]]
+"""A reason code and its facts."""
+
+
+def activation_refusal(
+    graph_module: fx.GraphModule,
+    found: ActivationCall,
+    reader: fx.Node,
+    unfit: Refusal | None = None,
+) -> Refusal | None:
+    """Why ``reader`` must leave the activation that it reads as it is; ``unfit`` is its own reason
+    to do so."""
+    if found.refusal is not None:
+        return found.refusal
+    if len(found.node.users) > 1:
+        return "other_users", {"value": found.node.name}
+    if unfit is not None:
+        return unfit
+    producer = affine_call(graph_module, found.input)
+    if producer is not None and len(found.input.users) == 1 and producer.refusal is None:
+        return None  # nothing else knows the value, and no hook keeps it
+    if found.in_place:
+        return "in_place", {}
+    if changes_between(graph_module, found.node, reader):
+        return "changed_between", {}
+    return None
+
+
+def bias_refusal(
+    graph_module: fx.GraphModule,
+    producer: AffineCall,
+    like: Tensor | None,
+    unfit: Refusal | None = None,
+) -> Refusal | None:
+    """Why the bias of ``producer`` must stay there, whose only reader computes with tensors like
+    ``like``; ``unfit`` is the reader's own reason."""
+    if producer.refusal is not None:
+        return producer.refusal
+    if producer.spatial != 2:
+        return "call_form", {}
+    if len(producer.node.users) > 1:
+        return "other_users", {"value": producer.node.name}
+    if unfit is not None:
+        return unfit
+    bias = value_of(graph_module, producer.bias)
+    if bias is None or like is None:
+        return "computed", {}
+    if id(bias) in changed_tensors(graph_module):
+        return "changed_in_graph", {}
+    if bias.dtype != like.dtype:
+        return "dtypes", {"norm": _name(bias.dtype), "layer": _name(like.dtype)}
+    if len({tensor.device for tensor in (bias, like) if not tensor.is_meta}) > 1:
+        return "devices", {}
+    return None
+
+
+def rewritten(context: Context, call: AffineCall) -> fx.Node:
+    """``call`` in the place of its node; the new node has the path of the old one."""
+    path = context.path_of(call.node)
+    new = call.rewrite()
+    context.keep_path(new, path)
+    context.replaced(call.node, new)
+    context.release(call.node)
+    return new
+
+
+def erase(context: Context, found: ActivationCall) -> None:
+    """Remove an activation that nothing reads any more."""
+    found.node.graph.erase_node(found.node)
+    context.release(found.node)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
