@@ -12,7 +12,6 @@
 
 #include <type_traits>
 
-#include "common/early_launch.cuh"
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/channel_direct_cut.h"
@@ -113,7 +112,6 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
     }
     ++next, source += in_row;
   };
-  wait_for_kernel_in_front();
   fetch(even);
   fetch(odd);
   float taps[V][K * K], bias[V] = {}, input_bias[V] = {};
@@ -235,7 +233,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
   a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
   const auto blocks = static_cast<unsigned>(ceil_div(a.threads, kThreads));
-  return launch_early(kernel<Traits>, blocks, kThreads, 0, stream, a);
+  kernel<Traits><<<blocks, kThreads, 0, stream>>>(a);
+  return cudaGetLastError();
 }
 
 // One file per element type instantiates this.

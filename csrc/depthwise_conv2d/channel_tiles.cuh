@@ -15,7 +15,6 @@
 #include <type_traits>
 
 #include "common/async_copy.cuh"
-#include "common/early_launch.cuh"
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
@@ -186,7 +185,6 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
     if (threadIdx.x == 0) {
       const auto tap_bytes = static_cast<uint32_t>(count * K * K * sizeof(T));
       barrier_init(&barrier);
-      wait_for_kernel_in_front();
       barrier_expect(&barrier, a.box_bytes + tap_bytes);
       copy_box(tile, &map, &barrier, first_channel, first_column, first_row, n);
       copy_bytes(tile_taps, weight, tap_bytes, &barrier);
@@ -196,7 +194,6 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
 #else
   if (a.reader.bulk) __trap();  // the host chose it for an image of sm_90
 #endif
-  wait_for_kernel_in_front();
   if (!a.reader.bulk) {
     const T* image =
         static_cast<const T*>(a.input) + static_cast<int64_t>(n) * a.in_h * a.in_w * a.channels;
@@ -355,7 +352,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int mul
   const auto shared = static_cast<int>(a.tile_bytes + tile_channels * K * K * sizeof(T));
   const auto blocks = static_cast<unsigned>(p.batch * slices * tiles_w * tiles_h);
   const auto threads = static_cast<unsigned>(ceil_div(tile.threads(), 32) * 32);
-  return launch_early(kernel<Traits>, blocks, threads, shared, stream, map, a);
+  kernel<Traits><<<blocks, threads, shared, stream>>>(map, a);
+  return cudaGetLastError();
 }
 
 // Of 3 x 3 taps, channel_columns and channel_direct take what is large, but for float32 with

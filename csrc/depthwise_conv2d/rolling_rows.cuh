@@ -10,7 +10,6 @@
 #pragma once
 
 #include "common/integer.h"
-#include "common/early_launch.cuh"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/rolling_rows_cut.h"
@@ -50,7 +49,6 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   const int ih = oh * S - a.padding_h;
   const int iw = ow * S - a.padding_w;
 
-  wait_for_kernel_in_front();
   const auto* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(k) * K * K;
   float taps[K * K];
 #pragma unroll
@@ -129,7 +127,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.transforms_input = p.transforms_input(), a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
   const auto blocks = static_cast<unsigned>(ceil_div(a.threads, kThreads));
-  return launch_early(kernel<Traits>, blocks, kThreads, 0, stream, a);
+  kernel<Traits><<<blocks, kThreads, 0, stream>>>(a);
+  return cudaGetLastError();
 }
 
 // One file per element type instantiates this.

@@ -4,8 +4,10 @@
 // It moves each byte once, so loads in flight are what it needs: bandwidth times latency is about
 // 22 KiB for a multiprocessor (4.2 TB/s, 700 ns, 132 of them), and 2048 threads with kUnroll
 // accesses of 2 images of 8 bytes have 128 KiB under way.
+#include <algorithm>
 #include <limits>
 
+#include "common/device.h"
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "interleave_channels/params.h"
@@ -48,10 +50,10 @@ __global__ void __launch_bounds__(kThreads) interleave_kernel(const Arguments a)
   uint32_t vectors[kUnroll], rows[kUnroll];
   uint32_t samples[kUnroll];
   Words<T, V> words[2][kUnroll];
-  const uint32_t first = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
+  const uint32_t first = blockIdx.x * kThreads + threadIdx.x, step = gridDim.x * kThreads;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const uint32_t index = first + u * kThreads;
+    const uint32_t index = first + u * step;
     samples[u] = a.by_rows.divide(a.by_vectors.divide(index, &vectors[u]), &rows[u]);
     if (index >= a.accesses) continue;
 #pragma unroll
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) interleave_kernel(const Arguments a)
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    if (first + u * kThreads >= a.accesses) return;
+    if (first + u * step >= a.accesses) return;
     float x[2][V];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -111,7 +113,11 @@ cudaError_t launch(const InterleaveParams& p, cudaStream_t stream) {
   const auto vectors = static_cast<uint32_t>(p.row_elements() / V);
   a.by_vectors = Divisor(vectors), a.by_rows = Divisor(static_cast<uint32_t>(p.rows()));
   a.accesses = static_cast<uint32_t>(p.batch * p.rows() * vectors);
-  const auto blocks = static_cast<unsigned>(ceil_div(a.accesses, kThreads * kUnroll));
+  // Of a small image a thread has one: the next would only be waited for as well.
+  constexpr int64_t kEnoughBlocks = 4;  // of a multiprocessor
+  const int64_t enough = kEnoughBlocks * kThreads * current_device().multiprocessors;
+  const int64_t own = std::clamp<int64_t>(a.accesses / enough, 1, kUnroll);
+  const auto blocks = static_cast<unsigned>(ceil_div(a.accesses, kThreads * own));
   if (p.channels_last()) {
     interleave_kernel<T, V, true><<<blocks, kThreads, 0, stream>>>(a);
   } else {
@@ -123,7 +129,7 @@ cudaError_t launch(const InterleaveParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool covers_interleave(const InterleaveParams& p) {
-  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() - kThreads * kUnroll;
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() - 2 * kThreads * kUnroll;
   return p.dtype != DataType::kFloat64 && p.batch * p.channels * p.pixels <= kLimit;
 }
 
