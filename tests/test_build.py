@@ -382,9 +382,8 @@ def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, mon
     except BuildError as error:
         pytest.skip(f"nothing to compile with: {error}")
     standalone = ROOT / "csrc" / "standalone.cpp"
-    sources = write_sources(
-        tmp_path / "with space", twice=REAL_SOURCE, standalone=standalone.read_text()
-    )
+    sources = write_sources(tmp_path / "with space", twice=REAL_SOURCE)
+    (sources / standalone.name).write_text(standalone.read_text())
     monkeypatch.setattr(build_module, "csrc_dir", lambda: sources)
     monkeypatch.setenv("DWSWAP_CACHE_DIR", str(tmp_path / "cache"))
     architectures = ["9.0"]
