@@ -31,6 +31,7 @@ from dwswap import build, depthwise_conv2d
 from dwswap.ops import squeeze_excitation
 from dwswap.registration import kernel_family
 from dwswap.schema import depthwise_conv2d_backward
+from dwswap.shuffling import interleaved
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 HALVES = (torch.float16, torch.bfloat16)
@@ -173,7 +174,31 @@ def excitations() -> Iterator[Excitation]:
                 yield Excitation(dtype, memory_format, shape, hidden, offset)
 
 
-def place(values: torch.Tensor, problem: Problem | Excitation) -> torch.Tensor:
+class Interleaving(NamedTuple):
+    """A problem of the kernel that interleaves the channels of two images."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format  # of the images and of the result
+    shape: tuple[int, int, int, int]
+    offset: int = 0
+    halves: bool = False  # the images are the halves of the channels of one
+
+
+def interleavings() -> Iterator[Interleaving]:
+    """Channels and pixels that no access and no block divides; more than one access per thread."""
+    for dtype, memory_format in itertools.product((torch.float32, *HALVES), FORMATS):
+        for shape in (
+            (2, 58, 7, 5),
+            (3, 116, 13, 9),
+            (1, 57, 11, 1),
+            (2, 1, 1, 1),
+            (70, 24, 57, 33),
+        ):
+            for offset, halves in ((0, False), (1, False), (0, True)):
+                yield Interleaving(dtype, memory_format, shape, offset, halves)
+
+
+def place(values: torch.Tensor, problem: Problem | Excitation | Interleaving) -> torch.Tensor:
     """A copy on the GPU in the memory format and at the offset of the problem."""
     laid_out = values.contiguous(memory_format=problem.memory_format)
     buffer = torch.zeros(values.numel() + problem.offset, dtype=values.dtype, device="cuda")
@@ -278,6 +303,31 @@ def check_excitation(problem: Excitation) -> str | None:
     return difference(result, input.double() * gates[:, :, None, None], problem.dtype)
 
 
+def check_interleaving(problem: Interleaving) -> str | None:
+    """Run one problem of the interleaving kernel; returns what is wrong with its result."""
+    generator = torch.Generator().manual_seed(0)
+    batch, channels, *pixels = problem.shape
+    both = torch.randn((batch, 2 * channels, *pixels), generator=generator).to(problem.dtype)
+    bias = torch.randn(channels, generator=generator).to(problem.dtype)
+    images = both.chunk(2, 1)
+    first, second = (place(image, problem) for image in images)
+    if problem.halves:
+        first, second = place(both, problem).chunk(2, 1)
+    ours = interleaved(
+        first,
+        second,
+        problem.memory_format is torch.channels_last,
+        first_bias=bias.cuda(),
+        first_activation="relu",
+        second_activation="silu",
+    )
+    # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
+    result = (ours * 1).cpu().double()
+    wide = [image.double() for image in images]
+    exact = torch.stack((F.relu(wide[0] + bias.double()[:, None, None]), F.silu(wide[1])), 2)
+    return difference(result, exact.flatten(1, 2), problem.dtype)
+
+
 def difference(result: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> str | None:
     if result.shape != exact.shape:
         return f"shape {tuple(result.shape)} instead of {tuple(exact.shape)}"
@@ -300,6 +350,7 @@ def main(arguments: list[str]) -> int:
         portable = problem._replace(portable=not bulk_stores)
         checks.append(functools.partial(check_gradients, portable))
     checks += [functools.partial(check_excitation, problem) for problem in excitations()]
+    checks += [functools.partial(check_interleaving, problem) for problem in interleavings()]
     with torch.no_grad():
         for run_one in checks:
             wrong = run_one()
