@@ -7,15 +7,16 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from dwswap.changes import Change
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["REASONS", "Layer", "LayerErrors", "Report", "Verification", "report"]
 
@@ -224,6 +225,9 @@ class Report:
 
     def render(self, width: int = 120) -> str:
         """The report as a table of at most ``width`` columns."""
+        # A quarter of the time of `import dwswap`, and few reports are read.
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=width)
         if self.layers:
             console.print(self._table())
@@ -234,6 +238,8 @@ class Report:
         return console.file.getvalue().rstrip("\n")
 
     def _table(self) -> Table:
+        from rich.table import Table
+
         verified = any(layer.errors for layer in self.layers)
         shapes = any(layer.input_shape for layer in self.layers)
         changed = any(layer.changes for layer in self.layers)

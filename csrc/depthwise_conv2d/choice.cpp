@@ -71,8 +71,8 @@ bool suits_toeplitz(const DepthwiseConv2dParams& p) {
   return p.kernel_h * p.kernel_w > kManyTaps || p.dilation_h != 1 || p.dilation_w != 1;
 }
 
-// 5x5 over a tiny image is over before the pipeline of stages is full. Of long rows channel_tiles is
-// at 71 to 94 % of a copy, and this at 45 to 48 %.
+// 5x5 over a tiny image is over before the pipeline of stages is full. Of long rows channel_tiles
+// is at 71 to 94 % of a copy, and this at 45 to 48 %.
 bool suits_diagonal(const DepthwiseConv2dParams& p) {
   constexpr int64_t kTinyImage = 8 * 8, kLargeKernel = 7;
   if (p.in_w > (p.stride_w == 1 ? 72 : 100)) return false;
