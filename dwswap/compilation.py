@@ -51,10 +51,13 @@ def source_files(sources: Path) -> list[Path]:
     """What is compiled below ``sources``: kernels (.cu), and host code (.cpp), which nvcc leaves to
     the host's compiler: every architecture that it compiled that for would take as long again.
 
+    In the order in which to start them: kernels take longest, and of these those whose names are
+    towards the end.
+
     Raises:
         BuildError: there is nothing.
     """
-    files = sorted(file for suffix in (".cu", ".cpp") for file in sources.rglob(f"*{suffix}"))
+    files = sorted(sources.rglob("*.cu"), reverse=True) + sorted(sources.rglob("*.cpp"))
     if not files:
         raise BuildError(f"there are no .cu or .cpp files below {sources}: reinstall dwswap")
     return files
@@ -150,8 +153,7 @@ def compile_library(
     if unknown:
         names = ", ".join(target.name for target in unknown)
         raise BuildError(f"{nvcc.path} of CUDA {nvcc.version} does not know {names}")
-    # Ninja starts them in this order, and those that take longest have names towards the end.
-    files = source_files(sources)[::-1]
+    files = source_files(sources)
     text = _ninja_file(nvcc, sources, files, targets, library, standalone)
     (workdir / NINJA_FILE).write_text(text)
     command = [str(find_ninja()), "-C", str(workdir), "-f", NINJA_FILE, f"-j{jobs()}"]
