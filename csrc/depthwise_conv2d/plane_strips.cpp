@@ -31,8 +31,12 @@ cudaError_t launch_plane_strips(const DepthwiseConv2dParams& p, cudaStream_t str
   return visit_fast_type(p.dtype, [&]<typename T>() {
     const plane_strips::Cut cut = plane_strips::choose_cut(p, sizeof(T), device);
     if (cut.rows == 0) return cudaErrorInvalidValue;
-    return cut.wide ? plane_strips::launch_cut<T, true>(p, cut, device, bulk, stream)
-                    : plane_strips::launch_cut<T, false>(p, cut, device, bulk, stream);
+    const auto launch = [&]<bool WIDE>() {
+      return plane_strips::has_many_taps(p.kernel_h, p.kernel_w)
+                 ? plane_strips::launch_cut<T, WIDE, true>(p, cut, device, bulk, stream)
+                 : plane_strips::launch_cut<T, WIDE, false>(p, cut, device, bulk, stream);
+    };
+    return cut.wide ? launch.template operator()<true>() : launch.template operator()<false>();
   });
 }
 

@@ -520,20 +520,22 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   return cudaGetLastError();
 }
 
-template <typename T, bool WIDE>
+template <typename T, bool WIDE, bool MANY_TAPS>
 cudaError_t launch_cut(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
                        bool bulk, cudaStream_t stream) {
-#define DWSWAP_CASE(KH, KW, S)                                 \
-  if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) \
-    return launch<Traits<T, KH, KW, S, WIDE>>(p, cut, device, bulk, stream);
+#define DWSWAP_CASE(KH, KW, S)                                                 \
+  if constexpr (has_many_taps(KH, KW) == MANY_TAPS) {                          \
+    if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S)               \
+      return launch<Traits<T, KH, KW, S, WIDE>>(p, cut, device, bulk, stream); \
+  }
   DWSWAP_PLANE_STRIPS_SIZES(DWSWAP_CASE)
 #undef DWSWAP_CASE
   return cudaErrorInvalidValue;
 }
 
-#define DWSWAP_LAUNCH_CUT(T, WIDE)                                                               \
-  cudaError_t launch_cut<T, WIDE>(const DepthwiseConv2dParams&, const Cut&, const Device&, bool, \
-                                  cudaStream_t)
+#define DWSWAP_LAUNCH_CUT(T, WIDE, MANY_TAPS)                                          \
+  cudaError_t launch_cut<T, WIDE, MANY_TAPS>(const DepthwiseConv2dParams&, const Cut&, \
+                                             const Device&, bool, cudaStream_t)
 
 }  // namespace plane_strips
 }  // namespace dwswap

@@ -1,5 +1,6 @@
 #include "depthwise_conv2d/plane_strips.cuh"
 
 namespace dwswap::plane_strips {
-template DWSWAP_LAUNCH_CUT(__nv_bfloat16, false);
-}
+template DWSWAP_LAUNCH_CUT(__nv_bfloat16, false, false);
+template DWSWAP_LAUNCH_CUT(__nv_bfloat16, false, true);
+}  // namespace dwswap::plane_strips

@@ -68,8 +68,11 @@ inline bool is_compiled(const DepthwiseConv2dParams& p) {
   return false;
 }
 
-// Compiled by a file per element type and kind of thread.
-template <typename T, bool WIDE>
+constexpr bool has_many_taps(int64_t kernel_h, int64_t kernel_w) { return kernel_h * kernel_w > 21; }
+
+// Compiled by a file per element type and kind of thread; of wide threads, which take long, by one
+// for few taps and one for many.
+template <typename T, bool WIDE, bool MANY_TAPS>
 cudaError_t launch_cut(const DepthwiseConv2dParams& params, const Cut& cut, const Device& device,
                        bool bulk, cudaStream_t stream);
 

@@ -55,6 +55,7 @@ def _absorb(
     if refusal is not None:
         context.note(producer.node, "bias", node, *refusal)
         return
+    context.retract(producer.node, "bias")
     context.note(producer.node, "bias", node, "absorbed")
     with node.graph.inserting_before(node):
         bias = producer.bias

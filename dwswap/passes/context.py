@@ -95,6 +95,14 @@ class Context:
         if change not in known:
             known.append(change)
 
+    def retract(self, layer: fx.Node, kind: str) -> None:
+        """Forget why something of ``kind`` was left: a later pass did it."""
+        path = self.path_of(layer)
+        kept = [
+            change for change in self.changes.get(path, []) if change.done or change.kind != kind
+        ]
+        self.changes[path] = kept
+
     def release(self, *operands: object) -> None:
         """Say that a module (its call) or a tensor has one reader less."""
         for operand in operands:
