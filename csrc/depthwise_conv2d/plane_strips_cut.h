@@ -68,7 +68,10 @@ inline bool is_compiled(const DepthwiseConv2dParams& p) {
   return false;
 }
 
-constexpr bool has_many_taps(int64_t kernel_h, int64_t kernel_w) { return kernel_h * kernel_w > 21; }
+// 5 x 5 and 7 x 7: half of the time that all sizes take to compile.
+constexpr bool has_many_taps(int64_t kernel_h, int64_t kernel_w) {
+  return kernel_h * kernel_w > 21;
+}
 
 // Compiled by a file per element type and kind of thread; of wide threads, which take long, by one
 // for few taps and one for many.
