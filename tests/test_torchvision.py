@@ -165,7 +165,12 @@ def check(name: str, size: int) -> None:
         assert errors.ours <= max(1e-4 * scale, apart)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SLOW = ("fasterrcnn_mobilenet_v3_large_320_fpn", "maxvit_t")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FAMILIES]
+)
 def test_outputs(name: str) -> None:
     check(name, FAMILIES[name])
 
