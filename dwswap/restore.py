@@ -13,6 +13,7 @@ from dwswap.passes.inplace_activations import in_place_again, is_marked
 from dwswap.passes.substitution import unswap_modules
 from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.report import detach, has_report
+from dwswap.shuffling import interleaved
 
 __all__ = ["restore"]
 
@@ -33,8 +34,8 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
         ValueError: a graph was fused: BatchNorm is folded into other weights, a call has absorbed
-            its neighbours and has no ``torch.conv2d`` to go back to, or squeeze-and-excitation
-            became one call. ``model`` is then as it was.
+            its neighbours and has no ``torch.conv2d`` to go back to, squeeze-and-excitation became
+            one call, or a channel shuffle absorbed what is before it. ``model`` is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -80,6 +81,12 @@ def _restore(model: nn.Module) -> nn.Module:
                 raise ValueError(
                     "model cannot be restored: squeeze-and-excitation became calls of an operator; "
                     "restore needs the result of a swap alone, as "
+                    "dwswap.optimize(model, fuse=False) makes"
+                )
+            if any(node.target is interleaved and node.kwargs for node in module.graph.nodes):
+                raise ValueError(
+                    "model cannot be restored: a channel shuffle absorbed the biases or "
+                    "activations before it; restore needs the result of a swap alone, as "
                     "dwswap.optimize(model, fuse=False) makes"
                 )
             for node in list(swapped_calls(module)):

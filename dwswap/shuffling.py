@@ -83,7 +83,9 @@ def _interleaved_aten(
 
 
 def _transformed(image: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    image = image if bias is None else image + bias[:, None, None]
+    if bias is not None:
+        # Under autocast the image may have another dtype; a convolution casts its bias as well.
+        image = image + bias.to(image.dtype)[:, None, None]
     return ACTIVATIONS[activation].forward(image)
 
 

@@ -252,6 +252,26 @@ def test_leaves_one_value_on_both_sides() -> None:
     same(fast(image(8)), model(image(8)))
 
 
+@pytest.mark.usefixtures("absorbing")
+@torch.no_grad()
+def test_autocast_keeps_its_dtype() -> None:
+    model = Branches(nn.ReLU(), nn.ReLU()).eval()
+    fast = dwswap.optimize(model)
+    assert [list(found) for found in absorbed(fast)] == [BOTH]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = fast(image(8)), model(image(8))
+    assert ours.dtype is theirs.dtype is torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("absorbing")
+def test_restore_refuses_what_a_shuffle_absorbed() -> None:
+    fast = dwswap.optimize(Branches(nn.ReLU(), None).eval())
+    with pytest.raises(ValueError, match="a channel shuffle absorbed the biases or activations"):
+        dwswap.restore(fast, inplace=True)
+    assert [list(found) for found in absorbed(fast)] == [[*BOTH[:2], BOTH[3]]]
+
+
 def test_the_cpu_leaves_biases_to_the_convolutions() -> None:
     fast = dwswap.optimize(Branches(nn.ReLU(), nn.ReLU()).eval())
     assert absorbed(fast) == [{}]
