@@ -226,6 +226,12 @@ def test_doctor_fails_where_the_kernels_do(monkeypatch):
     assert main(["doctor"]) == 1
 
 
+def test_doctor_without_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "csrc_dir", lambda: tmp_path)
+    check = doctor._sources()
+    assert (check.status, str(tmp_path) in str(check.advice)) == ("fail", True)
+
+
 def test_doctor_unwritable_cache(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DWSWAP_CACHE_DIR", str(tmp_path / "file" / "cache"))

@@ -158,9 +158,10 @@ def _driver(facts: dict[str, str | None]) -> Check:
 def _sources() -> Check:
     try:
         folder = csrc_dir()
+        count = len(source_files(folder))
     except BuildError as error:
         return Check("sources", FAIL, "missing", str(error))
-    return Check("sources", OK, f"{len(source_files(folder))} source files in {folder}")
+    return Check("sources", OK, f"{count} source files in {folder}")
 
 
 def _tool(name: str, find: Callable[[], str], needed: bool) -> Check:
