@@ -1,7 +1,7 @@
 """The activations that the operator can absorb: one table for every layer of the package.
 
 The order of :data:`ACTIVATIONS` is the numbering of ``enum class Activation`` in
-``csrc/common/activation.cuh``; a test compares the two.
+``csrc/common/activation.h``; a test compares the two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Activation"]
+__all__ = ["ACTIVATIONS", "PAIRS", "Activation", "pair_of"]
 
 aten = torch.ops.aten
 
@@ -61,3 +61,17 @@ ACTIVATIONS: dict[str, Activation] = {
         aten.sigmoid, lambda grad, x: aten.sigmoid_backward(grad, aten.sigmoid(x))
     ),
 }
+
+PAIRS = {
+    (one, other): 16 * i + j
+    for i, one in enumerate(ACTIVATIONS)
+    for j, other in enumerate(ACTIVATIONS)
+}
+"""Two names as the number that operators take where strings cost microseconds;
+``parse_activations`` of ``csrc/common/tensor.h`` reads it."""
+_NAMES = tuple(ACTIVATIONS)
+
+
+def pair_of(number: int) -> tuple[str, str]:
+    """The names whose number in :data:`PAIRS` it is."""
+    return _NAMES[number // 16], _NAMES[number % 16]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dwswap import build
-from dwswap.activations import ACTIVATIONS
+from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
 from dwswap.autograd import preactivated, recorded
 from dwswap.backward import backward_aten, backward_autograd, backward_composite, backward_fake
 from dwswap.checks import check_arguments, check_dense, geometry, output_size, raise_typed
@@ -32,12 +32,6 @@ from dwswap.transforms import AUTOCAST_KEYS, autocast_kernel, forward_vmap
 __all__ = ["apply", "decomposed", "depthwise_conv2d", "depthwise_conv2d_backward", "kernel_family"]
 
 Ints = Sequence[int]
-
-_ACTIVATION_PAIRS = {
-    (before, after): 16 * i + j
-    for i, before in enumerate(ACTIVATIONS)
-    for j, after in enumerate(ACTIVATIONS)
-}
 
 
 # --- forward on every device ------------------------------------------------------------------
@@ -89,7 +83,6 @@ def _forward_direct(
     input_bias: Tensor | None,
     activations: int,
 ) -> Tensor:
-    names = tuple(ACTIVATIONS)
     return depthwise_conv2d(
         input,
         weight,
@@ -98,8 +91,7 @@ def _forward_direct(
         (padding_h, padding_w),
         (dilation_h, dilation_w),
         input_bias,
-        names[activations // 16],
-        names[activations % 16],
+        *pair_of(activations),
     )
 
 
@@ -145,7 +137,7 @@ def _at_once(
     activation: str,
 ) -> Tensor:
     """The kernel of a plain call without a gradient, by the shortest way."""
-    index = _ACTIVATION_PAIRS.get((input_activation, activation))
+    index = PAIRS.get((input_activation, activation))
     if index is None or not (input.is_cuda and build.status().loaded):
         return _forward(
             input,

@@ -72,22 +72,11 @@ def _has_swaps(model: nn.Module) -> bool:
 def _restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
-            if FOLDED in module.meta:
+            absorbed = _absorbed(module)
+            if absorbed is not None:
                 raise ValueError(
-                    "model cannot be restored: BatchNorm was folded into other weights; restore "
-                    "needs the result of a swap alone, as dwswap.optimize(model, fuse=False) makes"
-                )
-            if any(node.target is squeeze_excitation for node in module.graph.nodes):
-                raise ValueError(
-                    "model cannot be restored: squeeze-and-excitation became calls of an operator; "
-                    "restore needs the result of a swap alone, as "
-                    "dwswap.optimize(model, fuse=False) makes"
-                )
-            if any(node.target is interleaved and node.kwargs for node in module.graph.nodes):
-                raise ValueError(
-                    "model cannot be restored: a channel shuffle absorbed the biases or "
-                    "activations before it; restore needs the result of a swap alone, as "
-                    "dwswap.optimize(model, fuse=False) makes"
+                    f"model cannot be restored: {absorbed}; restore needs the result of a swap "
+                    "alone, as dwswap.optimize(model, fuse=False) makes"
                 )
             for node in list(swapped_calls(module)):
                 unswap_call(module, node)
@@ -97,3 +86,15 @@ def _restore(model: nn.Module) -> nn.Module:
     disable_cuda_graphs(model)
     detach(model)
     return model
+
+
+def _absorbed(module: fx.GraphModule) -> str | None:
+    """What a graph has no layers left for, but for calls that absorbed their neighbours."""
+    nodes = module.graph.nodes
+    if FOLDED in module.meta:
+        return "BatchNorm was folded into other weights"
+    if any(node.target is squeeze_excitation for node in nodes):
+        return "squeeze-and-excitation became calls of an operator"
+    if any(node.target is interleaved and node.kwargs for node in nodes):
+        return "a channel shuffle absorbed the biases or activations before it"
+    return None

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from dwswap import build
-from dwswap.activations import ACTIVATIONS
+from dwswap.activations import PAIRS, pair_of
+from dwswap.autograd import preactivated
 from dwswap.plain import is_plain, needs_gradient
 from dwswap.schema import interleave_channels, library
 
 __all__ = ["has_kernel", "interleaved"]
-
-_NAMES = tuple(ACTIVATIONS)
 
 
 def interleaved(
@@ -50,7 +49,7 @@ def interleaved(
         ``(N, 2 C, H, W)``.
     """
     tensors = (first, second, first_bias, second_bias)
-    activations = 16 * _NAMES.index(first_activation) + _NAMES.index(second_activation)
+    activations = PAIRS[first_activation, second_activation]
     at_once = is_plain(*tensors) and not needs_gradient(*tensors) and has_kernel(first)
     call = interleave_channels if at_once and build.load() else _interleaved_aten
     return call(*tensors, activations, channels_last)
@@ -70,8 +69,12 @@ def _interleaved_aten(
     activations: int,
     channels_last: bool,
 ) -> Tensor:
-    first = _transformed(first, first_bias, _NAMES[activations // 16])
-    second = _transformed(second, second_bias, _NAMES[activations % 16])
+    names = pair_of(activations)
+    # Under autocast an image may have another dtype; a convolution casts its bias as well.
+    first, second = (
+        preactivated(image, None if bias is None else bias.to(image.dtype), name)
+        for image, bias, name in zip((first, second), (first_bias, second_bias), names, strict=True)
+    )
     if first.shape != second.shape:
         first, second = torch.cat((first, second), 1).chunk(2, 1)
     if not channels_last:
@@ -80,13 +83,6 @@ def _interleaved_aten(
     rows = [image.permute(0, 2, 3, 1).flatten(0, 2) for image in (first, second)]
     pixels = (first.shape[0], *first.shape[2:])
     return torch.stack(rows, 2).flatten(1).unflatten(0, pixels).permute(0, 3, 1, 2)
-
-
-def _transformed(image: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    if bias is not None:
-        # Under autocast the image may have another dtype; a convolution casts its bias as well.
-        image = image + bias.to(image.dtype)[:, None, None]
-    return ACTIVATIONS[activation].forward(image)
 
 
 for _name in ("_interleave_channels", "_interleave_channels_aten"):

@@ -8,6 +8,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/activation.h"
@@ -181,6 +182,15 @@ inline Activation parse_activation(const char* op, const char* argument, const s
   for (const char* entry : kActivationNames)
     known += (known.empty() ? "" : ", ") + std::string(entry);
   DWSWAP_CHECK_IN(op, false, argument, " must be one of ", known, ", got '", name, "'");
+}
+
+// Two at once: the index of the first, times 16, and that of the second.
+inline std::pair<Activation, Activation> parse_activations(const char* op, int64_t number) {
+  const int64_t first = number / 16, second = number % 16;
+  constexpr auto kKnown = static_cast<int64_t>(kActivationNames.size());
+  DWSWAP_CHECK_IN(op, number >= 0 && first < kKnown && second < kKnown,
+                  "activations must be indices of known ones, got ", number);
+  return {static_cast<Activation>(first), static_cast<Activation>(second)};
 }
 
 }  // namespace dwswap

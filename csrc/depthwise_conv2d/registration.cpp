@@ -127,13 +127,9 @@ Tensor depthwise_conv2d_direct(const Tensor& input, const Tensor& weight,
                                int64_t stride_w, int64_t padding_h, int64_t padding_w,
                                int64_t dilation_h, int64_t dilation_w,
                                const std::optional<Tensor>& input_bias, int64_t activations) {
-  const auto [before, after] = std::pair(activations / 16, activations % 16);
-  constexpr auto kKnown = static_cast<int64_t>(kActivationNames.size());
-  DWSWAP_CHECK(activations >= 0 && before < kKnown && after < kKnown,
-               "activations must be indices of known ones, got ", activations);
-  const Options options{{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}},
-                        static_cast<Activation>(before),
-                        static_cast<Activation>(after)};
+  const auto [before, after] = parse_activations(kOperator, activations);
+  const Options options{
+      {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}}, before, after};
   return run(input, weight, bias, options, input_bias);
 }
 

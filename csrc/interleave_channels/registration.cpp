@@ -5,7 +5,7 @@
 
 #include <array>
 #include <optional>
-#include <utility>
+#include <tuple>
 
 #include "common/device.h"
 #include "common/tensor.h"
@@ -78,12 +78,8 @@ Tensor interleave_channels(const Tensor& first, const Tensor& second,
   if (!covered || !covers_interleave(p))
     return call_aten(first, second, first_bias, second_bias, activations, channels_last);
   check_same(kOperator, "second", second, first);
-  const auto [one, other] = std::pair(activations / 16, activations % 16);
-  constexpr auto kKnown = static_cast<int64_t>(kActivationNames.size());
-  DWSWAP_CHECK_IN(kOperator, activations >= 0 && one < kKnown && other < kKnown,
-                  "activations must be indices of known ones, got ", activations);
-  p.images[0].activation = static_cast<Activation>(one);
-  p.images[1].activation = static_cast<Activation>(other);
+  std::tie(p.images[0].activation, p.images[1].activation) =
+      parse_activations(kOperator, activations);
   const std::optional<Tensor> biases[2] = {
       checked_vector(kOperator, "first_bias", first_bias, p.channels, first),
       checked_vector(kOperator, "second_bias", second_bias, p.channels, first)};

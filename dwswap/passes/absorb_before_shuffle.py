@@ -17,7 +17,7 @@ from torch import fx
 
 from dwswap.passes.absorbing import activation_refusal, bias_refusal, erase, rewritten
 from dwswap.passes.activation_call import activation_call
-from dwswap.passes.affine_call import AffineCall, affine_call, value_of
+from dwswap.passes.affine_call import affine_call, value_of
 from dwswap.passes.context import Context
 from dwswap.shuffling import has_kernel, interleaved
 
@@ -38,7 +38,10 @@ def _absorb(
     source = node.args[position]
     found = activation_call(graph_module, source)
     producer = affine_call(graph_module, source if found is None else found.input)
-    if producer is None or producer.depthwise or not _has_kernel(graph_module, producer):
+    if producer is None or producer.depthwise or producer.spatial != 2:
+        return
+    weight = value_of(graph_module, producer.weight)
+    if weight is None or not has_kernel(weight):
         return
     if found is not None:
         refusal = activation_refusal(graph_module, found, node)
@@ -51,7 +54,7 @@ def _absorb(
         erase(context, found)
     if producer.bias is None:
         return
-    refusal = bias_refusal(graph_module, producer, value_of(graph_module, producer.weight))
+    refusal = bias_refusal(graph_module, producer, weight)
     if refusal is not None:
         context.note(producer.node, "bias", node, *refusal)
         return
@@ -63,8 +66,3 @@ def _absorb(
             f"{name}_bias", node.graph.get_attr(bias) if isinstance(bias, str) else bias
         )
     rewritten(context, producer.with_tensors(producer.weight, None))
-
-
-def _has_kernel(graph_module: fx.GraphModule, producer: AffineCall) -> bool:
-    weight = value_of(graph_module, producer.weight)
-    return weight is not None and producer.spatial == 2 and has_kernel(weight)
