@@ -1,0 +1,238 @@
+"""Problems that make every family of CUDA kernels run, at every size that it is compiled for.
+
+A family is added by its lines in ``ROWS``; sizes that its source compiles and no line covers fail a
+test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from cases import ACTIVATION_NAMES, MANY_RESULTS, MIN_RESULTS, Case
+
+DEVICE = os.environ.get("DWSWAP_FUZZ_DEVICE", "cuda")
+FAST = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = FAST[1:]
+SQUARES = ((3, 3), (5, 5), (7, 7))
+# Height, width: no tile divides them; those of networks; one row; long rows.
+SIZES = ((7, 7), (13, 9), (14, 14), (33, 29), (1, 23), (5, 213), (56, 57))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Problems that one family runs: each kernel, stride, number of channels and size of image."""
+
+    family: str
+    layout: str
+    kernels: tuple[tuple[int, int], ...]
+    strides: tuple[int, ...] = (1, 2)
+    channels: tuple[int, ...] = (3, 8)
+    multiplier: int = 1
+    dilation: int = 1
+    extra_padding: tuple[int, int] = (0, 0)
+    dtypes: tuple[torch.dtype, ...] = FAST
+    sizes: tuple[tuple[int, int], ...] = SIZES
+    transforms_input: bool = True  # whether it covers an activation or a bias of the input
+
+
+ROWS = {
+    "channel tiles": Row("channel_tiles", "channels_last", SQUARES, channels=(2, 20, 58, 72, 136)),
+    "channel tiles, misaligned": Row("channel_tiles", "offset_by_pair", SQUARES, channels=(8, 58)),
+    "channel tiles, padding only": Row(
+        "channel_tiles", "channels_last", SQUARES, channels=(24,), extra_padding=(9, 5)
+    ),
+    "channel columns": Row(
+        "channel_columns",
+        "channels_last",
+        ((3, 3),),
+        channels=(8, 24, 64, 72, 136),
+        dtypes=HALVES,
+    ),
+    "channel columns, padding only": Row(
+        "channel_columns",
+        "channels_last",
+        ((3, 3),),
+        channels=(24,),
+        extra_padding=(9, 5),
+        dtypes=HALVES,
+    ),
+    # Stride 2 in float32 is channel_direct's.
+    "channel columns, float32": Row(
+        "channel_columns",
+        "channels_last",
+        ((3, 3),),
+        strides=(1,),
+        channels=(8, 24, 64, 72, 136),
+        dtypes=FAST[:1],
+    ),
+    "channel columns, float32, padding only": Row(
+        "channel_columns",
+        "channels_last",
+        ((3, 3),),
+        strides=(1,),
+        channels=(24,),
+        extra_padding=(9, 5),
+        dtypes=FAST[:1],
+    ),
+    # Accesses of 8, 4 and 2 bytes.
+    "channel direct": Row(
+        "channel_direct",
+        "channels_last",
+        ((3, 3),),
+        channels=(1, 2, 20, 57, 58, 136),
+        sizes=((1, 1), (2, 3), *SIZES),
+    ),
+    "channel direct, misaligned": Row(
+        "channel_direct", "offset_channels_last", ((3, 3),), channels=(8, 57, 58)
+    ),
+    "channel direct, aligned to a pair": Row(
+        "channel_direct", "offset_by_pair", ((3, 3),), channels=(8, 58)
+    ),
+    "channel direct, padding only": Row(
+        "channel_direct", "channels_last", ((3, 3),), channels=(24, 57), extra_padding=(9, 5)
+    ),
+    "channel direct, no padding": Row(
+        "channel_direct", "channels_last", ((3, 3),), channels=(24, 57), extra_padding=(-1, -1)
+    ),
+    # Several images of a unit, several columns of units; the last group of channels not whole.
+    "diagonal": Row(
+        "diagonal",
+        "channels_last",
+        SQUARES[1:],
+        channels=(8, 24, 72, 136),
+        dtypes=HALVES,
+        sizes=((1, 1), (7, 7), (14, 14), *SIZES),
+        transforms_input=False,
+    ),
+    "diagonal, padding only": Row(
+        "diagonal",
+        "channels_last",
+        SQUARES[1:],
+        channels=(24,),
+        extra_padding=(9, 5),
+        dtypes=HALVES,
+        transforms_input=False,
+    ),
+    "diagonal, no padding": Row(
+        "diagonal",
+        "channels_last",
+        SQUARES[1:],
+        channels=(40,),
+        extra_padding=(-2, -2),
+        dtypes=HALVES,
+        transforms_input=False,
+    ),
+    # Rows of 4, 2 and 1 elements, and whole planes.
+    "toeplitz": Row(
+        "toeplitz",
+        "contiguous",
+        (*SQUARES, (9, 9), (1, 11), (31, 31)),
+        channels=(3, 8, 40),
+        dtypes=HALVES,
+        sizes=((1, 1), (7, 7), (14, 14), *SIZES),
+    ),
+    "toeplitz, channels_last": Row(
+        "toeplitz",
+        "channels_last",
+        (*SQUARES, (9, 9), (1, 11), (31, 31)),
+        channels=(8, 24, 72),
+        dtypes=HALVES,
+        sizes=((1, 1), (7, 7), *SIZES),
+    ),
+    "toeplitz, dilation": Row(
+        "toeplitz", "contiguous", SQUARES, channels=(3, 24), dilation=2, dtypes=HALVES
+    ),
+    "toeplitz, dilation of channels_last": Row(
+        "toeplitz", "channels_last", SQUARES, channels=(24,), dilation=2, dtypes=HALVES
+    ),
+    "toeplitz, misaligned": Row("toeplitz", "offset", SQUARES, dtypes=HALVES),
+    "toeplitz, padding only": Row(
+        "toeplitz", "contiguous", SQUARES, extra_padding=(9, 5), dtypes=HALVES
+    ),
+    "toeplitz, no padding": Row(
+        "toeplitz", "channels_last", SQUARES, (1, 2), (24,), extra_padding=(-1, -1), dtypes=HALVES
+    ),
+    "plane strips": Row(
+        "plane_strips",
+        "contiguous",
+        SQUARES,
+        channels=(1, 3, 16, 57),
+        sizes=(*SIZES, (9, 5), (40, 3)),
+    ),
+    "plane strips, flat kernels": Row(
+        "plane_strips",
+        "contiguous",
+        ((3, 1), (1, 3), (3, 7), (7, 3)),
+        strides=(1,),
+    ),
+    # Strips of few rows.
+    "plane strips, wide": Row("plane_strips", "contiguous", SQUARES, sizes=((9, 901), (10, 1003))),
+    "plane strips, no padding": Row(
+        "plane_strips", "contiguous", SQUARES, extra_padding=(-1, -1), sizes=((9, 10), (30, 113))
+    ),
+    "rolling rows, multiplier": Row("rolling_rows", "contiguous", SQUARES, multiplier=2),
+    "rolling rows, dilation": Row("rolling_rows", "contiguous", SQUARES, dilation=2),
+    "rolling rows, misaligned": Row("rolling_rows", "offset", SQUARES),
+    "rolling rows": Row("rolling_rows", "contiguous", SQUARES, sizes=((40, 3), *SIZES)),
+    "rolling rows, padding only": Row("rolling_rows", "contiguous", SQUARES, extra_padding=(9, 5)),
+    "general, kernels": Row("general", "contiguous", ((1, 1), (2, 2), (1, 11), (4, 3), (11, 9))),
+    "general, kernels of channels_last": Row(
+        "general", "channels_last", ((1, 1), (2, 2), (3, 1), (9, 9), (11, 1))
+    ),
+    "general, odd channels": Row("general", "channels_last", SQUARES, channels=(1, 57)),
+    "general, misaligned": Row("general", "offset_channels_last", SQUARES, channels=(8, 58)),
+    "general, kernels with a multiplier": Row(
+        "general", "contiguous", ((3, 1), (1, 3), (3, 7), (7, 3)), multiplier=3
+    ),
+    "general, multiplier of channels_last": Row("general", "channels_last", SQUARES, multiplier=2),
+    "general, dilation": Row("general", "channels_last", SQUARES, dilation=2),
+    "general, stride": Row("general", "contiguous", SQUARES, strides=(3,)),
+    "general, strided": Row("general", "sliced", SQUARES),
+    "general, strided channels_last": Row("general", "channel_sliced_channels_last", SQUARES),
+    "general, float64": Row("general", "contiguous", SQUARES, dtypes=(torch.float64,)),
+    "general, float64 channels_last": Row(
+        "general", "channels_last", SQUARES, dtypes=(torch.float64,)
+    ),
+}
+
+
+def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
+    """Small batches, and one image size whose batch fills a GPU; activations in turn."""
+    count = 0
+    for kernel, stride in itertools.product(row.kernels, row.strides):
+        padding = [row.dilation * side // 2 for side in kernel]
+        padding = [side + extra for side, extra in zip(padding, row.extra_padding, strict=True)]
+        least = [
+            row.dilation * (side - 1) + 1 - 2 * p for side, p in zip(kernel, padding, strict=True)
+        ]
+        for i, size in enumerate((*row.sizes, row.sizes[count % len(row.sizes)])):
+            channels = row.channels[count % len(row.channels)]
+            count += 1
+            activation = ACTIVATION_NAMES[count % len(ACTIVATION_NAMES)]
+            case = Case(
+                dtype,
+                row.layout,
+                1 + count % 3,
+                channels,
+                max(size[0], least[0]),
+                max(size[1], least[1]),
+                kernel,
+                (stride, stride),
+                (padding[0], padding[1]),
+                (row.dilation, row.dilation),
+                row.multiplier,
+                bias=count % 2 == 0,
+                input_bias=row.transforms_input and count % 4 == 0,
+                input_activation=activation if row.transforms_input and count % 3 == 0 else "none",
+                activation=activation if count % 3 == 1 else "none",
+                seed=3 * count,  # bias aligned as the input is
+            )
+            many = i == len(row.sizes) and DEVICE != "cpu"
+            outputs = math.prod(case.output_shape[1:])
+            wanted = -(-(MANY_RESULTS if many else MIN_RESULTS) // outputs)
+            yield replace(case, batch=max(case.batch or 1, wanted))
