@@ -35,7 +35,8 @@ from dwswap.shuffling import interleaved
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 HALVES = (torch.float16, torch.bfloat16)
-BULK_STORES = ("plane_strips", "diagonal")  # the families with bulk copies from shared memory
+# The families with bulk copies from shared memory.
+BULK_STORES = ("plane_strips", "plane_bands", "diagonal")
 
 
 class Problem(NamedTuple):
@@ -102,6 +103,15 @@ def problems() -> Iterator[Problem]:
         # diagonal: several images of a unit; columns and channels that do not divide.
         for size, shape in itertools.product(((5, 5), (7, 7)), ((5, 40, 7, 9), (2, 24, 37, 41))):
             yield Problem(dtype, last, shape, size, stride, family="diagonal")
+        # plane_bands: walks of images and of segments, whole planes and strips, odd rows; pieces
+        # that bulk copies write, and that do not begin at 16 bytes.
+        for size, shape in itertools.product(
+            ((5, 5), (7, 7)),
+            ((17, 16, 7, 7), (5, 6, 14, 14), (2, 2, 37, 41), (3, 8, 28, 32), (1, 2, 9, 901)),
+        ):
+            banded = Problem(dtype, contiguous, shape, size, stride, family="plane_bands")
+            yield banded
+            yield banded._replace(transform=True)
         # toeplitz: pixels, rows of 4, 2 and 1 elements, whole planes; every number of products.
         for kernel in ((5, 5), (15, 15), (31, 31)):
             transform = stride == 2

@@ -19,6 +19,7 @@ DEVICE = os.environ.get("DWSWAP_FUZZ_DEVICE", "cuda")
 FAST = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = FAST[1:]
 SQUARES = ((3, 3), (5, 5), (7, 7))
+CLAMPS = ("none", "relu", "relu6")
 # Height, width: no tile divides them; those of networks; one row; long rows.
 SIZES = ((7, 7), (13, 9), (14, 14), (33, 29), (1, 23), (5, 213), (56, 57))
 
@@ -38,6 +39,7 @@ class Row:
     dtypes: tuple[torch.dtype, ...] = FAST
     sizes: tuple[tuple[int, int], ...] = SIZES
     transforms_input: bool = True  # whether it covers an activation or a bias of the input
+    activations: tuple[str, ...] = ACTIVATION_NAMES  # that it covers
 
 
 ROWS = {
@@ -127,6 +129,55 @@ ROWS = {
         dtypes=HALVES,
         transforms_input=False,
     ),
+    # Walks of several images and of segments of one; rows that begin at odd elements.
+    "plane bands": Row(
+        "plane_bands",
+        "contiguous",
+        ((5, 5),),
+        channels=(2, 8, 30, 56),
+        dtypes=HALVES,
+        sizes=((7, 7), (14, 14), *SIZES, (9, 5), (40, 3), (28, 28), (17, 17)),
+        activations=CLAMPS,
+    ),
+    "plane bands, 7x7": Row(
+        "plane_bands",
+        "contiguous",
+        ((7, 7),),
+        strides=(1,),
+        channels=(2, 8, 30, 56),
+        dtypes=HALVES,
+        sizes=((7, 7), (14, 14), *SIZES, (9, 5), (40, 3), (28, 28), (17, 17)),
+        activations=CLAMPS,
+    ),
+    "plane bands, wide": Row(
+        "plane_bands",
+        "contiguous",
+        ((5, 5),),
+        dtypes=HALVES,
+        channels=(2, 8),
+        sizes=((9, 301), (150, 100), (31, 403), (112, 113)),
+        activations=CLAMPS,
+    ),
+    "plane bands, 7x7, wide": Row(
+        "plane_bands",
+        "contiguous",
+        ((7, 7),),
+        strides=(1,),
+        dtypes=HALVES,
+        channels=(2, 8),
+        sizes=((9, 301), (150, 100), (31, 403), (112, 113)),
+        activations=CLAMPS,
+    ),
+    "plane bands, no padding": Row(
+        "plane_bands",
+        "contiguous",
+        ((5, 5),),
+        channels=(2, 24),
+        extra_padding=(-1, -2),
+        dtypes=HALVES,
+        sizes=((9, 10), (30, 57), (14, 14), (13, 15)),
+        activations=CLAMPS,
+    ),
     # Rows of 4, 2 and 1 elements, and whole planes.
     "toeplitz": Row(
         "toeplitz",
@@ -213,7 +264,7 @@ def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
         for i, size in enumerate((*row.sizes, row.sizes[count % len(row.sizes)])):
             channels = row.channels[count % len(row.channels)]
             count += 1
-            activation = ACTIVATION_NAMES[count % len(ACTIVATION_NAMES)]
+            activation = row.activations[count % len(row.activations)]
             case = Case(
                 dtype,
                 row.layout,

@@ -263,6 +263,7 @@ def test_measure():
         assert min(entry.build_s, entry.first_call_s) >= 0
         assert 0 < entry.error < 1e-5
         assert entry.error <= found.error_limit
+        assert 0 < entry.rms_error < 1e-5
         assert entry.peak_bytes is None
     assert found.run("dwswap").speedups == {}
     assert all(set(r.speedups) == {"dwswap"} for r in found.runs[1:])
@@ -369,6 +370,7 @@ def test_wrong_numbers_fail(monkeypatch, name):
     found = bench().measure(CASE, ["dwswap_compile"] if name != "dwswap" else [])
     assert not found.passed
     assert found.run(name).error == pytest.approx(1e-3, rel=0.1)
+    assert found.run(name).rms_error == pytest.approx(1e-3, rel=0.1)
     assert found.run(name).error_ratio > 100
 
 
@@ -478,7 +480,7 @@ def test_table_of_a_case():
     assert failed["ms"] == ("", False)
     slow = replace(subject, runs=[run("dwswap", build_s=5.5, error_ratio=1.3)])
     assert cells(case_rows(slow), 0)["build s"] == ("5.5", True)
-    assert cells(case_rows(slow), 0)["of eager's"] == ("1.30", True)
+    assert cells(case_rows(slow), 0)["RMS of eager's"] == ("1.30", True)
     assert cells(profile_rows(subject), 0)["percent"] == ("60.0", False)
 
 

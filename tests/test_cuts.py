@@ -58,6 +58,7 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
     program = tmp_path_factory.mktemp("cuts") / "cuts"
     sources = [
         Path(__file__).parent / "host" / "cuts.cpp",
+        FOLDER / "plane_bands_cut.cpp",
         FOLDER / "plane_strips_cut.cpp",
         FOLDER / "channel_columns_cut.cpp",
         FOLDER / "channel_direct_cut.cpp",
@@ -127,6 +128,38 @@ def test_plane_strips_can_always_be_launched(cuts):
         assert (stages, buffers) in ((1, 1), (2, 1), (2, 2)), what
         assert 0 < in_bytes <= STAGE_BYTES, what
         assert 0 < out_bytes <= STAGE_BYTES, what
+        assert shared + STATIC_BYTES <= device[2], what
+
+
+def test_plane_bands_can_always_be_launched(cuts):
+    """Wherever a row of output and the rows that it sees fit a block, and elsewhere says so."""
+    squares = [problem for problem in ragged(600) if problem.kernel_h == problem.kernel_w > 3]
+    problems = [problem for problem in squares if problem.out_h > 0 and problem.out_w > 0]
+    problems += [
+        Problem(batch, s.channels, s.height, s.width, *s.kernel, s.stride[0], 2)
+        for s, batch in itertools.product(torchvision_shapes(), (1, 3, 64))
+        if s.kernel[0] > 3
+    ]
+    runs = list(itertools.product(problems, DEVICES))
+    for (problem, device), cut in zip(runs, cuts("plane_bands", runs), strict=True):
+        images, segments, planes, rows, segment_rows, warps, in_pitch, out_pitch, shared, _ = cut
+        what = f"{problem} on {device}: {cut}"
+        if rows == 0:
+            assert 2 * (problem.kernel_h * problem.width + problem.out_w) * 2 > device[2] // 2, what
+            continue
+        assert images * segments == 16, what
+        assert images < 2 * problem.batch, what
+        assert 1 <= planes <= problem.channels, what
+        assert 1 <= rows <= problem.out_h, what
+        assert planes == 1 or rows == problem.out_h, what
+        assert segment_rows * segments >= rows, what
+        odd_rows = problem.width * problem.stride % 2 or problem.out_w % 2
+        assert segments == 1 or not odd_rows or segment_rows % 2 == 0, what
+        assert 1 <= warps <= 8, what
+        seen = min((rows - 1) * problem.stride + problem.kernel_h, problem.height)
+        assert in_pitch % 16 == out_pitch % 16 == 0, what
+        assert in_pitch >= planes * seen * problem.width * 2 + 14, what
+        assert out_pitch >= planes * rows * problem.out_w * 2 + 14, what
         assert shared + STATIC_BYTES <= device[2], what
 
 

@@ -95,4 +95,24 @@ __device__ __forceinline__ void activate(A (&x)[N], Activation activation) {
   }
 }
 
+// The same by calls for four values each. Where a thread has dozens, the code of all activations
+// for every one of them would be most of the kernel, and of the time to compile it.
+inline __device__ __noinline__ float4 activated(float4 values, Activation activation) {
+  float x[4] = {values.x, values.y, values.z, values.w};
+  activate(x, activation);
+  return {x[0], x[1], x[2], x[3]};
+}
+template <int N>
+__device__ __forceinline__ void activate_by_calls(float (&x)[N], Activation activation) {
+  if (activation == Activation::kNone) return;
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const auto at = [&](int offset) { return x[i + offset < N ? i + offset : i]; };
+    const float4 y = activated({at(0), at(1), at(2), at(3)}, activation);
+    const float all[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int j = 0; j < 4 && i + j < N; ++j) x[i + j] = all[j];
+  }
+}
+
 }  // namespace dwswap

@@ -21,9 +21,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 #if DWSWAP_BULK_COPIES
 
-// A barrier for one phase: one arrival (by the thread that issues the copies) and their bytes.
-__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
+// A barrier whose phases take an arrival of every thread that issues copies, and their bytes.
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals));
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 

@@ -5,6 +5,7 @@
 
 #include "common/check.h"
 #include "common/device.h"
+#include "common/integer.h"
 #include "depthwise_conv2d/params.h"
 
 namespace dwswap {
@@ -79,6 +80,13 @@ bool suits_diagonal(const DepthwiseConv2dParams& p) {
   return is_stream(p) && (p.kernel_h >= kLargeKernel || p.in_h * p.in_w > kTinyImage);
 }
 
+// It computes whole tiles of 8 columns, and a small problem is over before the bands are loaded.
+bool suits_plane_bands(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kTinyPlane = 10 * 10, kEnough = 2500, kTile = 8;
+  const bool fills_tiles = 4 * p.out_w >= 3 * ceil_div(p.out_w, kTile) * kTile;
+  return fills_tiles && p.out_h * p.out_w > kTinyPlane && outputs_per_multiprocessor(p) >= kEnough;
+}
+
 // In order of preference. The second lines of channel_direct and plane_strips are for what no other
 // fast family covers.
 constexpr Family kFamilies[] = {
@@ -89,6 +97,7 @@ constexpr Family kFamilies[] = {
      true},
     {"channel_tiles", covers_channel_tiles, always, launch_channel_tiles, true},
     {"channel_direct", covers_channel_direct, always, launch_channel_direct, true},
+    {"plane_bands", covers_plane_bands, suits_plane_bands, launch_plane_bands, true},
     {"plane_strips", covers_plane_strips, suits_plane_strips, launch_plane_strips, true},
     {"rolling_rows", covers_rolling_rows, always, launch_rolling_rows, true},
     {"plane_strips", covers_plane_strips, always, launch_plane_strips, true},

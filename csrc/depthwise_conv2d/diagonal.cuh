@@ -20,6 +20,7 @@
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/diagonal_cut.h"
+#include "depthwise_conv2d/exact.cuh"
 #include "depthwise_conv2d/form.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/tensor_map.h"
@@ -75,18 +76,14 @@ __device__ float convolve(const Arguments& a, int n, int y, int x, int c) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride;
   const auto* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * K * K;
-  const auto* image =
+  const auto* first =
       static_cast<const T*>(a.input) + static_cast<int64_t>(n) * a.in_h * a.in_w * a.channels + c;
-  float sum[1] = {a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[c])};
-  for (int h = 0; h < K; ++h) {
-    const int row = y * S + h - a.padding_h;
-    for (int w = 0; w < K; ++w) {
-      const int column = x * S + w - a.padding_w;
-      if (row < 0 || row >= a.in_h || column < 0 || column >= a.in_w) continue;
-      sum[0] += widen(image[(static_cast<int64_t>(row) * a.in_w + column) * a.channels]) *
-                widen(weight[h * K + w]);
-    }
-  }
+  const Channel<T> channel{first, int64_t{a.in_w} * a.channels, a.channels, a.in_h, a.in_w};
+  const float bias = a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[c]);
+  float sum[1] = {bias + sum_window<K>(channel, y * S - a.padding_h, x * S - a.padding_w,
+                                       [&](T element, int tap) {
+                                         return widen(element) * widen(weight[tap]);
+                                       })};
   activate(sum, a.activation);
   return sum[0];
 }
@@ -109,12 +106,6 @@ __device__ __noinline__ void recompute(const Arguments& a, int first_channel) {
           narrow<T>(convolve<Traits>(a, n, y, x, c));
     }
   }
-}
-
-template <typename T>
-__device__ __forceinline__ bool has_nan(uint32_t pair) {
-  const float2 both = widen_pair<T>(pair);
-  return isnan(both.x) || isnan(both.y);
 }
 
 #if DWSWAP_BULK_COPIES

@@ -53,6 +53,9 @@ cudaError_t launch_channel_tiles(const DepthwiseConv2dParams& params, cudaStream
 bool covers_diagonal(const DepthwiseConv2dParams& params);
 cudaError_t launch_diagonal(const DepthwiseConv2dParams& params, cudaStream_t stream);
 
+bool covers_plane_bands(const DepthwiseConv2dParams& params);
+cudaError_t launch_plane_bands(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
 bool covers_plane_strips(const DepthwiseConv2dParams& params);
 cudaError_t launch_plane_strips(const DepthwiseConv2dParams& params, cudaStream_t stream);
 

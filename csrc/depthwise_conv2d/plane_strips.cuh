@@ -12,13 +12,11 @@
 
 #include <algorithm>
 
-#include "common/async_copy.cuh"
 #include "common/device.h"
 #include "common/integer.h"
-#include "common/numeric.cuh"
-#include "common/tma.cuh"
 #include "depthwise_conv2d/form.cuh"
 #include "depthwise_conv2d/params.h"
+#include "depthwise_conv2d/pieces.cuh"
 #include "depthwise_conv2d/plane_strips_cut.h"
 
 namespace dwswap {
@@ -94,29 +92,20 @@ struct Unit {
   }
 };
 
-// Starts the copy of `count` elements to stage[m, m + count), m = misalignment(source). Elements
-// before the piece, back to the 16-byte boundary, are read too, and behind it up to the next one
-// or to the end of the tensor: the tensor begins at a boundary.
+// Starts the copy of a unit's piece as fetch_piece() does: by the copy engine, or by all threads.
 template <typename T>
 __device__ __forceinline__ void fetch(T* stage, const T* source, int count, uint64_t* barrier,
                                       const Arguments& a) {
   constexpr int N = kVectorBytes / sizeof(T);
-  const T* const first = source - misalignment(source);
   const T* const end = static_cast<const T*>(a.input) + a.in_elements;
-  const int elements = count == 0 ? 0 : misalignment(source) + count;
 #if DWSWAP_BULK_COPIES
   if (a.bulk) {
-    if (threadIdx.x != 0) return;
-    int whole = ceil_div(elements, N) * N;
-    if (whole > end - first) {  // the last piece of the tensor
-      whole = elements / N * N;
-      for (int i = whole; i < elements; ++i) stage[i] = first[i];
-    }
-    barrier_expect(barrier, whole * sizeof(T));
-    if (whole != 0) copy_bytes(stage, first, whole * sizeof(T), barrier);
+    if (threadIdx.x == 0) fetch_piece(stage, source, count, end, barrier);
     return;
   }
 #endif
+  const T* const first = source - misalignment(source);
+  const int elements = count == 0 ? 0 : misalignment(source) + count;
   for (int at = threadIdx.x * N; at < elements; at += blockDim.x * N) {
     if (first + at + N <= end) {
       copy_async<kVectorBytes>(stage + at, first + at, kVectorBytes);
@@ -125,25 +114,6 @@ __device__ __forceinline__ void fetch(T* stage, const T* source, int count, uint
     }
   }
   commit_copies();
-}
-
-// target[0, count) = source[m, m + count), m = misalignment(target).
-template <typename T>
-__device__ __forceinline__ void write_piece(T* target, const T* source, int count) {
-  constexpr int N = kVectorBytes / sizeof(T);
-  const int skipped = misalignment(target);
-  T* const first = target - skipped;
-  const int end = skipped + count;
-  for (int at = threadIdx.x * N; at < end; at += blockDim.x * N) {
-    if (at >= skipped && at + N <= end) {
-      store_words<N>(first + at, load_words<N>(source + at));
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (at + i >= skipped && at + i < end) first[at + i] = source[at + i];
-      }
-    }
-  }
 }
 
 // input_activation(input + input_bias) of a plane's part of a piece, in place, by `threads`
@@ -462,7 +432,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     } else
 #endif
     {
-      write_piece(target, buffer_at(buffer), count);
+      write_piece(target, buffer_at(buffer), count, threadIdx.x, blockDim.x);
     }
     if (++stage == a.stages) stage = 0, parity ^= 1;
   }

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) kernel(const Arguments a) {
           for (int i = 0; i < TILES * 4; ++i) sums[i] = bias;
           multiply_rows<Traits>(sums, address + offset * static_cast<int>(sizeof(T)),
                                 lane_bands + c * a.kernel_h * Traits::kBandWords, a);
-          activate(sums, a.activation);
+          activate_by_calls(sums, a.activation);
           __syncwarp();
           // The element behind a row is zero for the next unit.
           const auto put = [&](T* at, int left, float first, float second) {

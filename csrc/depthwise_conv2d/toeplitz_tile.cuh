@@ -117,7 +117,7 @@ __device__ __forceinline__ uint32_t transform(uint32_t* words, int distance,
     const float2 pair = widen_pair<T>(words[i * distance]);
     x[2 * i] = pair.x + input_bias[i], x[2 * i + 1] = pair.y + input_bias[i];
   }
-  activate(x, activation);
+  activate_by_calls(x, activation);
   const uint32_t mask = (left_inside ? 0xffffu : 0u) | (right_inside ? 0xffff0000u : 0u);
   uint32_t magnitudes = 0;
 #pragma unroll
@@ -283,7 +283,7 @@ __device__ __forceinline__ void transform_planes(Words<T, kGroup>& vector, int c
       if (++rest == a.by_in_plane.value) rest = 0, ++input_bias;
     }
   }
-  activate(x, a.input_activation);
+  activate_by_calls(x, a.input_activation);
 #pragma unroll
   for (int i = 0; i < kGroup; i += 2) vector.data[i / 2] = narrow_pair<T>(x[i], x[i + 1]);
 }

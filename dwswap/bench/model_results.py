@@ -30,7 +30,10 @@ class Measured:
         peak_bytes: weights, temporaries and results of a call; None on the CPU.
         error: largest deviation from float64, relative to the largest value; None where the number
             of outputs depends on the data.
-        error_ratio: to the error of the eager model in the user's layout.
+        rms_error: root mean square of the deviations, relative to that of the values; None for a
+            step of training, whose ``error`` is one.
+        error_ratio: of the RMS error to that of the eager model in the user's layout. The largest
+            of a thousand deviations is a third larger or smaller by chance.
         loss_error: of the loss of a training step, relative to that in float64; None for forwards.
         note: what a reader must know.
         reason: why it failed.
@@ -44,6 +47,7 @@ class Measured:
     first_call_s: float | None = None
     peak_bytes: int | None = None
     error: float | None = None
+    rms_error: float | None = None
     error_ratio: float | None = None
     loss_error: float | None = None
     note: str | None = None

@@ -34,6 +34,7 @@ class Subject:
         exact: outputs for some of the images, in float64, of the weights as rounded to the dtype:
             only the arithmetic counts as error.
         eager_error: of the model as it is; see ``Measured.error``.
+        eager_rms_error: see ``Measured.rms_error``.
     """
 
     case: Case
@@ -41,6 +42,7 @@ class Subject:
     images: Tensor
     exact: list[Tensor]
     eager_error: float
+    eager_rms_error: float | None = None
 
     @classmethod
     def make(cls, model: nn.Module, case: Case, device: torch.device) -> Subject:
@@ -56,7 +58,7 @@ class Subject:
         subject.exact = subject._outputs(wide(images[subject.checked].double()))
         del wide
         collect(device)
-        subject.eager_error = subject.deviation(part(images))
+        subject.eager_error, subject.eager_rms_error = subject.deviations(part(images))
         return subject
 
     @property
@@ -104,30 +106,34 @@ class Subject:
             runner: what it was built by.
             forward: what was built.
         """
-        if run.call is not None:
-            run.error = self.error(forward, run.call)
+        errors = None if run.call is None else self.errors(forward, run.call)
+        if errors is not None:
+            run.error, run.rms_error = errors
 
     def compared(self, forward: Any) -> Any:
         """What is compared of a way to run the model: all of it, or the features."""
         return forward.backbone if self.detects else forward
 
-    def error(self, forward: Callable[[Any], Any], call: Callable[[], Any]) -> float | None:
-        """The error of a way to run the model; None where its features cannot be had.
+    def errors(
+        self, forward: Callable[[Any], Any], call: Callable[[], Any]
+    ) -> tuple[float, float] | None:
+        """The deviations of a way to run the model; None where its features cannot be had.
 
         Args:
             forward: what was built.
             call: runs it on the images.
         """
         if not self.detects:
-            return self.deviation(call())
+            return self.deviations(call())
         # A compiled model has the original's features as an attribute: not what it computes.
         compiled = type(forward).__module__.startswith("torch._dynamo")
         if compiled or not isinstance(getattr(forward, "backbone", None), nn.Module):
             return None
-        return self.deviation(self.compared(forward)(self.images))
+        return self.deviations(self.compared(forward)(self.images))
 
-    def deviation(self, output: Any) -> float:
-        """The largest deviation of any output, relative to that output's largest value.
+    def deviations(self, output: Any) -> tuple[float, float]:
+        """The largest deviation of any output, relative to that output's largest value; and the
+        root mean square of an output's deviations, relative to that of its values, the largest.
 
         Raises:
             ValueError: the outputs are of another number or shape, or not finite.
@@ -136,14 +142,16 @@ class Subject:
         if [leaf.shape for leaf in found] != [leaf.shape for leaf in self.exact]:
             shapes = [tuple(leaf.shape) for leaf in found]
             raise ValueError(f"outputs of other shapes than the model's: {shapes}")
-        worst = [
-            (ours.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)
-            for ours, exact in zip(found, self.exact, strict=True)
-        ]
-        largest = float(torch.stack(worst).max())
-        if not math.isfinite(largest):
+        apart = [ours.double() - exact for ours, exact in zip(found, self.exact, strict=True)]
+
+        def largest(size: Callable[[Tensor], Tensor]) -> float:
+            pairs = zip(apart, self.exact, strict=True)
+            return float(torch.stack([size(a) / size(e).clamp_min(1e-300) for a, e in pairs]).max())
+
+        errors = largest(lambda x: x.abs().max()), largest(torch.Tensor.norm)
+        if not all(map(math.isfinite, errors)):
             raise ValueError("outputs that are not finite, unlike those in float64")
-        return largest
+        return errors
 
     def _outputs(self, output: Any) -> list[Tensor]:
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -159,6 +167,7 @@ class Run:
     first_call_s: float | None = None
     peak_bytes: int | None = None
     error: float | None = None
+    rms_error: float | None = None
     loss_error: float | None = None
     slow: bool = False
     summary: str = ""
@@ -169,7 +178,7 @@ class Run:
         self, subject: Subject, us: float | None, speedups: dict[str, float] | None = None
     ) -> Measured:
         """With the time per call, where it has one, in microseconds."""
-        eager = subject.eager_error
+        ratio = _ratio(self.rms_error, subject.eager_rms_error)
         return Measured(
             self.name,
             us=us,
@@ -179,11 +188,16 @@ class Run:
             first_call_s=self.first_call_s,
             peak_bytes=self.peak_bytes,
             error=self.error,
-            error_ratio=None if self.error is None or not eager else self.error / eager,
+            rms_error=self.rms_error,
+            error_ratio=_ratio(self.error, subject.eager_error) if ratio is None else ratio,
             loss_error=self.loss_error,
             note=self.note,
             reason=self.reason,
         )
+
+
+def _ratio(error: float | None, eager: float | None) -> float | None:
+    return None if error is None or not eager else error / eager
 
 
 def detects(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ LAYOUT_NAMES = {"contiguous": "NCHW", "channels_last": "channels_last"}
 def case_rows(result: ModelResult) -> Cells:
     """Every figure of one case, a row per way to run it."""
     heads = ["run by", "ms", "images/s", *(f"{head} faster" for head in result.ours_heads)]
-    heads += ["build s", "first call s", "peak MB", "error", "of eager's", "note"]
+    heads += ["build s", "first call s", "peak MB", "largest error", "RMS of eager's", "note"]
     eager = [run.peak_bytes for run in result.runs if run.name in result.eager and run.peak_bytes]
     rows = []
     for run in result.runs:

@@ -9,7 +9,7 @@ from dwswap.bench.model_cases import ACCEPTED, SIZE, Case
 __all__ = ["ERROR_RATIO", "OPTIMIZE_SECONDS", "target", "training_target"]
 
 ERROR_RATIO = 1.2
-"""The most that the error against float64 may be, in errors of the eager model."""
+"""The most that the RMS error against float64 may be, in errors of the eager model."""
 
 OPTIMIZE_SECONDS = 5.0
 """The most that ``optimize`` may take, the kernels being built."""

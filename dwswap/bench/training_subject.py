@@ -68,7 +68,7 @@ class TrainingSubject(Subject):
             raise ValueError(f"the model's output must be (N, 2 or more) scores, got {got}")
         classes = output.shape[1]
         labels = torch.randint(classes, (case.batch,), device=device, generator=generator)
-        subject = cls(case, model, images, [], 0.0, labels)
+        subject = cls(case, model, images, [], 0.0, labels=labels)
         fixed = subject.fixed()
         wide = Step(fixed.double(), images.double(), labels, torch.float64, 1.0)
         subject.exact_loss = float(wide())

@@ -32,6 +32,7 @@ FAMILIES = (
     "diagonal",
     "",
     "plane_strips",
+    "plane_bands",
     "rolling_rows",
     "toeplitz",
 )

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import ACTIVATION_NAMES, Case, make_tensors
+from cases import Case, make_tensors
 from kernel_cases import DEVICE, FAST, ROWS, Row, problems
 from numerics import Judge, forward_errors, nan_in_other_places, operator
 
@@ -68,7 +68,7 @@ def test_every_activation(row, dtype):
     judge = Judge()
     case = list(problems(row, dtype))[len(row.sizes) // 2]
     for side in ("input_activation", "activation")[not row.transforms_input :]:
-        for seed, name in enumerate(ACTIVATION_NAMES):
+        for seed, name in enumerate(row.activations):
             plain = {"input_activation": "none", "activation": "none"}
             plain["input_bias"] = row.transforms_input and seed % 2 == 1
             forward_errors(replace(case, seed=seed, **{**plain, side: name}), DEVICE, judge)
@@ -112,6 +112,7 @@ CHOSEN = {
     "channel_direct": Case(HALF, "channels_last", 64, 58, 28, 28, (3, 3), padding=(1, 1)),
     "channel_tiles": Case(HALF, "channels_last", 1, 144, 56, 56, (3, 3), padding=(1, 1)),
     "diagonal": Case(HALF, "channels_last", 64, 96, 56, 56, (7, 7), padding=(3, 3)),
+    "plane_bands": Case(HALF, "contiguous", 64, 96, 56, 56, (7, 7), padding=(3, 3)),
     "plane_strips": Case(HALF, "contiguous", 64, 144, 56, 56, (3, 3), padding=(1, 1)),
     "rolling_rows": Case(HALF, "contiguous", 1, 960, 7, 7, (3, 3), padding=(1, 1)),
     "toeplitz": Case(HALF, "contiguous", 2, 96, 32, 32, (31, 31), padding=(15, 15)),

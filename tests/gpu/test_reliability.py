@@ -34,6 +34,20 @@ FAMILIES = {
     name: replace(case, bias=True, input_bias=True, input_activation="relu6", activation="silu")
     for name, case in FAMILIES.items()
 }
+FAMILIES["plane_bands"] = Case(
+    HALF,
+    "contiguous",
+    64,
+    72,
+    29,
+    31,
+    (5, 5),
+    padding=(2, 2),
+    bias=True,
+    input_bias=True,
+    input_activation="relu6",
+    activation="relu",
+)
 # Nothing on the way in.
 FAMILIES["diagonal"] = Case(
     HALF, "channels_last", 64, 72, 29, 31, (5, 5), padding=(2, 2), bias=True, activation="silu"

@@ -10,6 +10,7 @@
 
 #include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/channel_direct_cut.h"
+#include "depthwise_conv2d/plane_bands_cut.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
 #include "depthwise_conv2d/toeplitz_cut.h"
 #include "squeeze_excitation/params.h"
@@ -45,6 +46,12 @@ int main() {
       const long long shared = cut.rows == 0 ? 0 : cut.shared_bytes(stride, p.kernel_h);
       std::printf("%d %d %d %d %d %d %d %lld %.0f\n", cut.steps, cut.tiles, cut.channels,
                   cut.images, cut.rows, cut.in_rows, cut.threads, shared, took.count());
+    } else if (family == "plane_bands") {
+      const auto cut = plane_bands::choose_cut(p, device);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %d %d %d %d %d %d %d %.0f\n", cut.images, cut.segments, cut.planes,
+                  cut.rows, cut.segment_rows, cut.warps, cut.in_pitch, cut.out_pitch,
+                  cut.rows == 0 ? 0 : cut.shared_bytes(), took.count());
     } else if (family == "squeeze_excitation") {
       SqueezeExcitationParams q{};
       q.batch = static_cast<int32_t>(p.batch), q.channels = static_cast<int32_t>(p.channels);

@@ -38,6 +38,7 @@ Cut choose_cut(const GradientParams& p, int multiprocessors) {
   walks.resident = resident_blocks(p.kernel_h, p.stride_h, cut.channels, element_bytes) *
                    int64_t{multiprocessors};
   walks.reduction = 2;
+  walks.enough_blocks = element_bytes == 4 ? 60 : 40;
   cut.split = choose_split(walks);
   return cut;
 }

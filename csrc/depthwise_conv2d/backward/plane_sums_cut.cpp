@@ -14,6 +14,7 @@ Split choose_cut(const GradientParams& p, int multiprocessors) {
   walks.blocks = p.out_channels();
   walks.resident = static_cast<int64_t>(resident_blocks(p.kernel_h)) * multiprocessors;
   walks.reduction = 20;
+  walks.enough_blocks = p.dtype == DataType::kFloat32 ? 80 : 100;
   return choose_split(walks);
 }
 

@@ -13,8 +13,8 @@ namespace {
 
 Split search_split(const Walks& w) {
   constexpr int64_t kMostStrips = 16, kLeastRows = 4, kMostRounds = 16, kMostShares = 2048;
-  constexpr double kStart = 3.0;      // of a walk, in rows: what it waits for first
-  constexpr double kLeastFill = 0.4;  // of the multiprocessors, that makes a kernel no slower
+  constexpr double kStart = 3.0;  // of a walk, in rows: what it waits for first
+  const double least_fill = static_cast<double>(w.enough_blocks) / 100.0;
   Split best{};
   double best_time = std::numeric_limits<double>::infinity();
   const int64_t most_strips = std::clamp<int64_t>(w.height / kLeastRows, 1, kMostStrips);
@@ -27,7 +27,7 @@ Split search_split(const Walks& w) {
       const int64_t rounds = i == kMostRounds ? units : std::min(units, least_rounds + i);
       const int64_t shares = ceil_div(units, rounds);
       const double fill = static_cast<double>(shares * w.blocks) / static_cast<double>(w.resident);
-      const double waves = fill < 1.0 ? std::max(fill, kLeastFill) : 0.5 * (fill + std::ceil(fill));
+      const double waves = fill < 1.0 ? std::max(fill, least_fill) : 0.5 * (fill + std::ceil(fill));
       const double walk = static_cast<double>(rows + w.more_rows) + kStart;
       const double time = waves * static_cast<double>(rounds) * walk +
                           (shares == 1 ? 0.0 : static_cast<double>(w.reduction));
@@ -40,8 +40,8 @@ Split search_split(const Walks& w) {
 }  // namespace
 
 Split choose_split(const Walks& w) {
-  const std::array<int64_t, 7> key{w.columns, w.height,   w.more_rows, w.walkers,
-                                   w.blocks,  w.resident, w.reduction};
+  const std::array<int64_t, 8> key{w.columns, w.height,   w.more_rows, w.walkers,
+                                   w.blocks,  w.resident, w.reduction, w.enough_blocks};
   return memoized(key, [&] { return search_split(w); });
 }
 

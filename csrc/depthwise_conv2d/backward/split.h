@@ -14,6 +14,8 @@ struct Walks {
   int64_t blocks;     // with the same columns: they have other channels
   int64_t resident;   // blocks on all multiprocessors at once
   int64_t reduction;  // rows that could be walked in the time of a second kernel
+  // Percent of the resident blocks with which a kernel is as fast as with all.
+  int64_t enough_blocks;
 };
 
 struct Split {
