@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -84,7 +85,11 @@ class InferenceGraph(fx.GraphModule):
         """As ever, but the new code has short ways to its modules."""
         graph = self.graph
         with graph.on_generate_code(lambda before: shortened(self, graph, before)):
-            return super().recompile()
+            code = super().recompile()
+        # The generated code calls torch.fx.wrap, whose frame refers to itself and to its callers,
+        # so to the model that is optimized: its weights would stay until Python cleans up.
+        gc.collect(0)
+        return code
 
     def train(self, mode: bool = True) -> InferenceGraph:
         """``train(False)`` and ``eval()`` are fine.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -212,6 +214,29 @@ def test_skip() -> None:
     ]
     assert asked == ["0", "1"]
     assert type(fast.get_submodule("1")) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fuse": False}, {"example_inputs": image(), "verify": True}],
+    ids=["fused", "swapped", "verified"],
+)
+def test_the_original_does_not_wait_for_the_cyclic_garbage_collector(
+    options: dict[str, Any],
+) -> None:
+    """Its weights may be as many as what a GPU has left."""
+    model = Block().eval()
+    weight = weakref.ref(model.depthwise.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        fast = dwswap.optimize(model, **options)
+        del model
+        assert weight() is None or weight() in set(fast.parameters())
+        del fast
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("inplace", [True, False])
