@@ -15,11 +15,15 @@ Limits:
 
 from __future__ import annotations
 
+from collections.abc import Set
+from functools import partial
+
 from torch import fx
 
 from dwswap.passes.absorbing import Refusal, activation_refusal, bias_refusal, erase, rewritten
 from dwswap.passes.activation_call import activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
+from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
 from dwswap.passes.padding import is_symmetric
 
@@ -28,8 +32,10 @@ __all__ = ["absorb_activation"]
 
 def absorb_activation(graph_module: fx.GraphModule, context: Context) -> None:
     """Absorb in place; writes what it did, and why not, to ``context.changes``."""
+    # What the pass erases changes no parameter that it looks at.
+    changed = changed_tensors(graph_module)
     # An activation between two of them costs less on the way out: it is computed once.
-    for absorb in (_absorb_output, _absorb_input):
+    for absorb in (_absorb_output, partial(_absorb_input, changed=changed)):
         for node in list(graph_module.graph.nodes):
             call = affine_call(graph_module, node)
             if call is not None and call.depthwise:
@@ -57,7 +63,9 @@ def _absorb_output(graph_module: fx.GraphModule, context: Context, call: AffineC
         return
 
 
-def _absorb_input(graph_module: fx.GraphModule, context: Context, call: AffineCall) -> None:
+def _absorb_input(
+    graph_module: fx.GraphModule, context: Context, call: AffineCall, *, changed: Set[int]
+) -> None:
     source = call.input
     if source is None or call.refusal is not None:
         return
@@ -78,7 +86,7 @@ def _absorb_input(graph_module: fx.GraphModule, context: Context, call: AffineCa
     producer = affine_call(graph_module, source)
     if producer is not None and producer.bias is not None and not producer.depthwise:
         weight = value_of(graph_module, call.weight)
-        refusal = bias_refusal(graph_module, producer, weight, _unfit(graph_module, call))
+        refusal = bias_refusal(graph_module, producer, weight, changed, _unfit(graph_module, call))
         if refusal is None:
             context.note(call.node, "input_bias", producer.node, "absorbed")
             call = call.with_options(input_bias=producer.bias)

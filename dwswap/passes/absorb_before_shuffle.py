@@ -13,11 +13,14 @@ Limits:
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from torch import fx
 
 from dwswap.passes.absorbing import activation_refusal, bias_refusal, erase, rewritten
 from dwswap.passes.activation_call import activation_call
 from dwswap.passes.affine_call import affine_call, value_of
+from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
 from dwswap.shuffling import has_kernel, interleaved
 
@@ -26,14 +29,20 @@ __all__ = ["absorb_before_shuffle"]
 
 def absorb_before_shuffle(graph_module: fx.GraphModule, context: Context) -> None:
     """Absorb in place; writes what it did, and why not, to ``context.changes``."""
+    changed = changed_tensors(graph_module)
     for node in list(graph_module.graph.nodes):
         if node.target is interleaved and node.args[0] is not node.args[1]:
             for position, name in enumerate(("first", "second")):
-                _absorb(graph_module, context, node, position, name)
+                _absorb(graph_module, context, node, position, name, changed)
 
 
 def _absorb(
-    graph_module: fx.GraphModule, context: Context, node: fx.Node, position: int, name: str
+    graph_module: fx.GraphModule,
+    context: Context,
+    node: fx.Node,
+    position: int,
+    name: str,
+    changed: Set[int],
 ) -> None:
     source = node.args[position]
     found = activation_call(graph_module, source)
@@ -54,7 +63,7 @@ def _absorb(
         erase(context, found)
     if producer.bias is None:
         return
-    refusal = bias_refusal(graph_module, producer, weight)
+    refusal = bias_refusal(graph_module, producer, weight, changed)
     if refusal is not None:
         context.note(producer.node, "bias", node, *refusal)
         return

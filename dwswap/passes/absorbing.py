@@ -3,6 +3,7 @@ itself: those of absorb_activation and absorb_before_shuffle."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TypeAlias
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 from dwswap.passes.activation_call import ActivationCall
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
-from dwswap.passes.aliasing import changed_tensors, changes_between
+from dwswap.passes.aliasing import changes_between
 from dwswap.passes.context import Context
 
 __all__ = ["Refusal", "activation_refusal", "bias_refusal", "erase", "rewritten"]
@@ -47,10 +48,12 @@ def bias_refusal(
     graph_module: fx.GraphModule,
     producer: AffineCall,
     like: Tensor | None,
+    changed: Set[int],
     unfit: Refusal | None = None,
 ) -> Refusal | None:
     """Why the bias of ``producer`` must stay there, whose only reader computes with tensors like
-    ``like``; ``unfit`` is the reader's own reason."""
+    ``like``; ``changed`` are the graph's ``changed_tensors``, ``unfit`` is the reader's own reason.
+    """
     if producer.refusal is not None:
         return producer.refusal
     if producer.spatial != 2:
@@ -62,7 +65,7 @@ def bias_refusal(
     bias = value_of(graph_module, producer.bias)
     if bias is None or like is None:
         return "computed", {}
-    if id(bias) in changed_tensors(graph_module):
+    if id(bias) in changed:
         return "changed_in_graph", {}
     if bias.dtype != like.dtype:
         return "dtypes", {"norm": _name(bias.dtype), "layer": _name(like.dtype)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from dwswap.eligibility import reason_not_plain
 from dwswap.passes.activation_call import ActivationCall, activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
-from dwswap.passes.aliasing import changed_tensors, is_in_place
+from dwswap.passes.aliasing import is_in_place
 from dwswap.passes.count_calls import does_nothing
 from dwswap.passes.pointwise_call import is_pointwise
 from dwswap.passes.pooling import added_dimensions, flattened, pooled
@@ -50,8 +51,13 @@ class ExcitationCall:
     refusal: Refusal | None
 
 
-def excitation_call(graph_module: fx.GraphModule, node: fx.Node) -> ExcitationCall | None:
-    """``node`` as the product of a squeeze-and-excitation; None where it is none."""
+def excitation_call(
+    graph_module: fx.GraphModule, node: fx.Node, changed: Set[int]
+) -> ExcitationCall | None:
+    """``node`` as the product of a squeeze-and-excitation; None where it is none.
+
+    ``changed`` are the graph's ``changed_tensors``.
+    """
     products = (*_PRODUCTS, *_PRODUCTS_IN_PLACE)
     if node.op not in ("call_function", "call_method") or node.target not in products:
         return None
@@ -59,14 +65,18 @@ def excitation_call(graph_module: fx.GraphModule, node: fx.Node) -> ExcitationCa
         return None
     for scale, input in (node.args, node.args[::-1]):
         if isinstance(scale, fx.Node) and isinstance(input, fx.Node) and scale is not input:
-            found = _excitation(graph_module, node, scale, input)
+            found = _excitation(graph_module, node, scale, input, changed)
             if found is not None:
                 return found
     return None
 
 
 def _excitation(
-    graph_module: fx.GraphModule, node: fx.Node, scale: fx.Node, input: fx.Node
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    scale: fx.Node,
+    input: fx.Node,
+    changed: Set[int],
 ) -> ExcitationCall | None:
     inner: list[fx.Node] = []
 
@@ -109,6 +119,7 @@ def _excitation(
     order = {value: i for i, value in enumerate(graph_module.graph.nodes)}
     ordered = tuple(sorted(set(inner), key=order.__getitem__))
     refusal = refusal or _refusal(graph_module, node, ordered, reduce, activation, expand, gate)
+    refusal = refusal or _weights_refusal(graph_module, reduce, expand, changed)
     return ExcitationCall(node, input, reduce, activation, expand, gate, ordered, refusal)
 
 
@@ -150,13 +161,12 @@ def _refusal(
         if between not in inner and is_in_place(graph_module, between):
             return "changed_between", {}
         between = between.next
-    return _weights_refusal(graph_module, reduce, expand)
+    return None
 
 
 def _weights_refusal(
-    graph_module: fx.GraphModule, reduce: AffineCall, expand: AffineCall
+    graph_module: fx.GraphModule, reduce: AffineCall, expand: AffineCall, changed: Set[int]
 ) -> Refusal | None:
-    changed = changed_tensors(graph_module)
     tensors: list[Tensor] = []
     for call in (reduce, expand):
         for operand in (call.weight, call.bias):

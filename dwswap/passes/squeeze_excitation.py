@@ -18,6 +18,7 @@ from __future__ import annotations
 from torch import fx
 
 from dwswap.ops import squeeze_excitation
+from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
 from dwswap.passes.excitation_call import ExcitationCall, excitation_call
 
@@ -26,8 +27,9 @@ __all__ = ["fuse_squeeze_excitation"]
 
 def fuse_squeeze_excitation(graph_module: fx.GraphModule, context: Context) -> None:
     """Fuse in place; writes what it did, and why not, to ``context.changes``."""
+    changed = changed_tensors(graph_module)
     for node in list(graph_module.graph.nodes):
-        call = excitation_call(graph_module, node)
+        call = excitation_call(graph_module, node, changed)
         if call is None:
             continue
         kind = "squeeze_excitation"
