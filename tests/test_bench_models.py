@@ -599,6 +599,7 @@ def test_command(tmp_path, capsys, wide):
         assert text in out
 
 
+@pytest.mark.slow
 def test_command_is_ended_and_resumed(tmp_path, capsys, monkeypatch, wide):
     measured = []
     original = ModelBench.measure

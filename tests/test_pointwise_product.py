@@ -311,7 +311,7 @@ def test_copies_and_compiles() -> None:
 
 
 @pytest.mark.usefixtures("products")
-@pytest.mark.parametrize("format", ["pt2", "aten", "onnx"])
+@pytest.mark.parametrize("format", ["pt2", "aten", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_files(tmp_path: Path, format: str) -> None:
     if format == "onnx":
         pytest.importorskip("onnxscript")

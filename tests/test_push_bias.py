@@ -425,7 +425,9 @@ class Net(nn.Module):
         return [values[i] for i in sorted(self.outputs)]
 
 
-@pytest.mark.parametrize("first", range(0, 240, 60))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in (60, 120, 180))]
+)
 def test_random_graphs(first: int) -> None:
     fewer = 0
     for seed in range(first, first + 60):
