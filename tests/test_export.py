@@ -19,8 +19,6 @@ def test_onnx_in_a_fresh_process(tmp_path: Path) -> None:
     check_exports("onnx", MODELS, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", [MODELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS[1:])]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_compiled_in_a_fresh_process(tmp_path: Path, name: str) -> None:
     check_exports("aoti", [name], tmp_path)
