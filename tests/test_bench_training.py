@@ -225,7 +225,10 @@ def test_the_scale_is_one_at_which_gradients_are_finite(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("bfloat16", "float32"))],
+)
 def test_measure(dtype, layout):
     case = CASE._replace(dtype=dtype, layout=layout)
     found = bench(profiled=True).measure(case, ["eager"])

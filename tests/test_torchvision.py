@@ -107,6 +107,7 @@ def leaves(outputs: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
 def test_all_depthwise_layers_of_all_models_are_swapped() -> None:
     names = models.list_models()
