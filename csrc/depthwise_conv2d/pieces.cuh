@@ -32,22 +32,40 @@ __device__ __forceinline__ void fetch_piece(T* stage, const T* source, int count
 
 #endif
 
-// target[0, count) = source[m, m + count), m = misalignment(target); by `threads` threads, at least
-// two per element of a vector.
+// target[0, count) = source[m, m + count), m = misalignment(target); by all threads of the block.
 template <typename T>
-__device__ __forceinline__ void write_piece(T* target, const T* source, int count, int thread,
-                                            int threads) {
+__device__ __forceinline__ void write_piece(T* target, const T* source, int count) {
   constexpr int N = kVectorBytes / sizeof(T);
   const int skipped = misalignment(target);
   T* const first = target - skipped;
   const int end = skipped + count;
+  for (int at = threadIdx.x * N; at < end; at += blockDim.x * N) {
+    if (at >= skipped && at + N <= end) {
+      store_words<N>(first + at, load_words<N>(source + at));
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (at + i >= skipped && at + i < end) first[at + i] = source[at + i];
+      }
+    }
+  }
+}
+
+// The same by a warp, whose lanes take the elements of the vectors at either end side by side: they
+// are a large part of a piece that one warp writes. In plane_strips that would spill on sm_120.
+template <typename T>
+__device__ __forceinline__ void write_piece_by_warp(T* target, const T* source, int count) {
+  constexpr int N = kVectorBytes / sizeof(T);
+  const int lane = threadIdx.x % 32;
+  const int skipped = misalignment(target);
+  T* const first = target - skipped;
+  const int end = skipped + count;
   const int head_end = skipped == 0 ? 0 : N, tail = max(end / N * N, head_end);
-  for (int at = head_end + thread * N; at < tail; at += threads * N)
+  for (int at = head_end + lane * N; at < tail; at += 32 * N)
     store_words<N>(first + at, load_words<N>(source + at));
-  // Elements of the vectors at either end.
-  const int edge = thread < N ? thread : tail + thread - N;
-  const bool within = thread < N ? edge >= skipped && edge < min(head_end, end) : edge < end;
-  if (thread < 2 * N && within) first[edge] = source[edge];
+  const int edge = lane < N ? lane : tail + lane - N;
+  const bool within = lane < N ? edge >= skipped && edge < min(head_end, end) : edge < end;
+  if (lane < 2 * N && within) first[edge] = source[edge];
 }
 
 }  // namespace dwswap

@@ -417,8 +417,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
                     count * ELEMENT);
     } else {
       for (int i = warp; i < unit.images; i += warps) {
-        write_piece(output + unit.target(a, i),
-                    reinterpret_cast<const T*>(results + i * a.out_pitch), count, lane, 32);
+        write_piece_by_warp(output + unit.target(a, i),
+                            reinterpret_cast<const T*>(results + i * a.out_pitch), count);
       }
     }
     buffer ^= 1;

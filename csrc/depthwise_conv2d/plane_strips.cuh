@@ -432,7 +432,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     } else
 #endif
     {
-      write_piece(target, buffer_at(buffer), count, threadIdx.x, blockDim.x);
+      write_piece(target, buffer_at(buffer), count);
     }
     if (++stage == a.stages) stage = 0, parity ^= 1;
   }
