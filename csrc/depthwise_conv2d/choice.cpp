@@ -7,6 +7,7 @@
 #include "common/device.h"
 #include "common/integer.h"
 #include "depthwise_conv2d/params.h"
+#include "depthwise_conv2d/plane_bands_cut.h"
 
 namespace dwswap {
 namespace {
@@ -80,9 +81,9 @@ bool suits_diagonal(const DepthwiseConv2dParams& p) {
   return is_stream(p) && (p.kernel_h >= kLargeKernel || p.in_h * p.in_w > kTinyImage);
 }
 
-// It computes whole tiles of 8 columns, and a small problem is over before the bands are loaded.
+// It computes whole tiles of columns, and a small problem is over before the bands are loaded.
 bool suits_plane_bands(const DepthwiseConv2dParams& p) {
-  constexpr int64_t kTinyPlane = 10 * 10, kEnough = 2500, kTile = 8;
+  constexpr int64_t kTinyPlane = 10 * 10, kEnough = 2500, kTile = plane_bands::kTile;
   const bool fills_tiles = 4 * p.out_w >= 3 * ceil_div(p.out_w, kTile) * kTile;
   return fills_tiles && p.out_h * p.out_w > kTinyPlane && outputs_per_multiprocessor(p) >= kEnough;
 }

@@ -50,8 +50,8 @@ struct Arguments {
   int64_t in_elements;  // of the whole input
   int batch, channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
   int images, segments, planes, rows, segment_rows;
-  int units, share, longer_shares;  // units of a block, and blocks that have one more
-  int in_pitch, out_pitch;          // bytes
+  int share, longer_shares;  // units of a block, and blocks that have one more
+  int in_pitch, out_pitch;   // bytes
   Divisor by_strips, by_groups, by_tiles, by_segments;
   bool transforms_input, reversed_taps;
   Activation input_activation, activation;
@@ -257,9 +257,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
   __syncthreads();
   for (int i = 0; i < kStages; ++i) fetch(first_unit + i, i);
 
-  const float low_bound = low_of(a.activation), high_bound = high_of(a.activation);
-  const uint32_t low = narrow_pair<T>(low_bound, low_bound);
-  const uint32_t high = narrow_pair<T>(high_bound, high_bound);
+  const OutputForm<Traits::kForm, T, 2> form(a.activation);
   const int tiles = static_cast<int>(a.by_tiles.value), tasks = a.planes * tiles;
   const int all_steps = (a.segment_rows - 1) * S + K;  // rows of input of a walk
   const int out_row_bytes = a.out_w * ELEMENT;
@@ -379,9 +377,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
           bool wanted[2];
 #pragma unroll
           for (int w = 0; w < 2; ++w) {
-            pairs[w] = narrow_pair<T>(sum[2 * w], sum[2 * w + 1]);
-            if constexpr (Traits::kForm == Form::kClamp)
-              pairs[w] = minimum_word<T>(maximum_word<T>(pairs[w], low), high);
+            float pair[2] = {sum[2 * w], sum[2 * w + 1]};
+            pairs[w] = form.apply(pair).data[0];
             most = maximum_word<T>(most, pairs[w]);
             wanted[w] = static_cast<unsigned>(done) < static_cast<unsigned>(rows[w]);
             sum[2 * w] = sum[2 * w + 1] = bias;
@@ -447,7 +444,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.in_pitch = cut.in_pitch, a.out_pitch = cut.out_pitch;
   const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
   const auto groups = static_cast<uint32_t>(ceil_div(p.batch, cut.images));
-  a.units = static_cast<int>(strips * groups * ceil_div(p.channels, cut.planes));
+  const auto units = static_cast<int>(strips * groups * ceil_div(p.channels, cut.planes));
   a.by_strips = Divisor(strips), a.by_groups = Divisor(groups);
   a.by_tiles = Divisor(static_cast<uint32_t>(ceil_div(p.out_w, kTile)));
   a.by_segments = Divisor(static_cast<uint32_t>(cut.segments));
@@ -463,8 +460,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   int resident = 0;
   status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, threads, shared);
   if (status != cudaSuccess) return status;
-  const int blocks = std::min(a.units, device.multiprocessors * std::max(resident, 1));
-  a.share = a.units / blocks, a.longer_shares = a.units % blocks;
+  const int blocks = std::min(units, device.multiprocessors * std::max(resident, 1));
+  a.share = units / blocks, a.longer_shares = units % blocks;
   function<<<blocks, threads, shared, stream>>>(a);
   return cudaGetLastError();
 }

@@ -132,6 +132,7 @@ Cut choose_cut(const DepthwiseConv2dParams& p, const Device& device) {
                        p.out_w,
                        p.kernel_h,
                        p.stride_h,
+                       p.padding_h,
                        int64_t{device.multiprocessors},
                        int64_t{device.shared_per_block},
                        int64_t{device.shared_per_multiprocessor}};
