@@ -64,8 +64,8 @@ class Change:
         kind: ``"batchnorm"``, ``"activation"``, ``"input_activation"``, ``"input_bias"``,
             ``"bias"`` of a layer that gave its own to those after it, or kept it,
             ``"squeeze_excitation"`` of the first layer of one, ``"pointwise"`` of a convolution
-            that became a matrix product, ``"shuffle"`` of one whose activation a channel shuffle
-            took, or ``"inplace"`` of an activation in train mode.
+            that became a matrix product, ``"shuffle"`` or ``"pool"`` of one whose activation a
+            channel shuffle or a mean took, or ``"inplace"`` of an activation in train mode.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
         done: whether it is gone from the graph.
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
@@ -100,6 +100,8 @@ class Change:
             return f"out of place ({self.reason}: {self.detail})"
         if self.kind == "shuffle":
             return f"{self.name} after it is part of the channel shuffle {self.subject}"
+        if self.kind == "pool":
+            return f"{self.name} after it is part of the mean {self.subject}"
         if self.kind == "bias":
             return f"gave its bias to {self.subject}"
         side = "after" if self.kind == "activation" else "before"

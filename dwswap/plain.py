@@ -11,6 +11,7 @@ from torch.utils._device import DeviceContext
 __all__ = [
     "any_autocast",
     "differentiated_elsewhere",
+    "has_kernels",
     "is_plain",
     "is_plain_but_for_autocast",
     "is_watched",
@@ -59,6 +60,11 @@ def is_plain_but_for_autocast(
 def differentiated_elsewhere() -> bool:
     """Forward AD or a functorch transform is active: aten knows their rules, so use aten."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether the kernels around convolutions, which aten stands in for, take ones like it."""
+    return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

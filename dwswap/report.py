@@ -65,6 +65,8 @@ REASONS: dict[str, str] = {
     "verify_failed": "its error, or the whole model's, broke the rule of verify; put back",
 }
 
+# The kinds of changes that are an activation which another call took.
+_ABSORBED = ("activation", "input_activation", "shuffle", "pool")
 _REPORT_ATTRIBUTE = "_dwswap_report"
 _REPORT_KEY = "dwswap_report"
 
@@ -269,14 +271,13 @@ class Report:
         changes += [c for found in self.elsewhere.values() for c in found]
         done = Counter(change.kind for change in changes if change.done)
         pushed = len([change for change in changes if change.reason == "pushed"])
-        # Biases before a channel shuffle are noted by the layers that gave them alone.
+        # Biases before a shuffle or a mean are noted by the layers that gave them alone.
         biases = len([c for c in changes if c.kind == "bias" and c.reason == "absorbed"])
         blocks, products = done["squeeze_excitation"], done["pointwise"]
         return (
             f"{self.calls_before} calls of operations per forward before, {self.calls_after} now; "
             f"folded {done['batchnorm']} BatchNorm, absorbed "
-            f"{done['activation'] + done['input_activation'] + done['shuffle']} activations and "
-            f"{biases} biases"
+            f"{sum(done[kind] for kind in _ABSORBED)} activations and {biases} biases"
             + (f", pushed {pushed} biases on" if pushed else "")
             + (f", made {blocks} squeeze-and-excitations one call each" if blocks else "")
             + (f", made {products} pointwise convolutions matrix products" if products else "")

@@ -7,6 +7,7 @@ from torch import fx, nn
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
 from dwswap.cuda_graph_module import disable_cuda_graphs
 from dwswap.inference_graph import FOLDED
+from dwswap.means import channel_means
 from dwswap.modules import DepthwiseConv2d
 from dwswap.ops import squeeze_excitation
 from dwswap.passes.inplace_activations import in_place_again, is_marked
@@ -35,7 +36,8 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         TypeError: ``model`` is no ``nn.Module``.
         ValueError: a graph was fused: BatchNorm is folded into other weights, a call has absorbed
             its neighbours and has no ``torch.conv2d`` to go back to, squeeze-and-excitation became
-            one call, or a channel shuffle absorbed what is before it. ``model`` is then as it was.
+            one call, or a channel shuffle or a mean absorbed what is before it. ``model`` is then
+            as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -97,4 +99,6 @@ def _absorbed(module: fx.GraphModule) -> str | None:
         return "squeeze-and-excitation became calls of an operator"
     if any(node.target is interleaved and node.kwargs for node in nodes):
         return "a channel shuffle absorbed the biases or activations before it"
+    if any(node.target is channel_means for node in nodes):
+        return "a mean over height and width absorbed the bias or the activation before it"
     return None

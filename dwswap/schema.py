@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 __all__ = [
+    "channel_means",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "direct",
@@ -63,6 +64,11 @@ for _name in ("_interleave_channels", "_interleave_channels_aten"):
         tags=_tags,
     )
 
+# activations: as above, of none and of the one behind the bias.
+for _name in ("_channel_means", "_channel_means_aten"):
+    library.define(f"{_name}(Tensor input, Tensor? bias, int activations) -> Tensor", tags=_tags)
+
+channel_means = torch.ops.dwswap._channel_means.default
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default

@@ -16,10 +16,10 @@ from torch import Tensor
 from dwswap import build
 from dwswap.activations import PAIRS, pair_of
 from dwswap.autograd import preactivated
-from dwswap.plain import is_plain, needs_gradient
+from dwswap.plain import has_kernels, is_plain, needs_gradient
 from dwswap.schema import interleave_channels, library
 
-__all__ = ["has_kernel", "interleaved"]
+__all__ = ["interleaved"]
 
 
 def interleaved(
@@ -50,15 +50,9 @@ def interleaved(
     """
     tensors = (first, second, first_bias, second_bias)
     activations = PAIRS[first_activation, second_activation]
-    at_once = is_plain(*tensors) and not needs_gradient(*tensors) and has_kernel(first)
+    at_once = is_plain(*tensors) and not needs_gradient(*tensors) and has_kernels(first)
     call = interleave_channels if at_once and build.load() else _interleaved_aten
     return call(*tensors, activations, channels_last)
-
-
-def has_kernel(tensor: Tensor) -> bool:
-    """Whether our kernel may take images like ``tensor``."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return tensor.is_cuda and tensor.dtype in dtypes
 
 
 def _interleaved_aten(

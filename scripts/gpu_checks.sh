@@ -10,6 +10,9 @@ logs=${1:-gpu-checks}
 python=${PYTHON:-python3}
 limit=${LIMIT:-300}
 mkdir -p "$logs"
+for file in tests/gpu/test_*.py; do
+  grep -qF "$file" "${BASH_SOURCE[0]}" || { echo "no part runs $file" >&2 && exit 1; }
+done
 visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
 IFS=, read -ra gpus <<<"$visible"
 next=0
@@ -69,7 +72,8 @@ for dtype in float32 float16 bfloat16 float64; do
   tests "kernels-$dtype" 1 tests/gpu/test_kernels.py -k "$chosen"
   tests "gradients-$dtype" 1 tests/gpu/test_gradient_kernels.py -k "$chosen"
 done
-tests excitation 1 tests/gpu/test_excitation_kernels.py
+tests small-kernels 1 tests/gpu/test_excitation_kernels.py tests/gpu/test_interleave_kernels.py \
+  tests/gpu/test_mean_kernels.py
 tests fuzz-other 1 tests/gpu/test_fuzz.py -k "not forward and not gradients"
 tests kernels-other 1 tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64"
 tests pointwise 1 tests/gpu/test_gpu_pointwise.py

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from dwswap import build, depthwise_conv2d
+from dwswap.means import channel_means
 from dwswap.ops import squeeze_excitation
 from dwswap.registration import kernel_family
 from dwswap.schema import depthwise_conv2d_backward
@@ -184,6 +185,23 @@ def excitations() -> Iterator[Excitation]:
                 yield Excitation(dtype, memory_format, shape, hidden, offset)
 
 
+class Means(NamedTuple):
+    """A problem of the kernel that computes the means of channels."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    shape: tuple[int, int, int, int]
+    offset: int
+
+
+def means() -> Iterator[Means]:
+    """Groups of one warp and of several; channels and pixels that no vector divides."""
+    for dtype, memory_format in itertools.product((torch.float32, *HALVES), FORMATS):
+        shapes = ((2, 72, 7, 7), (3, 57, 13, 9), (1, 8, 33, 31), (300, 130, 3, 2), (2, 1, 1, 1))
+        for shape, offset in itertools.product(shapes, (0, 1)):
+            yield Means(dtype, memory_format, shape, offset)
+
+
 class Interleaving(NamedTuple):
     """A problem of the kernel that interleaves the channels of two images."""
 
@@ -208,7 +226,9 @@ def interleavings() -> Iterator[Interleaving]:
                 yield Interleaving(dtype, memory_format, shape, offset, halves)
 
 
-def place(values: torch.Tensor, problem: Problem | Excitation | Interleaving) -> torch.Tensor:
+def place(
+    values: torch.Tensor, problem: Problem | Excitation | Interleaving | Means
+) -> torch.Tensor:
     """A copy on the GPU in the memory format and at the offset of the problem."""
     laid_out = values.contiguous(memory_format=problem.memory_format)
     buffer = torch.zeros(values.numel() + problem.offset, dtype=values.dtype, device="cuda")
@@ -313,6 +333,18 @@ def check_excitation(problem: Excitation) -> str | None:
     return difference(result, input.double() * gates[:, :, None, None], problem.dtype)
 
 
+def check_means(problem: Means) -> str | None:
+    """Run one problem of the kernel of means; returns what is wrong with its result."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(problem.shape, generator=generator).to(problem.dtype)
+    bias = torch.randn(problem.shape[1], generator=generator).to(problem.dtype)
+    ours = channel_means(place(x, problem), bias.cuda(), activation="relu6")
+    # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
+    result = (ours * 1).cpu().double()
+    exact = F.relu6(x.double() + bias.double()[:, None, None]).mean((2, 3))
+    return difference(result, exact, problem.dtype)
+
+
 def check_interleaving(problem: Interleaving) -> str | None:
     """Run one problem of the interleaving kernel; returns what is wrong with its result."""
     generator = torch.Generator().manual_seed(0)
@@ -361,6 +393,7 @@ def main(arguments: list[str]) -> int:
         checks.append(functools.partial(check_gradients, portable))
     checks += [functools.partial(check_excitation, problem) for problem in excitations()]
     checks += [functools.partial(check_interleaving, problem) for problem in interleavings()]
+    checks += [functools.partial(check_means, problem) for problem in means()]
     with torch.no_grad():
         for run_one in checks:
             wrong = run_one()

@@ -54,4 +54,12 @@ template <typename T>
 using sum_t =
     std::conditional_t<std::is_same_v<T, float>, CompensatedSum, PlainSum<accumulator_t<T>>>;
 
+// Sum over the threads of a group of `lanes` whose places differ by multiples of `from` (powers of
+// 2), in all of them.
+template <typename Sum>
+__device__ __forceinline__ float sum_over_lanes(Sum sum, int lanes, int from = 1) {
+  for (int offset = lanes / 2; offset >= from; offset /= 2) sum.add(sum.from_lane(offset));
+  return sum.value();
+}
+
 }  // namespace dwswap

@@ -15,8 +15,10 @@
 // first. All sums, the hidden units and the gates are float32; the result is rounded once.
 #pragma once
 
+#include "common/planes.cuh"
+#include "common/sum.cuh"
+#include "squeeze_excitation/params.h"
 #include "squeeze_excitation/sums.cuh"
-#include "squeeze_excitation/vectors.cuh"
 
 namespace dwswap {
 

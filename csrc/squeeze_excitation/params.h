@@ -7,12 +7,13 @@
 
 #include "common/activation.h"
 #include "common/data_type.h"
+#include "common/planes.h"
 
 namespace dwswap {
 
 // y = x * gate(expand(activation(reduce(mean of x over the pixels)))), reduce and expand linear.
-struct SqueezeExcitationParams {
-  const void* input;          // (batch, channels, pixels), dense, contiguous or channels_last
+struct SqueezeExcitationParams : Planes {
+  const void* input;          // the planes
   const void* reduce_weight;  // (hidden, channels), dense
   const void* reduce_bias;    // (hidden) or null
   const void* expand_weight;  // (channels, hidden), dense
@@ -20,7 +21,7 @@ struct SqueezeExcitationParams {
   void* output;               // laid out as the input
   float* partials;            // (batch, parts of the cut, hidden)
 
-  int32_t batch, channels, pixels, hidden;
+  int32_t hidden;
   Activation activation, gate;
   DataType dtype;
   Layout layout;
@@ -30,7 +31,7 @@ struct ExcitationTile {
   static constexpr int kThreads = 256;
   // Loads that a thread has under way, and blocks of a multiprocessor: 3 x 256 threads x 4 x 16
   // bytes = 48 KiB. Bandwidth times latency is about 22 KiB (4.2 TB/s, 700 ns, 132 of them).
-  static constexpr int kUnroll = 4;
+  static constexpr int kUnroll = kPlaneUnroll;
   static constexpr int kBlocks = 3;
   static constexpr int kMostSlice = 64;   // channels
   static constexpr int kReduceLanes = 8;  // threads per hidden unit: 8 x 16 bytes of weights

@@ -1,20 +1,11 @@
-// Sums of the squeeze_excitation kernels, and the activations of what is as good as exact.
+// The activations of what is as good as exact.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "common/activation.cuh"
-#include "common/sum.cuh"
 
 namespace dwswap {
-
-// Sum over the threads of a group of `lanes` whose places differ by multiples of `from` (powers of
-// 2), in all of them.
-template <typename Sum>
-__device__ __forceinline__ float sum_over_lanes(Sum sum, int lanes, int from = 1) {
-  for (int offset = lanes / 2; offset >= from; offset /= 2) sum.add(sum.from_lane(offset));
-  return sum.value();
-}
 
 // The hidden units and the gates are few, and an error of a gate is one of a whole plane: the exact
 // forms where `activate` has fast ones.

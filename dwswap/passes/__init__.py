@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from dwswap.passes.absorb_activation import absorb_activation
+from dwswap.passes.absorb_before_pool import absorb_before_pool
 from dwswap.passes.absorb_before_shuffle import absorb_before_shuffle
 from dwswap.passes.channel_shuffle import fuse_shuffle
 from dwswap.passes.context import Context, GraphPass
@@ -43,6 +44,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     set_memory_format,
     fuse_shuffle,
     absorb_before_shuffle,
+    absorb_before_pool,
     fuse_residual,
     multiply_pointwise,
 )

@@ -13,16 +13,12 @@ Limits:
 
 from __future__ import annotations
 
-from collections.abc import Set
-
 from torch import fx
 
-from dwswap.passes.absorbing import activation_refusal, bias_refusal, erase, rewritten
-from dwswap.passes.activation_call import activation_call
-from dwswap.passes.affine_call import affine_call, value_of
+from dwswap.passes.absorbing import absorb_operand
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
-from dwswap.shuffling import has_kernel, interleaved
+from dwswap.shuffling import interleaved
 
 __all__ = ["absorb_before_shuffle"]
 
@@ -32,46 +28,5 @@ def absorb_before_shuffle(graph_module: fx.GraphModule, context: Context) -> Non
     changed = changed_tensors(graph_module)
     for node in list(graph_module.graph.nodes):
         if node.target is interleaved and node.args[0] is not node.args[1]:
-            for position, name in enumerate(("first", "second")):
-                _absorb(graph_module, context, node, position, name, changed)
-
-
-def _absorb(
-    graph_module: fx.GraphModule,
-    context: Context,
-    node: fx.Node,
-    position: int,
-    name: str,
-    changed: Set[int],
-) -> None:
-    source = node.args[position]
-    found = activation_call(graph_module, source)
-    producer = affine_call(graph_module, source if found is None else found.input)
-    if producer is None or producer.depthwise or producer.spatial != 2:
-        return
-    weight = value_of(graph_module, producer.weight)
-    if weight is None or not has_kernel(weight):
-        return
-    if found is not None:
-        refusal = activation_refusal(graph_module, found, node)
-        if refusal is not None:
-            context.note(producer.node, "shuffle", found.node, *refusal, name=found.name)
-            return
-        context.note(producer.node, "shuffle", node, "absorbed", name=found.name)
-        node.update_arg(position, found.input)
-        node.update_kwarg(f"{name}_activation", found.name)
-        erase(context, found)
-    if producer.bias is None:
-        return
-    refusal = bias_refusal(graph_module, producer, weight, changed)
-    if refusal is not None:
-        context.note(producer.node, "bias", node, *refusal)
-        return
-    context.retract(producer.node, "bias")
-    context.note(producer.node, "bias", node, "absorbed")
-    with node.graph.inserting_before(node):
-        bias = producer.bias
-        node.update_kwarg(
-            f"{name}_bias", node.graph.get_attr(bias) if isinstance(bias, str) else bias
-        )
-    rewritten(context, producer.with_tensors(producer.weight, None))
+            for i, name in enumerate(("first_", "second_")):
+                absorb_operand(graph_module, context, node, i, "shuffle", changed, name)

@@ -1,5 +1,6 @@
 """What a reader of a value needs before it may apply the activation and the bias behind that value
-itself: those of absorb_activation and absorb_before_shuffle."""
+itself: those of absorb_activation, absorb_before_shuffle and
+absorb_before_pool."""
 
 from __future__ import annotations
 
@@ -9,12 +10,21 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx
 
-from dwswap.passes.activation_call import ActivationCall
+from dwswap.passes.activation_call import ActivationCall, activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.aliasing import changes_between
 from dwswap.passes.context import Context
+from dwswap.plain import has_kernels
 
-__all__ = ["Refusal", "activation_refusal", "bias_refusal", "erase", "rewritten"]
+__all__ = [
+    "Refusal",
+    "absorb_operand",
+    "activation_refusal",
+    "bias_refusal",
+    "erase",
+    "gives_kernels",
+    "rewritten",
+]
 
 Refusal: TypeAlias = tuple[str, dict[str, object]]
 """A reason code and its facts."""
@@ -72,6 +82,61 @@ def bias_refusal(
     if len({tensor.device for tensor in (bias, like) if not tensor.is_meta}) > 1:
         return "devices", {}
     return None
+
+
+def gives_kernels(graph_module: fx.GraphModule, source: object) -> bool:
+    """Whether ``source`` is what a convolution, or an activation behind it, makes of weights that
+    are where our kernels are."""
+    found = activation_call(graph_module, source)
+    producer = affine_call(graph_module, source if found is None else found.input)
+    if producer is None or producer.depthwise or producer.spatial != 2:
+        return False
+    weight = value_of(graph_module, producer.weight)
+    return weight is not None and has_kernels(weight)
+
+
+def absorb_operand(
+    graph_module: fx.GraphModule,
+    context: Context,
+    node: fx.Node,
+    position: int,
+    kind: str,
+    changed: Set[int],
+    prefix: str = "",
+) -> None:
+    """Let ``node`` apply what is between a convolution and the image that it reads at ``position``:
+    an activation, as its argument ``{prefix}activation``, and the convolution's bias, as
+    ``{prefix}bias``. Writes what it did, and why not, to ``context.changes``, as ``kind``."""
+    source = node.args[position]
+    if not gives_kernels(graph_module, source):
+        return
+    found = activation_call(graph_module, source)
+    producer = affine_call(graph_module, source if found is None else found.input)
+    assert producer is not None
+    if found is not None:
+        refusal = activation_refusal(graph_module, found, node)
+        if refusal is not None:
+            context.note(producer.node, kind, found.node, *refusal, name=found.name)
+            return
+        context.note(producer.node, kind, node, "absorbed", name=found.name)
+        node.update_arg(position, found.input)
+        node.update_kwarg(f"{prefix}activation", found.name)
+        erase(context, found)
+    if producer.bias is None:
+        return
+    weight = value_of(graph_module, producer.weight)
+    refusal = bias_refusal(graph_module, producer, weight, changed)
+    if refusal is not None:
+        context.note(producer.node, "bias", node, *refusal)
+        return
+    context.retract(producer.node, "bias")
+    context.note(producer.node, "bias", node, "absorbed")
+    with node.graph.inserting_before(node):
+        bias = producer.bias
+        node.update_kwarg(
+            f"{prefix}bias", node.graph.get_attr(bias) if isinstance(bias, str) else bias
+        )
+    rewritten(context, producer.with_tensors(producer.weight, None))
 
 
 def rewritten(context: Context, call: AffineCall) -> fx.Node:

@@ -112,7 +112,7 @@ def test_two_kernels(layout: str, batch: int) -> None:
 @pytest.mark.parametrize("shape", PRODUCTS)
 def test_three_kernels_and_products(layout: str, shape: tuple[int, ...]) -> None:
     names = launches(ExcitationCase(torch.float16, layout, *shape))
-    for own in ("mean_kernel", "activate_kernel", "scale_kernel"):
+    for own in ("channel_means_kernel", "activate_kernel", "scale_kernel"):
         assert sum(count for name, count in names.items() if own in name) == 1, names
     assert not any("squeeze_kernel" in name or "excite_kernel" in name for name in names), names
 

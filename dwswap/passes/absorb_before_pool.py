@@ -1,0 +1,52 @@
+"""Absorb the activation, and the bias of the convolution, in front of the mean of an image.
+
+Pattern:
+    The mean over height and width of a convolution, or of an activation of one: the end of most
+    networks. Nothing else reads a value in between.
+Reason:
+    The mean reads every element anyway: an activation by itself reads and writes them once more,
+    and aten's reduction takes longer than all of it for one image.
+Limits:
+    On GPUs, and for the dtypes that the kernel of the mean has. As in absorb_activation.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dwswap.eligibility import reason_not_plain
+from dwswap.means import channel_means
+from dwswap.passes.absorbing import absorb_operand, gives_kernels
+from dwswap.passes.aliasing import changed_tensors
+from dwswap.passes.context import Context
+from dwswap.passes.pooling import pooled
+
+__all__ = ["absorb_before_pool"]
+
+
+def absorb_before_pool(graph_module: fx.GraphModule, context: Context) -> None:
+    """Absorb in place; writes what it did, and why not, to ``context.changes``."""
+    changed = changed_tensors(graph_module)
+    for node in list(graph_module.graph.nodes):
+        found = pooled(graph_module, node)
+        if found is None or not gives_kernels(graph_module, found[0]):
+            continue
+        module = node.op == "call_module" and graph_module.get_submodule(str(node.target))
+        if module and reason_not_plain(module) is not None:
+            continue
+        new = _rewrite(graph_module.graph, context, node, *found)
+        absorb_operand(graph_module, context, new, 0, "pool", changed)
+
+
+def _rewrite(
+    graph: fx.Graph, context: Context, node: fx.Node, image: fx.Node, keepdim: bool
+) -> fx.Node:
+    with graph.inserting_before(node):
+        new = graph.call_function(channel_means, (image,), {"keepdim": True} if keepdim else {})
+    # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
+    new.meta = {**node.meta, "is_wrapped": True}
+    context.replaced(node, new)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    context.release(node)
+    return new
