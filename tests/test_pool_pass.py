@@ -166,6 +166,17 @@ def test_restore_refuses_it() -> None:
     assert absorbed(fast) == [{"activation", "bias"}]
 
 
+@pytest.mark.usefixtures("absorbing")
+@pytest.mark.parametrize("pool", POOLS)
+def test_exported_programs_keep_the_mean_of_aten(pool: str) -> None:
+    model = Head(nn.ReLU(), POOLS[pool]).eval()
+    program = torch.export.export(model, (image(8),))
+    fast = dwswap.optimize(program)
+    assert absorbed(fast.graph_module) == []
+    with torch.no_grad():
+        torch.testing.assert_close(fast.module()(image(8)), model(image(8)))
+
+
 def test_the_cpu_leaves_the_mean_to_aten() -> None:
     assert absorbed(dwswap.optimize(Head(nn.ReLU()).eval())) == []
 

@@ -7,11 +7,14 @@ Reason:
     The mean reads every element anyway: an activation by itself reads and writes them once more,
     and aten's reduction takes longer than all of it for one image.
 Limits:
-    On GPUs, and for the dtypes that the kernel of the mean has. As in absorb_activation.
+    On GPUs, and for the dtypes that the kernel of the mean has. Means in their aten form are left:
+    an exported program computes with aten, and would only have more operations. As in
+    absorb_activation.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from dwswap.eligibility import reason_not_plain
@@ -29,7 +32,9 @@ def absorb_before_pool(graph_module: fx.GraphModule, context: Context) -> None:
     changed = changed_tensors(graph_module)
     for node in list(graph_module.graph.nodes):
         found = pooled(graph_module, node)
-        if found is None or not gives_kernels(graph_module, found[0]):
+        if found is None or isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if not gives_kernels(graph_module, found[0]):
             continue
         module = node.op == "call_module" and graph_module.get_submodule(str(node.target))
         if module and reason_not_plain(module) is not None:
