@@ -112,8 +112,12 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
         raise NotTraceable(reason) from error
     finally:
         drew = _restore_random_states(random_states)
-    if tracer.refused is not None:
-        raise NotTraceable(tracer.refused)
+        refused = tracer.refused
+        # It is in a cycle with functions that it put in the place of others, and it knows all
+        # tensors: they would stay until Python cleans up.
+        vars(tracer).clear()
+    if refused is not None:
+        raise NotTraceable(refused)
     if drew:
         raise NotTraceable("its forward draws random numbers, which a graph would freeze")
     for node in graph.nodes:

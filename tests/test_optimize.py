@@ -239,6 +239,25 @@ def test_the_original_does_not_wait_for_the_cyclic_garbage_collector(
         gc.enable()
 
 
+@pytest.mark.parametrize("options", [{}, {"fuse": False}], ids=["fused", "swapped"])
+def test_nothing_waits_for_a_full_run_of_the_garbage_collector(options: dict[str, Any]) -> None:
+    """What lives while it runs is old for it at once, and what is old it leaves alone."""
+
+    def parameters() -> dict[int, nn.Parameter]:
+        return {id(o): o for o in gc.get_objects() if type(o) is nn.Parameter}
+
+    model = Block().eval()
+    gc.collect()
+    before, thresholds = parameters(), gc.get_threshold()
+    gc.set_threshold(1, 1, 1 << 30)
+    try:
+        fast = dwswap.optimize(model, **options)
+    finally:
+        gc.set_threshold(*thresholds)
+    known = {*before, *map(id, fast.parameters())}
+    assert not [tuple(value.shape) for key, value in parameters().items() if key not in known]
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("case", ["graph", "substitution", "root"])
 def test_failure_leaves_the_model_untouched(

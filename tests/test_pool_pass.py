@@ -99,11 +99,13 @@ def test_absorbs(layout: Any, pool: str, behind: Any, bias: bool, keys: set[str]
     pools = [change for change in changes if change.kind == "pool"]
     assert [change.done for change in pools] == [True] * ("activation" in keys)
     assert all("part of the mean" in str(change) for change in pools)
-    torch._dynamo.reset()
-    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    others = [fast, copy.deepcopy(fast)]
+    if layout == "channels_last" and pool == "module":
+        torch._dynamo.reset()
+        others.append(torch.compile(fast, fullgraph=True, backend="aot_eager"))
     with torch.no_grad():
         for x in (image(8), image(8).to(memory_format=torch.channels_last)):
-            for other in (fast, copy.deepcopy(fast), compiled):
+            for other in others:
                 torch.testing.assert_close(other(x), model(x))
     same(pickle.loads(pickle.dumps(fast))(image(8)), fast(image(8)))
 

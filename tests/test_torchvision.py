@@ -166,7 +166,7 @@ def check(name: str, size: int) -> None:
         assert errors.ours <= max(1e-4 * scale, apart)
 
 
-SLOW = ("fasterrcnn_mobilenet_v3_large_320_fpn", "maxvit_t")
+SLOW = ("efficientnet_v2_s", "fasterrcnn_mobilenet_v3_large_320_fpn", "maxvit_t")
 
 
 @pytest.mark.parametrize(
