@@ -113,7 +113,7 @@ def test_outputs_of_exported_programs_stay(first: int, decompose: bool) -> None:
                 changed = [c for layer in dwswap.report(fast).layers for c in layer.changes]
                 done += sum(c.done for c in changed)
                 check(fast.module()(x), expected, f"seed {seed}, {layout}")
-    assert done > 10
+    assert done > 5
 
 
 @pytest.mark.slow
