@@ -16,6 +16,7 @@ from torch import Tensor
 from dwswap import build
 from dwswap.activations import PAIRS, pair_of
 from dwswap.autograd import preactivated
+from dwswap.layouts import memory_format
 from dwswap.plain import has_kernels, is_plain, needs_gradient
 from dwswap.schema import channel_means as operator
 from dwswap.schema import library
@@ -43,7 +44,12 @@ def channel_means(
     at_once = is_plain(input, input, bias, None) and not needs_gradient(input, bias)
     call = operator if at_once and has_kernels(input) and build.load() else _channel_means_aten
     means = call(input, bias, PAIRS["none", activation])
-    return means[..., None, None] if keepdim else means
+    if not keepdim:
+        return means
+    # As the pooling of aten has it, an image in the layout of the input.
+    if input.dim() == 4 and memory_format(input) == torch.channels_last:
+        return means[:, None, None].movedim(-1, 1)
+    return means[..., None, None]
 
 
 def _channel_means_aten(input: Tensor, bias: Tensor | None, activations: int) -> Tensor:

@@ -99,6 +99,6 @@ def _absorbed(module: fx.GraphModule) -> str | None:
         return "squeeze-and-excitation became calls of an operator"
     if any(node.target is interleaved and node.kwargs for node in nodes):
         return "a channel shuffle absorbed the biases or activations before it"
-    if any(node.target is channel_means for node in nodes):
+    if any(node.target is channel_means and node.kwargs.keys() - {"keepdim"} for node in nodes):
         return "a mean over height and width absorbed the bias or the activation before it"
     return None

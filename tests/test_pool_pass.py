@@ -72,6 +72,14 @@ def test_function(keepdim: bool, unbatched: bool, dtype: torch.dtype) -> None:
     torch.testing.assert_close(channel_means(x), x.mean((-2, -1)))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), (3, 4, 5)])
+def test_strides(layout: torch.memory_format, shape: tuple[int, ...]) -> None:
+    x = torch.ones(shape)
+    x = x.to(memory_format=layout) if x.dim() == 4 else x
+    assert channel_means(x, keepdim=True).stride() == F.adaptive_avg_pool2d(x, 1).stride()
+
+
 def test_gradients() -> None:
     x = image(3, size=4).double().requires_grad_()
     bias = torch.linspace(-1, 1, 3, dtype=torch.float64).requires_grad_()
@@ -161,11 +169,34 @@ def test_autocast_keeps_its_dtype() -> None:
 
 
 @pytest.mark.usefixtures("absorbing")
+@pytest.mark.parametrize("layout", ["preserve", "channels_last"])
+@pytest.mark.parametrize("pool", ["module", "mean"])
+@torch.no_grad()
+def test_exports_with_any_batch(layout: Any, pool: str) -> None:
+    model = Head(nn.ReLU(), POOLS[pool]).eval()
+    fast = dwswap.optimize(model, memory_format=layout)
+    assert absorbed(fast) == [{"activation", "bias"}]
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(fast, (image(8),), dynamic_shapes=shapes)
+    for batch in (1, 5):
+        x = image(8, batch=batch)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.usefixtures("absorbing")
 def test_restore_refuses_it() -> None:
     fast = dwswap.optimize(Head(nn.ReLU()).eval())
     with pytest.raises(ValueError, match="a mean over height and width absorbed"):
         dwswap.restore(fast, inplace=True)
     assert absorbed(fast) == [{"activation", "bias"}]
+
+
+@pytest.mark.usefixtures("absorbing")
+def test_restore_takes_a_mean_that_absorbed_nothing() -> None:
+    model = nn.Sequential(depthwise(bias=False), nn.Conv2d(8, 4, 1, bias=False), POOLS["module"])
+    fast = dwswap.optimize(model.eval())
+    assert absorbed(fast) == [set()]
+    same(dwswap.restore(fast)(image(8)), model(image(8)))
 
 
 @pytest.mark.usefixtures("absorbing")

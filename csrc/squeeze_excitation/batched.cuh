@@ -7,12 +7,11 @@
 //   scale_kernel     y = x * gate(gate_inputs[n, c])
 //
 // What lies between kernels and products has the dtype of x, as aten has it; the gates are float32.
-// A warp has whole planes, so no thread waits for those of other warps.
 #pragma once
 
 #include "common/planes.cuh"
+#include "squeeze_excitation/activated.cuh"
 #include "squeeze_excitation/params.h"
-#include "squeeze_excitation/sums.cuh"
 
 namespace dwswap {
 

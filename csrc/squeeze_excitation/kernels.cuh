@@ -17,8 +17,8 @@
 
 #include "common/planes.cuh"
 #include "common/sum.cuh"
+#include "squeeze_excitation/activated.cuh"
 #include "squeeze_excitation/params.h"
-#include "squeeze_excitation/sums.cuh"
 
 namespace dwswap {
 

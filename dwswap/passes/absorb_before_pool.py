@@ -2,7 +2,7 @@
 
 Pattern:
     The mean over height and width of a convolution, or of an activation of one: the end of most
-    networks. Nothing else reads a value in between.
+    networks. It becomes a call that takes what nothing else reads in between.
 Reason:
     The mean reads every element anyway: an activation by itself reads and writes them once more,
     and aten's reduction takes longer than all of it for one image.

@@ -126,11 +126,10 @@ def absorb_operand(
         return
     weight = value_of(graph_module, producer.weight)
     refusal = bias_refusal(graph_module, producer, weight, changed)
-    if refusal is not None:
-        context.note(producer.node, "bias", node, *refusal)
-        return
     context.retract(producer.node, "bias")
-    context.note(producer.node, "bias", node, "absorbed")
+    context.note(producer.node, "bias", node, *(refusal or ("absorbed",)))
+    if refusal is not None:
+        return
     with node.graph.inserting_before(node):
         bias = producer.bias
         node.update_kwarg(

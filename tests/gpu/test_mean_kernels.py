@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 
 import pytest
 import torch
@@ -37,11 +38,13 @@ def expected(x: Tensor, bias: Tensor | None, name: str, exact: bool) -> Tensor:
 @torch.no_grad()
 def test_values(dtype: torch.dtype, layout: str) -> None:
     judge = Judge()
-    names = tuple(ACTIVATIONS)
-    for case, (channels, (n, h, w)) in enumerate(itertools.product(CHANNELS, SIZES)):
+    for case, (channels, (n, h, w), bits) in enumerate(
+        itertools.product(CHANNELS, SIZES, range(3))
+    ):
         x = place(draw((n, channels, h, w), dtype, case), layout)
-        bias = draw((channels + 1,), dtype, case)[case % 2 :][:channels] if case % 3 else None
-        name = names[case % len(names)]
+        # None, an aligned one, and one that begins an element later.
+        bias = draw((channels + 1,), dtype, case)[bits - 1 :][:channels] if bits else None
+        name = random.Random(case).choice(tuple(ACTIVATIONS))
         theirs = expected(x, bias, name, exact=False)
         poison(theirs)
         ours = channel_means(x, bias, activation=name)
