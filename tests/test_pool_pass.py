@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_memory_format import same
+from test_shuffle_pass import check_forms
 from test_torchvision import build_with_data
 from tiny_models import depthwise, image
 from torch import Tensor, fx, nn
@@ -107,14 +107,7 @@ def test_absorbs(layout: Any, pool: str, behind: Any, bias: bool, keys: set[str]
     pools = [change for change in changes if change.kind == "pool"]
     assert [change.done for change in pools] == [True] * ("activation" in keys)
     assert all("part of the mean" in str(change) for change in pools)
-    others = [fast, copy.deepcopy(fast)]
-    if layout == "channels_last" and pool == "module":
-        torch._dynamo.reset()
-        others.append(torch.compile(fast, fullgraph=True, backend="aot_eager"))
-    with torch.no_grad():
-        for x in (image(8), image(8).to(memory_format=torch.channels_last)):
-            for other in others:
-                torch.testing.assert_close(other(x), model(x))
+    check_forms(fast, model, compiled=layout == "channels_last" and pool == "module")
     same(pickle.loads(pickle.dumps(fast))(image(8)), fast(image(8)))
 
 

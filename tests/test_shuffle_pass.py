@@ -160,6 +160,19 @@ def absorbed(model: nn.Module) -> list[dict[str, Any]]:
     return [{key: str(value) for key, value in sorted(kwargs.items())} for kwargs in found]
 
 
+def check_forms(fast: nn.Module, model: nn.Module, *, compiled: bool) -> None:
+    """``fast``, a copy of it, and what it is compiled to give what ``model`` does, for images of 8
+    channels in both layouts."""
+    forms = [fast, copy.deepcopy(fast)]
+    if compiled:
+        torch._dynamo.reset()
+        forms.append(torch.compile(fast, fullgraph=True, backend="aot_eager"))
+    with torch.no_grad():
+        for x in (image(8), image(8).to(memory_format=torch.channels_last)):
+            for form in forms:
+                torch.testing.assert_close(form(x), model(x))
+
+
 class Branches(nn.Module):
     """Two convolutions, each followed by what ``first`` and ``second`` are, joined."""
 
@@ -209,14 +222,7 @@ def test_absorbs_what_is_in_front(
         assert len({change.done for change in found if change.kind == "bias"}) <= 1
     assert len([c for c in done if c.kind in ("shuffle", "bias")]) == len(keys)
     assert all("channel shuffle" in str(change) for change in done if change.kind == "shuffle")
-    others = [fast, copy.deepcopy(fast)]
-    if layout == "channels_last":
-        torch._dynamo.reset()
-        others.append(torch.compile(fast, fullgraph=True, backend="aot_eager"))
-    with torch.no_grad():
-        for x in (image(8), image(8).to(memory_format=torch.channels_last)):
-            for other in others:
-                torch.testing.assert_close(other(x), model(x))
+    check_forms(fast, model, compiled=layout == "channels_last")
     if layout == "preserve":
         same(pickle.loads(pickle.dumps(fast))(image(8)), fast(image(8)))
 

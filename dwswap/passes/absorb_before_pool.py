@@ -19,7 +19,7 @@ from torch import fx
 
 from dwswap.eligibility import reason_not_plain
 from dwswap.means import channel_means
-from dwswap.passes.absorbing import absorb_operand, gives_kernels
+from dwswap.passes.absorbing import absorb_operand, operand_before
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
 from dwswap.passes.pooling import pooled
@@ -34,13 +34,14 @@ def absorb_before_pool(graph_module: fx.GraphModule, context: Context) -> None:
         found = pooled(graph_module, node)
         if found is None or isinstance(node.target, torch._ops.OpOverload):
             continue
-        if not gives_kernels(graph_module, found[0]):
+        operand = operand_before(graph_module, found[0])
+        if operand is None:
             continue
         module = node.op == "call_module" and graph_module.get_submodule(str(node.target))
         if module and reason_not_plain(module) is not None:
             continue
         new = _rewrite(graph_module.graph, context, node, *found)
-        absorb_operand(graph_module, context, new, 0, "pool", changed)
+        absorb_operand(graph_module, context, new, 0, operand, "pool", changed)
 
 
 def _rewrite(

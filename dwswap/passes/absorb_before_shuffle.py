@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from dwswap.passes.absorbing import absorb_operand
+from dwswap.passes.absorbing import absorb_operand, operand_before
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
 from dwswap.shuffling import interleaved
@@ -29,4 +29,8 @@ def absorb_before_shuffle(graph_module: fx.GraphModule, context: Context) -> Non
     for node in list(graph_module.graph.nodes):
         if node.target is interleaved and node.args[0] is not node.args[1]:
             for i, name in enumerate(("first_", "second_")):
-                absorb_operand(graph_module, context, node, i, "shuffle", changed, name)
+                operand = operand_before(graph_module, node.args[i])
+                if operand is not None:
+                    absorb_operand(
+                        graph_module, context, node, i, operand, "shuffle", changed, name
+                    )

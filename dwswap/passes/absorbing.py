@@ -1,6 +1,5 @@
 """What a reader of a value needs before it may apply the activation and the bias behind that value
-itself: those of absorb_activation, absorb_before_shuffle and
-absorb_before_pool."""
+itself: those of absorb_activation, absorb_before_shuffle and absorb_before_pool."""
 
 from __future__ import annotations
 
@@ -17,12 +16,13 @@ from dwswap.passes.context import Context
 from dwswap.plain import has_kernels
 
 __all__ = [
+    "Operand",
     "Refusal",
     "absorb_operand",
     "activation_refusal",
     "bias_refusal",
     "erase",
-    "gives_kernels",
+    "operand_before",
     "rewritten",
 ]
 
@@ -84,15 +84,19 @@ def bias_refusal(
     return None
 
 
-def gives_kernels(graph_module: fx.GraphModule, source: object) -> bool:
-    """Whether ``source`` is what a convolution, or an activation behind it, makes of weights that
-    are where our kernels are."""
+Operand: TypeAlias = tuple[ActivationCall | None, AffineCall, Tensor]
+"""An activation, the convolution in front of it, and that one's weight."""
+
+
+def operand_before(graph_module: fx.GraphModule, source: object) -> Operand | None:
+    """What makes ``source``, where it is a convolution, or an activation behind one, of weights
+    that are where our kernels are."""
     found = activation_call(graph_module, source)
     producer = affine_call(graph_module, source if found is None else found.input)
     if producer is None or producer.depthwise or producer.spatial != 2:
-        return False
+        return None
     weight = value_of(graph_module, producer.weight)
-    return weight is not None and has_kernels(weight)
+    return None if weight is None or not has_kernels(weight) else (found, producer, weight)
 
 
 def absorb_operand(
@@ -100,19 +104,16 @@ def absorb_operand(
     context: Context,
     node: fx.Node,
     position: int,
+    operand: Operand,
     kind: str,
     changed: Set[int],
     prefix: str = "",
 ) -> None:
-    """Let ``node`` apply what is between a convolution and the image that it reads at ``position``:
-    an activation, as its argument ``{prefix}activation``, and the convolution's bias, as
-    ``{prefix}bias``. Writes what it did, and why not, to ``context.changes``, as ``kind``."""
-    source = node.args[position]
-    if not gives_kernels(graph_module, source):
-        return
-    found = activation_call(graph_module, source)
-    producer = affine_call(graph_module, source if found is None else found.input)
-    assert producer is not None
+    """Let ``node`` apply what is between a convolution and the image that it reads at ``position``,
+    its ``operand``: an activation, as its argument ``{prefix}activation``, and the convolution's
+    bias, as ``{prefix}bias``. Writes what it did, and why not, to ``context.changes``, as ``kind``.
+    """
+    found, producer, weight = operand
     if found is not None:
         refusal = activation_refusal(graph_module, found, node)
         if refusal is not None:
@@ -124,7 +125,6 @@ def absorb_operand(
         erase(context, found)
     if producer.bias is None:
         return
-    weight = value_of(graph_module, producer.weight)
     refusal = bias_refusal(graph_module, producer, weight, changed)
     context.retract(producer.node, "bias")
     context.note(producer.node, "bias", node, *(refusal or ("absorbed",)))
