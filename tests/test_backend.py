@@ -196,6 +196,7 @@ def test_weights_that_change_in_place_count() -> None:
         torch.testing.assert_close(fast(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("freezing")
 def test_freezing_with_inductor() -> None:
     model, x = InvertedResidual().eval(), image()

@@ -117,6 +117,7 @@ def test_no_activation(tmp_path, capsys):
     assert "leave out --activation" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_readme_shows_whole_runs_only(tmp_path):
     assert command(tmp_path, "--layout", "channels_last") == 0
     (path,) = tmp_path.glob("*.json")

@@ -53,12 +53,14 @@ def run(name, us=2000.0, **changes) -> Measured:
     return Measured(name, **({"us": us, "images_per_second": 1e6 * 256 / us} | changes))
 
 
-def peer(name, plain, compiled, **changes) -> Measured:
-    return run(name, speedups={"dwswap": plain, "dwswap_compile": compiled}, **changes)
+def peer(name, plain, captured, compiled, **changes) -> Measured:
+    by = {"dwswap": plain, "dwswap_graph": captured, "dwswap_compile": compiled}
+    return run(name, speedups=by, **changes)
 
 
 def result(*peers: Measured, **changes) -> TrainingResult:
-    ours = run("dwswap", 90_000.0, peak_bytes=12_000_000_000), run("dwswap_compile", 70_000.0)
+    ours = [run("dwswap", 90_000.0, peak_bytes=12_000_000_000)]
+    ours += [run("dwswap_graph", 80_000.0), run("dwswap_compile", 70_000.0)]
     values = {
         **CASE._replace(model="mobilenet_v2", batch=256, size=224)._asdict(),
         "summary": "17 of 52",
@@ -95,20 +97,23 @@ def test_classifiers():
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        (["auto"], ["eager", "compile"]),
-        (["all", "none"], ["eager", "compile"]),
+        (["auto"], ["eager", "eager_graph", "compile"]),
+        (["all", "none"], ["eager", "eager_graph", "compile"]),
         (["compile", "eager"], ["eager", "compile"]),
         (["eager"], ["eager"]),
         (["none"], []),
     ],
 )
 def test_peers(asked, expected):
-    assert training_peers(asked) == expected
+    assert training_peers(asked, cuda=True) == expected
+    expected = [name for name in expected if name != "eager_graph"]
+    assert training_peers(asked, cuda=False) == expected
 
 
 def test_peers_of_forwards_only():
-    with pytest.raises(ValueError, match=r"among none, auto, all, eager, compile, got 'fx_fuse'"):
-        training_peers(["eager", "fx_fuse"])
+    known = r"among none, auto, all, eager, eager_graph, compile, got 'fx_fuse'"
+    with pytest.raises(ValueError, match=known):
+        training_peers(["eager", "fx_fuse"], cuda=True)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +126,8 @@ def test_peers_of_forwards_only():
         (Case("efficientnet_b0", 256, "float16", "contiguous"), "eager", 1.0),
         (Case("mobilenet_v2", 256, "float16", "contiguous", 128), "eager", 1.0),
         (Case("maxvit_t", 8, "bfloat16", "contiguous"), "compile", 0.97),
+        (Case("efficientnet_b0", 128, "float16", "contiguous"), "eager_graph", 1.15),
+        (Case("maxvit_t", 8, "bfloat16", "contiguous"), "eager_graph", 1.0),
         (Case("maxvit_t", 8, "bfloat16", "contiguous"), "dwswap_compile", None),
     ],
 )
@@ -353,32 +360,36 @@ def record(path: Path) -> TrainingRecord:
 
 
 ROWS = [
-    result(peer("eager", 1.15, 1.6, peak_bytes=13_000_000_000), peer("compile", 0.8, 0.96)),
     result(
-        peer("eager", 1.05, 1.5, peak_bytes=11_000_000_000),
+        peer("eager", 1.15, 1.3, 1.6, peak_bytes=13_000_000_000),
+        peer("eager_graph", 0.9, 1.125, 1.2),
+        peer("compile", 0.8, 0.9, 0.96),
+    ),
+    result(
+        peer("eager", 1.05, 1.3, 1.5, peak_bytes=11_000_000_000),
         Measured("compile", reason="no compiler"),
         model="efficientnet_b0",
         batch=128,
     ),
-    result(peer("eager", 0.9, 1.5), dtype="bfloat16"),
+    result(peer("eager", 0.9, 1.2, 1.5), dtype="bfloat16"),
 ]
 
 
 def test_markdown():
     assert training_markdown(ROWS) == [
-        "Milliseconds per step, and how many times faster dwswap is than each, without / with "
-        "`torch.compile` (in parentheses the target: without over eager, with over compile), and "
-        "the peak memory of a step without:",
+        "Milliseconds per step, and how many times faster dwswap is than each peer if it is run as "
+        "that is (in parentheses the target; a CUDA graph shows what the GPU takes where Python "
+        "does not keep up), and the peak memory of a step without graph or compiler:",
         "",
-        "| model | batch | dtype | layout | dwswap ms | compile(dwswap) ms | images/s | over eager "
-        "| over compile | peak MB | eager's |",
-        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| mobilenet_v2 | 256 | float16 | channels_last | 90.00 | 70.00 | 3,657 "
-        "| 1.15 / 1.60 (1.12) | **0.80 / 0.96 (0.97)** | 12,000 | 13,000 |",
-        "| efficientnet_b0 | 128 | float16 | channels_last | 90.00 | 70.00 | 3,657 "
-        "| **1.05 / 1.50 (1.08)** | failed | **12,000** | 11,000 |",
-        "| mobilenet_v2 | 256 | bfloat16 | channels_last | 90.00 | 70.00 | 3,657 "
-        "| **0.90 / 1.50** |  | 12,000 |  |",
+        "| model | batch | dtype | layout | dwswap ms | CUDA graph ms | compile(dwswap) ms "
+        "| images/s | over eager | over eager, CUDA graph | over compile | peak MB | eager's |",
+        "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| mobilenet_v2 | 256 | float16 | channels_last | 90.00 | 80.00 | 70.00 | 3,657 "
+        "| 1.15 (1.12) | 1.12 (1.12) | **0.96 (0.97)** | 12,000 | 13,000 |",
+        "| efficientnet_b0 | 128 | float16 | channels_last | 90.00 | 80.00 | 70.00 | 3,657 "
+        "| **1.05 (1.08)** |  | failed | **12,000** | 11,000 |",
+        "| mobilenet_v2 | 256 | bfloat16 | channels_last | 90.00 | 80.00 | 70.00 | 3,657 "
+        "| **0.90** |  |  | 12,000 |  |",
     ]
     assert training_markdown([]) == ["Nothing was measured."]
 
@@ -413,8 +424,8 @@ def test_readme_merges_records(tmp_path, readme_table):
     (tmp_path / "two.png").touch()
     text = readme_table.section(tmp_path)
     assert text.count("on Some GPU (`dwswap bench models --train`)") == 1
-    assert "1.15 / 1.60 (1.12)" in text
-    assert "**1.05 / 1.50 (1.08)**" in text
+    assert "| 1.15 (1.12)" in text
+    assert "**1.05 (1.08)**" in text
     assert "![Times faster than each peer](benchmarks/results/two.png)" in text
     assert "one.png" not in text
     # Forwards have a table of their own.
@@ -504,7 +515,7 @@ def test_command_defaults(tmp_path, monkeypatch):
 
     def measure(self, case, peers):
         seen.append((case, tuple(peers)))
-        return result(peer("eager", 2.0, 2.0), **case._asdict())
+        return result(peer("eager", 2.0, 2.0, 2.0), **case._asdict())
 
     monkeypatch.setattr(ModelBench, "measure", measure)
     given = ["bench", "models", "--train", "--device", "cpu", "--output", str(tmp_path)]

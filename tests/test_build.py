@@ -373,6 +373,7 @@ def fresh_process(code: str, argument: Path) -> subprocess.CompletedProcess[str]
     return process
 
 
+@pytest.mark.slow
 def test_a_real_library_builds_and_a_second_process_has_it_at_once(tmp_path, monkeypatch):
     if torch.version.cuda is None:
         pytest.skip("this PyTorch is built without CUDA")

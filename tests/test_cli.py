@@ -379,6 +379,7 @@ def test_demo(tmp_path, capsys, wide):
     assert os.listdir(tmp_path / "out") == ["report.json"]
 
 
+@pytest.mark.slow
 def test_demo_own_image_and_weights(tmp_path, capsys, wide):
     torchvision = pytest.importorskip("torchvision")
     image = pytest.importorskip("PIL.Image")

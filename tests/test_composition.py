@@ -75,7 +75,7 @@ def test_every_way_of_optimizing_exports(how: dict[str, bool], strict: bool) -> 
     torch.testing.assert_close(program.module()(x), copy.deepcopy(model)(x))
 
 
-@pytest.mark.parametrize("of_program", [False, True])
+@pytest.mark.parametrize("of_program", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_save_and_load_in_a_fresh_process(tmp_path: Path, of_program: bool) -> None:
     model, x = InvertedResidual().eval(), image()
     if of_program:
@@ -263,8 +263,15 @@ def test_functional_calls_beside_observers_stay() -> None:
 # --- several processes --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        pytest.param("ddp", "gloo", marks=pytest.mark.slow),
+        ("fsdp", "gloo"),
+        pytest.param("ddp", "nccl", marks=pytest.mark.gpu),
+        pytest.param("fsdp", "nccl", marks=pytest.mark.gpu),
+    ],
+)
 def test_two_processes(kind: str, backend: str) -> None:
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")

@@ -13,7 +13,7 @@ pytest.importorskip("PIL")
 
 
 def test_export_and_serve_and_classify(tmp_path: Path) -> None:
-    arguments = ["--model", "shufflenet_v2_x0_5", "--format", "aoti", "--batch", "3"]
+    arguments = ["--model", "mnasnet0_5", "--format", "aoti", "--batch", "3"]
     done = run_example("export_and_serve.py", *arguments, "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "the same class for 3 of 3 pictures" in done.stdout

@@ -16,6 +16,7 @@ import dwswap
 # train_digits
 
 
+@pytest.mark.slow
 def test_train_digits(tmp_path):
     pytest.importorskip("torchvision")
     pytest.importorskip("sklearn")
@@ -201,6 +202,7 @@ def test_two_processes_train_distributed(device, epochs):
     assert "2 ranks: parameters are equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_train_distributed_sees_parameters_that_differ(tmp_path):
     pytest.importorskip("torchvision")
     script = tmp_path / "differ.py"

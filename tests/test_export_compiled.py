@@ -94,6 +94,7 @@ def test_example_inputs_that_cannot_be_described():
         InputSpecs.of_program(program)
 
 
+@pytest.mark.slow
 def test_a_package(tmp_path: Path) -> None:
     fast = dwswap.optimize(Block().eval())
     path = save(fast, tmp_path / "m.pt2", image(), format="aoti", dynamic_batch=True)

@@ -79,7 +79,7 @@ def test_parameters_that_need_no_copy_are_not_changed(tmp_path: Path) -> None:
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("format", ["pt2", "aten", "onnx"])
+@pytest.mark.parametrize("format", ["pt2", "aten", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_dynamic_sizes(tmp_path: Path, format: str) -> None:
     if format == "onnx":
         pytest.importorskip("onnxscript")

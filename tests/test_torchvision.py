@@ -166,7 +166,13 @@ def check(name: str, size: int) -> None:
         assert errors.ours <= max(1e-4 * scale, apart)
 
 
-SLOW = ("efficientnet_v2_s", "fasterrcnn_mobilenet_v3_large_320_fpn", "maxvit_t")
+SLOW = (
+    "deeplabv3_mobilenet_v3_large",
+    "efficientnet_v2_s",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "lraspp_mobilenet_v3_large",
+    "maxvit_t",
+)
 
 
 @pytest.mark.parametrize(

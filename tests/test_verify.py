@@ -196,6 +196,7 @@ def tap_by_tap(
     return after(output if bias is None else output + bias.view(-1, 1, 1))
 
 
+@pytest.mark.slow
 def test_one_logit_is_not_judged_by_luck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "apply", lambda plain, *args: tap_by_tap(*args))
     for seed in range(20):

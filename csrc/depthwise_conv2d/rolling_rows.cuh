@@ -77,9 +77,10 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
       x[i][kw] = inside ? widen(input[offset + kw * dilation_w]) : 0.0f;
     }
   }
+  // Out of the way of what has none: its code is the most of the kernel, and has to be fetched.
+  if (a.transforms_input) [[unlikely]] {
 #pragma unroll
-  for (int i = 0; i < Traits::kInputRows; ++i) {
-    if (a.transforms_input) {
+    for (int i = 0; i < Traits::kInputRows; ++i) {
       const bool row_inside =
           static_cast<unsigned>(ih + i * dilation_h) < static_cast<unsigned>(a.in_h);
 #pragma unroll
@@ -92,6 +93,9 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
         if (!inside) x[i][kw] = 0.0f;
       }
     }
+  }
+#pragma unroll
+  for (int i = 0; i < Traits::kInputRows; ++i) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int kh = i - r * S;

@@ -44,6 +44,8 @@ class Runner:
         layout: None for that of the user's model.
         cuda: makes sense on CUDA only.
         compiled: leaves something in Dynamo's caches.
+        captured: a step of training goes into a CUDA graph as a whole; a forward is up to
+            ``build``.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Runner:
     layout: str | None = None
     cuda: bool = False
     compiled: bool = False
+    captured: bool = False
 
 
 def takes(argument: str) -> bool:

@@ -94,8 +94,10 @@ class Subject:
         images = self.images.contiguous(memory_format=self.layout(runner))
         return list(images) if self.detects else images
 
-    def call(self, forward: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
-        """What is timed of ``forward``, which was built to be called with ``argument``."""
+    def call(
+        self, runner: Runner, forward: Callable[[Any], Any], argument: Any
+    ) -> Callable[[], Any]:
+        """What is timed of ``forward``, which ``runner`` built to be called with ``argument``."""
         return partial(forward, argument)
 
     def check(self, run: Run, runner: Runner, forward: Callable[[Any], Any]) -> None:

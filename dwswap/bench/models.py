@@ -152,7 +152,7 @@ class ModelBench:
             synchronize(self.device)
             built = time.perf_counter()
             del model
-            call = subject.call(forward, argument)
+            call = subject.call(runner, forward, argument)
             call()
             synchronize(self.device)
             called = time.perf_counter()

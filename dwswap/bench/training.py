@@ -23,7 +23,7 @@ class TrainingBench(ModelBench):
     result: ClassVar[type[ModelResult]] = TrainingResult
 
     def _ours(self, subject: Subject, peers: Sequence[str]) -> list[str]:
-        """The plain one, and the compiled one where the original is compiled too."""
+        """The plain one, and those that are run as one of ``peers`` is."""
         return [ours for peer, ours in TRAINING_PEERS.items() if ours == "dwswap" or peer in peers]
 
     def _subject(self, case: Case) -> Subject:

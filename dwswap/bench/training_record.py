@@ -44,9 +44,9 @@ def training_markdown(results: Sequence[ModelResult]) -> list[str]:
     if not results:
         return ["Nothing was measured."]
     return [
-        "Milliseconds per step, and how many times faster dwswap is than each, without / with "
-        "`torch.compile` (in parentheses the target: without over eager, with over compile), and "
-        "the peak memory of a step without:",
+        "Milliseconds per step, and how many times faster dwswap is than each peer if it is run as "
+        "that is (in parentheses the target; a CUDA graph shows what the GPU takes where Python "
+        "does not keep up), and the peak memory of a step without graph or compiler:",
         "",
         *markdown_table(training_rows(results), left=("model", "dtype", "layout")),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dwswap.bench.model_peers import RUNNERS, Runner, eager
@@ -15,20 +15,25 @@ __all__ = ["TRAINERS", "TRAINING_PEERS", "TrainingResult", "training_peers"]
 TRAINERS: dict[str, Runner] = {
     "dwswap": RUNNERS["dwswap"],
     "dwswap_compile": RUNNERS["dwswap_compile"],
+    "dwswap_graph": replace(
+        RUNNERS["dwswap"], title="dwswap, CUDA graph", cuda=True, captured=True
+    ),
     "eager": Runner("eager", eager),
+    "eager_graph": Runner("eager, CUDA graph", eager, cuda=True, captured=True),
     "compile": RUNNERS["compile"],
 }
 """As ``RUNNERS``, for models in train mode, all in the layout of the user's model."""
 
-TRAINING_PEERS = {"eager": "dwswap", "compile": "dwswap_compile"}
-"""Each peer with ours run as it is: that pair has a target."""
+TRAINING_PEERS = {"eager": "dwswap", "eager_graph": "dwswap_graph", "compile": "dwswap_compile"}
+"""Each peer with ours run as it is: that pair is compared, and has a target."""
 
 
-def training_peers(asked: Sequence[str]) -> list[str]:
+def training_peers(asked: Sequence[str], *, cuda: bool) -> list[str]:
     """Names of the peers to measure next to ours.
 
     Args:
         asked: names out of ``TRAINING_PEERS``, or ``auto``, ``all``, ``none``.
+        cuda: without it those that need CUDA are left out.
 
     Raises:
         ValueError: a name that no step of training can be run by.
@@ -40,7 +45,7 @@ def training_peers(asked: Sequence[str]) -> list[str]:
     if unknown:
         known = ", ".join([*sets, *TRAINING_PEERS])
         raise ValueError(f"peers of a training step must be among {known}, got {unknown[0]!r}")
-    return [name for name in TRAINING_PEERS if name in wanted]
+    return [name for name in TRAINING_PEERS if name in wanted and (cuda or not TRAINERS[name].cuda)]
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,17 @@ class TrainingResult(ModelResult):
 
     runners: ClassVar[Mapping[str, Runner]] = TRAINERS
     ours: ClassVar[tuple[str, ...]] = tuple(TRAINING_PEERS.values())
-    ours_heads: ClassVar[tuple[str, ...]] = ("dwswap", "compile(dwswap)")
+    ours_heads: ClassVar[tuple[str, ...]] = ("dwswap", "CUDA graph", "compile(dwswap)")
     eager: ClassVar[tuple[str, ...]] = ("eager",)
-    basis: ClassVar[str] = "a step of training: dwswap over eager, compile(dwswap) over compile"
+    basis: ClassVar[str] = "a step of training, ours run as the peer is"
     by_batch: ClassVar[bool] = False
 
     loss_limit: float | None = None
 
-    def best_speedup(self, peer: str) -> float | None:
-        """That of ours run as the peer is: compiled over compiled, else eager over eager."""
-        return self.speedups(peer).get(TRAINING_PEERS.get(peer, ""))
+    def speedups(self, peer: str) -> dict[str, float]:
+        """That of ours run as the peer is: compiled over compiled, captured over captured."""
+        mine = TRAINING_PEERS.get(peer)
+        return {name: by for name, by in super().speedups(peer).items() if name == mine}
 
     def goal(self, peer: str) -> float | None:
         return training_target(self.case, peer)

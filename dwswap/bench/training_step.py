@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Step", "without_randomness"]
+__all__ = ["CapturedStep", "Step", "without_randomness"]
 
 RATE = 1e-3
 """So low that the same images over and over leave everything finite."""
 
 MOMENTUM = 0.9
+
+WARM_UP = 3
+"""Steps before a capture: they choose algorithms and allocate what the optimizer keeps."""
 
 RANDOM = {"StochasticDepth": "p", "DropPath": "drop_prob"}
 """Attributes with the probability, by the names of the classes of torchvision and timm."""
@@ -38,6 +41,9 @@ class Step:
         TypeError: ``model`` has no parameters to train, as it is no module.
     """
 
+    fused: ClassVar[bool | None] = None
+    """Of the optimizer: None for its default."""
+
     def __init__(
         self,
         model: Callable[[Tensor], Any],
@@ -51,7 +57,9 @@ class Step:
         self.model = model
         self._images, self._labels = images, labels
         self._dtype = dtype
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+        self._optimizer = torch.optim.SGD(
+            model.parameters(), lr=RATE, momentum=MOMENTUM, fused=self.fused
+        )
         self._scaler = torch.amp.GradScaler(
             images.device.type, init_scale=scale, enabled=dtype is torch.float16
         )
@@ -78,6 +86,41 @@ class Step:
         if self._dtype.itemsize > 2:
             return nullcontext()
         return torch.autocast(self._images.device.type, self._dtype)
+
+
+class CapturedStep(Step):
+    """The same step, all of it in a CUDA graph: what the GPU takes where Python keeps up.
+
+    The first call is the first step from the weights as they are when this is made. The optimizer
+    is the fused one, as only that looks on the GPU whether gradients are finite.
+
+    Args:
+        model, images, labels, dtype, scale: see ``Step``; on a CUDA device.
+    """
+
+    fused = True
+
+    def __init__(self, model: Callable[[Tensor], Any], *arguments: Any) -> None:
+        super().__init__(model, *arguments)
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        scaler = self._scaler.state_dict()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                super().__call__()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = super().__call__()
+        self.model.load_state_dict(weights)
+        self._scaler.load_state_dict(scaler)
+        for state in self._optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+    def __call__(self) -> Tensor:
+        self._graph.replay()
+        return self._loss
 
 
 def without_randomness(model: nn.Module) -> nn.Module:

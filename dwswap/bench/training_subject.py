@@ -17,7 +17,7 @@ from dwswap.bench.model_peers import Runner
 from dwswap.bench.model_results import Measured
 from dwswap.bench.model_subject import Run, Subject, collect
 from dwswap.bench.training_results import TrainingResult
-from dwswap.bench.training_step import Step, without_randomness
+from dwswap.bench.training_step import CapturedStep, Step, without_randomness
 
 __all__ = ["TrainingSubject", "gradient_error"]
 
@@ -95,8 +95,9 @@ class TrainingSubject(Subject):
         """A copy of the model that draws no random numbers."""
         return without_randomness(copy.deepcopy(self.model))
 
-    def call(self, forward: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
-        return Step(forward, argument, self.labels, DTYPES[self.case.dtype], self.scale)
+    def call(self, runner: Runner, forward: Callable[[Any], Any], argument: Any) -> Step:
+        kind = CapturedStep if runner.captured else Step
+        return kind(forward, argument, self.labels, DTYPES[self.case.dtype], self.scale)
 
     def check(self, run: Run, runner: Runner, forward: Callable[[Any], Any]) -> None:
         """As for forwards, of a model that is built again: ``run`` has random numbers, and has
@@ -106,15 +107,15 @@ class TrainingSubject(Subject):
             return
         model = self.fixed().to(memory_format=self.layout(runner))
         argument = self.argument(runner)
-        run.error, run.loss_error = self.step_errors(runner.build(model, argument))
+        step = self.call(runner, runner.build(model, argument), argument)
+        run.error, run.loss_error = self.step_errors(step)
 
-    def step_errors(self, forward: Callable[[Any], Any]) -> tuple[float, float]:
-        """The errors of the gradients and of the loss of one step, which changes the weights.
+    def step_errors(self, step: Step) -> tuple[float, float]:
+        """The errors of the gradients and of the loss of the first step, which this takes.
 
         Raises:
             ValueError: gradients of another number or shape, or not finite, or a loss that is not.
         """
-        step = Step(forward, self.images, self.labels, DTYPES[self.case.dtype], self.scale)
         # For randomness that ``fixed`` does not know: at least the same in every step.
         torch.manual_seed(0)
         loss = float(step())
@@ -130,7 +131,10 @@ class TrainingSubject(Subject):
         """Set ``scale`` and the errors of the model as it is; raises where none is finite."""
         while True:
             try:
-                self.eager_error, self.eager_loss_error = self.step_errors(self.fixed())
+                step = Step(
+                    self.fixed(), self.images, self.labels, DTYPES[self.case.dtype], self.scale
+                )
+                self.eager_error, self.eager_loss_error = self.step_errors(step)
                 break
             except ValueError:
                 if self.case.dtype != "float16" or self.scale <= 1:

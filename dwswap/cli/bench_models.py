@@ -88,7 +88,7 @@ TRAINING = Kind(
     TrainingRecord,
     TrainingBench,
     classifiers,
-    "Training: times faster than each peer, without / with torch.compile",
+    "Training: times faster than each peer, if run as that is",
     training_rows,
 )
 
@@ -110,7 +110,8 @@ def add_parser(targets: Any) -> None:
     parser.add_argument(
         "--train",
         action="store_true",
-        help="time steps of training, next to eager in the same layout and torch.compile",
+        help="time steps of training, ours and PyTorch's in the same layout, each eager, in a CUDA "
+        "graph, and compiled",
     )
     parser.add_argument(
         "--models",
@@ -146,7 +147,7 @@ def add_parser(targets: Any) -> None:
         metavar="PEER",
         help=f"{', '.join(peers)}; all: these without max_autotune; eager: {' and '.join(EAGER)}; "
         "auto (default): one mode of torch.compile per batch size, as compiling takes most of the "
-        f"time; none. With --train: {', '.join(TRAINING_PEERS)}, auto (default, both), none",
+        f"time; none. With --train: {', '.join(TRAINING_PEERS)}, auto (default, all of them), none",
     )
     parser.add_argument(
         "--max-autotune", action="store_true", help="add max_autotune: minutes per case"
@@ -223,7 +224,7 @@ def _check_training(args: argparse.Namespace, asked: Sequence[str]) -> None:
     if args.max_autotune:
         raise CliError("--max-autotune: is of forwards, not of steps of training (--train)")
     try:
-        training_peers(asked)
+        training_peers(asked, cuda=True)
     except ValueError as error:
         raise CliError(f"--peers: {error}") from error
 
@@ -273,9 +274,9 @@ def _measure(
     device = bench_device(args.device)
 
     def peers(case: Case) -> list[str]:
-        if args.train:
-            return training_peers(asked)
         cuda = device.type == "cuda"
+        if args.train:
+            return training_peers(asked, cuda=cuda)
         return chosen_peers(asked, case.batch, cuda=cuda, max_autotune=args.max_autotune)
 
     left = record.left(cases)
