@@ -453,6 +453,7 @@ def colours(path: Path) -> set[str]:
     return {"#{:02x}{:02x}{:02x}".format(*pixel) for _, pixel in found}
 
 
+@pytest.mark.slow
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("PIL")

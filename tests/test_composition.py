@@ -281,6 +281,7 @@ def test_two_processes(kind: str, backend: str) -> None:
     assert output.count("36 tensors are equal") == 2
 
 
+@pytest.mark.slow
 def test_a_sharded_model_is_refused_or_left_alone() -> None:
     code = (
         "import os, torch, dwswap, torch.distributed as dist\n"

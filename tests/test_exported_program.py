@@ -538,6 +538,7 @@ def test_a_second_optimize_changes_nothing() -> None:
 # --- whole models -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_mobilenet_v3(dialect: Dialect) -> None:

@@ -76,6 +76,7 @@ def no_child_is_left() -> bool:
     return not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_every_job_is_measured_once_with_the_switches_of_the_parent(monkeypatch):
     monkeypatch.setenv("DWSWAP_FAMILY", "general")
     before = algorithms()

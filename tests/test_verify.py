@@ -205,6 +205,7 @@ def test_one_logit_is_not_judged_by_luck(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(dwswap.report(fast).swapped) == 4
 
 
+@pytest.mark.slow
 def test_one_logit_shows_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where each layer, on its own, was found right."""
     right = registration.apply
