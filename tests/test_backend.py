@@ -320,6 +320,7 @@ def test_unknown_options(given: dict[str, Any], message: str) -> None:
         backend._inductor_options(**{"mode": None, "options": None} | given)
 
 
+@pytest.mark.slow
 def test_the_entry_point(tmp_path: Path) -> None:
     """As an installed package: its metadata is all that makes the name known."""
     project = (ROOT / "pyproject.toml").read_text()

@@ -580,6 +580,7 @@ def test_plot(tmp_path):
 # the command
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys, wide):
     assert command(tmp_path, "--batch", "1", "2", "--profile", "--peers", "eager", "fx_fuse") == 0
     names = sorted(path.name for path in tmp_path.iterdir())

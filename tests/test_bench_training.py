@@ -469,6 +469,7 @@ def command(folder: Path, *arguments: str) -> int:
     return main([*given, "--output", str(folder), *model, *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiles", "wide")
 def test_command(tmp_path, capsys):
     assert command(tmp_path, "--dtype", "bfloat16") == 0

@@ -230,6 +230,7 @@ def held(machine):
     go.touch()  # lets go of every compiler that a failed test leaves behind
 
 
+@pytest.mark.slow
 def test_two_processes_build_once(held):
     first = start_build(held)
     wait_until(lambda: len(held.toolkit.compiled) == 2)

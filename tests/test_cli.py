@@ -69,6 +69,7 @@ def test_no_command_is_an_error(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_python_dash_m():
     done = subprocess.run(
         [sys.executable, "-m", "dwswap", "explain", "mobilnet_v2"],
@@ -317,6 +318,7 @@ def test_export(own, tmp_path, capsys, wide, name, options, saved):
     assert loaded(x).shape == (3, 6, 18, 28)
 
 
+@pytest.mark.slow
 def test_export_torchvision_on_a_photograph(tmp_path, capsys, wide):
     pytest.importorskip("sklearn")
     pytest.importorskip("torchvision")

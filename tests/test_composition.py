@@ -75,7 +75,8 @@ def test_every_way_of_optimizing_exports(how: dict[str, bool], strict: bool) -> 
     torch.testing.assert_close(program.module()(x), copy.deepcopy(model)(x))
 
 
-@pytest.mark.parametrize("of_program", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("of_program", [False, True])
 def test_save_and_load_in_a_fresh_process(tmp_path: Path, of_program: bool) -> None:
     model, x = InvertedResidual().eval(), image()
     if of_program:

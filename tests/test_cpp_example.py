@@ -12,6 +12,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("PIL")
 
 
+@pytest.mark.slow
 def test_export_and_serve_and_classify(tmp_path: Path) -> None:
     arguments = ["--model", "mnasnet0_5", "--format", "aoti", "--batch", "3"]
     done = run_example("export_and_serve.py", *arguments, "--output", str(tmp_path))

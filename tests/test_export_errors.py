@@ -244,6 +244,7 @@ def test_a_truncated_file(fast, tmp_path):
         load(path)
 
 
+@pytest.mark.slow
 def test_a_process_without_dwswap_says_what_is_missing(fast, tmp_path):
     path = save(fast, tmp_path / "m.pt2", image())
     code = "import sys, torch; torch.export.load(sys.argv[1])"
