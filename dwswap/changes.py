@@ -61,8 +61,9 @@ class Change:
     """One neighbour of a convolution or linear layer, and what became of it.
 
     Attributes:
-        kind: ``"batchnorm"``, ``"activation"``, ``"input_activation"``, ``"input_bias"``,
-            ``"bias"`` of a layer that gave its own to those after it, or kept it,
+        kind: ``"batchnorm"``, ``"scale"`` of a constant factor, ``"activation"``,
+            ``"input_activation"``, ``"input_bias"``, ``"bias"`` of a layer that gave its own to
+            those after it, or kept it,
             ``"squeeze_excitation"`` of the first layer of one, ``"pointwise"`` of a convolution
             that became a matrix product, ``"shuffle"`` or ``"pool"`` of one whose activation a
             channel shuffle or a mean took, or ``"inplace"`` of an activation in train mode.
@@ -86,7 +87,7 @@ class Change:
             return f"keeps its bias ({self.reason}: {self.detail})"
         if not self.done:
             return f"{self.subject} stays as it is ({self.reason}: {self.detail})"
-        if self.kind == "batchnorm":
+        if self.kind in ("batchnorm", "scale"):
             return f"folded {self.subject}"
         if self.kind == "input_bias":
             return f"absorbed the bias of {self.subject}"

@@ -37,13 +37,14 @@ def pointwise_product(input: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 def pointwise_residual(input: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    """``residual + conv2d(input, weight)`` for a weight ``(K, C, 1, 1)``; may change ``residual``.
+    """``residual + conv2d(input, weight)``, pointwise; may change ``residual``.
 
     The product is added to what the rows of ``residual`` hold (``beta * C`` in BLAS). Rounded
     once, not twice.
 
     Args:
         input: ``(N, C, H, W)``, of other memory than ``residual``.
+        weight: ``(K, C, 1, 1)`` of a convolution or ``(K, C)`` of a linear layer.
         residual: ``(N, K, H, W)``.
     """
     if _are_alike(input, weight, residual) and _fits(input, weight, residual):
@@ -51,7 +52,7 @@ def pointwise_residual(input: Tensor, weight: Tensor, residual: Tensor) -> Tenso
         if rows is not None and sums is not None:
             sums.addmm_(rows, weight.flatten(1).t())
             return residual
-    return residual + F.conv2d(input, weight)
+    return residual + F.conv2d(input, weight[..., None, None] if weight.dim() == 2 else weight)
 
 
 def suits(tensor: Tensor) -> bool:

@@ -274,10 +274,12 @@ class Report:
         # Biases before a shuffle or a mean are noted by the layers that gave them alone.
         biases = len([c for c in changes if c.kind == "bias" and c.reason == "absorbed"])
         blocks, products = done["squeeze_excitation"], done["pointwise"]
+        activations = sum(done[kind] for kind in _ABSORBED)
         return (
             f"{self.calls_before} calls of operations per forward before, {self.calls_after} now; "
-            f"folded {done['batchnorm']} BatchNorm, absorbed "
-            f"{sum(done[kind] for kind in _ABSORBED)} activations and {biases} biases"
+            f"folded {done['batchnorm']} BatchNorm"
+            + (f" and {done['scale']} factors" if done["scale"] else "")
+            + f", absorbed {activations} activations and {biases} biases"
             + (f", pushed {pushed} biases on" if pushed else "")
             + (f", made {blocks} squeeze-and-excitations one call each" if blocks else "")
             + (f", made {products} pointwise convolutions matrix products" if products else "")

@@ -95,7 +95,8 @@ def _verify(
     def checked(layer: Layer) -> Layer:
         if layer.path in failed:
             # What it had absorbed are calls of their own again.
-            changes = tuple(c for c in layer.changes if c.kind == "batchnorm" or not c.done)
+            folds = ("batchnorm", "scale")
+            changes = tuple(c for c in layer.changes if c.kind in folds or not c.done)
             layer = dataclasses.replace(layer, changes=changes).decided("kept", "verify_failed")
         return dataclasses.replace(layer, errors=errors.get(layer.path))
 

@@ -300,7 +300,7 @@ class Tensors(nn.Module):
         self.register_buffer("gain", torch.randn(8, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.second(self.first(x) * self.gain) + self.offset
+        x = self.second(self.first(x).abs() * self.gain) + self.offset
         return x + torch.tensor([2.0])
 
 

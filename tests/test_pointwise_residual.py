@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from test_memory_format import same
 from test_push_bias import chain, inverted, pointwise
-from test_torchvision import build_with_data
+from test_torchvision import build_with_data, models
 from tiny_models import depthwise, image
 from torch import Tensor, nn
 
 import dwswap
+from dwswap.bench.random_weights import randomize
 from dwswap.pointwise import pointwise_residual
 
 
@@ -161,3 +162,63 @@ def test_mobilenet() -> None:
     with torch.no_grad():
         expected = model(x)
         assert float((fast(x) - expected).abs().max() / expected.abs().max()) < 1e-12
+
+
+class Next(nn.Module):
+    """A block as ConvNeXt has it: its linear layers are on ``(N, H, W, C)``."""
+
+    def __init__(self, order: tuple[int, ...] = (0, 3, 1, 2), **options: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = depthwise(), nn.LayerNorm(8)
+        self.expand, self.project = nn.Linear(8, 16), nn.Linear(16, 8, **options)
+        self.order = order
+        nn.init.uniform_(self.conv.bias, -1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        y = self.project(F.gelu(self.expand(y)))
+        return x + torch.permute(y, self.order)
+
+
+@pytest.mark.usefixtures("products")
+def test_linear_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), Next(), Next(), Next(), nn.PReLU()).eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    # The last one keeps the biases of all.
+    assert fused(fast) == 2
+    with torch.no_grad():
+        for x in (image(8), image(8).to(memory_format=torch.channels_last), image(8)[:0]):
+            for result in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+                same(result(x), model(x))
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("order", [(0, 3, 2, 1), (0, 3, -3, 2)])
+def test_of_linear_layers_the_image_must_be_meant(order: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), Next(order, bias=False), nn.PReLU()).eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    assert fused(fast) == (order == (0, 3, -3, 2))
+    with torch.no_grad():
+        same(fast(image(8)), model(image(8)))
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("norm", [nn.LayerNorm(9), nn.Identity()])
+def test_onto_a_normalized_image(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.PReLU(), norm, Next(bias=False), nn.PReLU()).eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    assert fused(fast) == isinstance(norm, nn.LayerNorm)
+    with torch.no_grad():
+        same(fast(image(8)), model(image(8)))
+
+
+@pytest.mark.usefixtures("products")
+def test_convnext() -> None:
+    model = models.convnext_tiny(weights=None)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    randomize(model, images)
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    # Of each of the four stages the last block keeps the biases.
+    assert fused(fast) == 18 - 4
+    with torch.no_grad():
+        same(fast(images), model(images))

@@ -71,6 +71,17 @@ def pointwise(channels: int = 8, out: int = 8, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(channels, out, 1, **options)
 
 
+class OnLast(nn.Module):
+    """``layer`` on ``(N, H, W, C)``."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(torch.permute(x, [0, 2, 3, 1])).permute(0, 3, -3, 2)
+
+
 class Residual(nn.Module):
     """``x + body(x)``."""
 
@@ -105,6 +116,11 @@ PUSHED: dict[str, tuple[Callable[[], nn.Module], list[bool]]] = {
     "depthwise": (lambda: chain(depthwise()), [False]),
     "depthwise, doubled": (lambda: chain(depthwise(multiplier=2), pointwise(16, 8)), [False, True]),
     "depthwise, between": (lambda: chain(pointwise(), depthwise(), nn.ReLU()), [False, False]),
+    "permuted": (
+        lambda: chain(OnLast(nn.Linear(8, 6)), nn.Conv2d(6, 4, 1)),
+        [False, False, True],
+    ),
+    "permuted, depthwise": (lambda: chain(OnLast(nn.Linear(8, 8)), depthwise()), [False, False]),
     "dropout": (lambda: chain(nn.Dropout(0.5), nn.Identity(), pointwise()), [False, True]),
     "F.dropout": (lambda: chain(Apply(lambda x: F.dropout(x, 0.5, False)), pointwise()), [0, 1]),
     "pool": (

@@ -15,11 +15,13 @@ from dwswap.passes.absorb_before_shuffle import absorb_before_shuffle
 from dwswap.passes.channel_shuffle import fuse_shuffle
 from dwswap.passes.context import Context, GraphPass
 from dwswap.passes.fold_batchnorm import fold_batchnorm
+from dwswap.passes.fold_scale import fold_scale
 from dwswap.passes.memory_format import set_memory_format
 from dwswap.passes.pointwise_product import multiply_pointwise
 from dwswap.passes.pointwise_residual import fuse_residual
 from dwswap.passes.push_bias import push_bias
 from dwswap.passes.recompose_activation import recompose_activation
+from dwswap.passes.remove_identities import remove_identities
 from dwswap.passes.squeeze_excitation import fuse_squeeze_excitation
 from dwswap.passes.swap_depthwise import swap_depthwise
 
@@ -36,7 +38,9 @@ __all__ = [
 # run only where these have swapped something.
 EXACT_PASSES: tuple[GraphPass, ...] = (swap_depthwise,)
 INFERENCE_PASSES: tuple[GraphPass, ...] = (
+    remove_identities,
     fold_batchnorm,
+    fold_scale,
     recompose_activation,
     absorb_activation,
     fuse_squeeze_excitation,

@@ -20,24 +20,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from dwswap.passes.affine_call import AffineCall, Operand, affine_call, value_of
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
-from dwswap.passes.module_tree import add_parameters
+from dwswap.passes.folding import (
+    Refusal,
+    add_folded,
+    channel_groups,
+    layer_refusal,
+    range_refusal,
+    scaled,
+    tensor_refusal,
+)
 from dwswap.passes.norm_call import NormCall, norm_call
 from dwswap.passes.ranks import known_rank
 
 __all__ = ["fold_batchnorm"]
 
-Refusal = tuple[str, dict[str, object]]
-
 
 def fold_batchnorm(graph_module: fx.GraphModule, context: Context) -> None:
     """Fold in place; writes what it did, and why not, to ``context.changes``."""
     changed = changed_tensors(graph_module)
-    made: dict[tuple[Any, ...], tuple[str, str]] = {}
+    made: dict[tuple[Any, ...], tuple[str, str | None]] = {}
     for node in list(graph_module.graph.nodes):
         norm = norm_call(graph_module, node)
         if norm is None:
@@ -61,32 +67,19 @@ def _refusal(
     norm: NormCall,
     changed: set[int],
 ) -> Refusal | None:
-    refusal = norm.refusal or layer.refusal
+    refusal = norm.refusal or layer_refusal(context, layer)
     if refusal is not None:
         return refusal
-    report = context.layers.get(context.path_of(layer.node))
-    if report is not None and report.reason == "skipped":
-        return "skipped", {}
-    if len(layer.node.users) > 1:
-        return "other_users", {"value": layer.node.name}
-    if layer.depthwise and layer.option("activation") != "none":
-        return "activation_before", {}
     rank = norm.rank or known_rank(graph_module, layer.node, context)
     if rank != (layer.spatial + 2 if layer.spatial else 2):
         return "rank_unknown", {}
     operands = [layer.weight, layer.bias, *norm.operands]
     tensors = [value_of(graph_module, o) for o in operands if o is not None]
-    known = [tensor for tensor in tensors if tensor is not None]
-    if len(known) < len(tensors):
-        return "computed", {}
-    if any(id(tensor) in changed for tensor in known):
-        return "changed_in_graph", {}
-    for tensor in known:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            return "tensor_subclass", {"type": type(tensor).__name__}
-    weight = known[0]
-    if len({tensor.device for tensor in known if not tensor.is_meta}) > 1:
-        return "devices", {}
+    refusal = tensor_refusal(tensors, changed)
+    if refusal is not None:
+        return refusal
+    weight = tensors[0]
+    assert weight is not None
     dtypes = {t.dtype for t in (value_of(graph_module, o) for o in norm.operands) if t is not None}
     wide = weight.dtype in (torch.float16, torch.bfloat16) and dtypes == {torch.float32}
     if dtypes != {weight.dtype} and not wide:
@@ -100,7 +93,7 @@ def _fold(
     context: Context,
     layer: AffineCall,
     norm: NormCall,
-    made: dict[tuple[Any, ...], tuple[str, str]],
+    made: dict[tuple[Any, ...], tuple[str, str | None]],
 ) -> Refusal | None:
     old: tuple[Operand | None, ...] = (layer.weight, layer.bias, *norm.operands)
     tensors = [None if o is None else value_of(graph_module, o) for o in old]
@@ -108,21 +101,16 @@ def _fold(
     assert weight is not None
     assert mean is not None
     assert var is not None
-    groups = int(layer.option("groups") or 1) if layer.transposed else 1
-    channels = weight.shape[1] * groups if layer.transposed else weight.shape[0]
+    channels, groups = channel_groups(layer, weight)
     if any(t is not None and t.shape != (channels,) for t in tensors[1:]):
         return "channels", {"norm": mean.shape[0], "layer": channels}
     key = (layer.function, groups, norm.eps, *map(id, tensors))
     if key not in made:
         folded = _folded(weight, bias, mean, var, gain, shift, norm.eps, groups, layer.transposed)
-        if not _representable(folded, weight.dtype):
-            return "not_representable", {"dtype": str(weight.dtype).removeprefix("torch.")}
-        made[key] = add_parameters(
-            graph_module,
-            _path(layer.weight).rpartition(".")[0] or layer.node.name,
-            [t.to(t.device if context.values else "meta", weight.dtype) for t in folded],
-            [weight.requires_grad, (weight if bias is None else bias).requires_grad],
-        )
+        refusal = range_refusal(folded, weight.dtype)
+        if refusal is not None:
+            return refusal
+        made[key] = add_folded(graph_module, context, layer, (weight, bias), folded)
     context.note(layer.node, "batchnorm", norm.node, "folded")
     path = context.path_of(layer.node)
     new = layer.with_tensors(*made[key]).rewrite()
@@ -132,10 +120,6 @@ def _fold(
     norm.erase()
     context.release(layer.node, norm.node, *old)
     return None
-
-
-def _path(operand: Operand | None) -> str:
-    return str(operand.target) if isinstance(operand, fx.Node) else str(operand)
 
 
 @torch.no_grad()
@@ -156,21 +140,4 @@ def _folded(
     scale = scale if gain is None else scale * gain.double()
     moved = -mean.double() if bias is None else bias.double() - mean.double()
     moved = moved * scale if shift is None else moved * scale + shift.double()
-    wide = weight.double()
-    if transposed:  # (in, out / groups, ...), and the outputs of a group are neighbours
-        scale = scale.view(groups, 1, -1, *[1] * (wide.dim() - 2))
-        return (wide.unflatten(0, (groups, -1)) * scale).flatten(0, 1), moved
-    return wide * scale.view(-1, *[1] * (wide.dim() - 1)), moved
-
-
-def _representable(folded: tuple[Tensor, Tensor], dtype: torch.dtype) -> bool:
-    """Whether rounding to ``dtype`` costs no more than its precision: no overflow, no underflow
-    to speak of, neither next to the other weights nor next to the bias."""
-    if folded[0].is_meta or not folded[0].numel():
-        return True
-    rounded = [tensor.to(dtype).double() for tensor in folded]
-    if not all(bool(tensor.isfinite().all()) for tensor in rounded):
-        return False
-    scale = max(float(tensor.abs().max()) for tensor in folded)
-    error = max(float((a - b).abs().max()) for a, b in zip(folded, rounded, strict=True))
-    return error <= torch.finfo(dtype).eps * scale
+    return scaled(weight, scale, groups, transposed), moved

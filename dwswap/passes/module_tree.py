@@ -16,12 +16,13 @@ def add_parameters(
     path: str,
     tensors: Iterable[Tensor],
     requires_grad: Iterable[bool],
-) -> tuple[str, str]:
-    """Make ``tensors`` the weight and the bias of a new module beside ``path``; their paths."""
-    weight, bias = zip(tensors, requires_grad, strict=True)
-    parameters = {"weight": nn.Parameter(*weight), "bias": nn.Parameter(*bias)}
+) -> tuple[str, str | None]:
+    """Make ``tensors`` the weight, and the bias if there are two, of a new module beside ``path``;
+    their paths."""
+    made = [nn.Parameter(*given) for given in zip(tensors, requires_grad, strict=True)]
+    parameters = dict(zip(("weight", "bias"), made, strict=False))
     where = _add_holder(graph_module, path, "_folded", parameters)
-    return f"{where}.weight", f"{where}.bias"
+    return f"{where}.weight", f"{where}.bias" if len(made) > 1 else None
 
 
 def add_parameter(

@@ -21,6 +21,7 @@ from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
 from dwswap.passes.count_calls import does_nothing
 from dwswap.passes.padding import is_symmetric, is_unpadded
+from dwswap.passes.permutation import moved, permutation
 
 __all__ = ["Axis", "Role", "find_roles"]
 
@@ -174,8 +175,11 @@ def _of_pass(
     target: Any = node.target if module is None else None  # a module may be called "mean"
     if module is not None and (reason_not_plain(module) is not None or given or options):
         return None
+    order = permutation(node)
     if does_nothing(graph_module, node) or target == "contiguous":
         after = axis
+    elif order is not None:
+        after = _after_permute(axis, order)
     elif type(module) is nn.AdaptiveAvgPool2d or target in _POOLS:
         size = module.output_size if module is not None else [*given, *options.values()][:1]
         after = replace(axis, pooled=_is_one(size)) if axis.dim == -3 else None
@@ -186,6 +190,12 @@ def _of_pass(
     elif target in _MEANS:
         after = _after_mean(axis, given, options)
     return None if after is None else Role("pass", _nodes((input,)), after)
+
+
+def _after_permute(axis: Axis, order: tuple[int, ...]) -> Axis | None:
+    if axis.final or len(order) < -axis.dim:
+        return None
+    return replace(axis, dim=moved(axis.dim, order), pooled=False)
 
 
 def _after_mean(axis: Axis, given: tuple[Any, ...], options: dict[str, Any]) -> Axis | None:

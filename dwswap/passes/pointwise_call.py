@@ -1,14 +1,15 @@
-"""Which convolutions are pointwise: a matrix product for every pixel."""
+"""Which layers are pointwise: a matrix product for every pixel."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from dwswap.passes.affine_call import AffineCall, value_of
 from dwswap.passes.padding import is_unpadded
 from dwswap.pointwise import suits
 
-__all__ = ["is_pointwise", "product_weight"]
+__all__ = ["is_pointwise", "linear_weight", "product_weight"]
 
 
 def is_pointwise(call: AffineCall, weight: Tensor) -> bool:
@@ -26,3 +27,11 @@ def product_weight(graph_module: fx.GraphModule, call: AffineCall) -> Tensor | N
     strides = call.option("stride")
     strides = strides if isinstance(strides, (list, tuple)) else [strides]
     return weight if all(stride == 1 for stride in strides) else None
+
+
+def linear_weight(graph_module: fx.GraphModule, call: AffineCall) -> Tensor | None:
+    """The weight where ``call`` is a linear layer that may become such a product."""
+    if call.function is not F.linear or call.refusal is not None:
+        return None
+    weight = value_of(graph_module, call.weight)
+    return weight if weight is not None and suits(weight) else None

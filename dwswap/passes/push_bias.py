@@ -3,8 +3,8 @@
 Pattern:
     A convolution or linear layer with a bias, whose output reaches only convolutions without
     padding, linear layers, depthwise calls and sums of which the same is true; also through
-    dropout in eval mode, average pooling to a fixed size, the mean over the image, and what
-    flattens the result of these.
+    dropout in eval mode, permutations, average pooling to a fixed size, the mean over the image,
+    and what flattens the result of these.
 Reason:
     A bias takes a matrix product an epilogue that costs up to the product itself where that is
     narrow. The next layer computes ``W (x + b) = W x + W b``, so the bias may move into its own;

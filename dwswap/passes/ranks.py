@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from dwswap.passes.affine_call import affine_call
 from dwswap.passes.context import Context
+from dwswap.passes.permutation import permutation
 
 __all__ = ["known_rank"]
 
@@ -27,6 +28,9 @@ def known_rank(graph_module: fx.GraphModule, node: object, context: Context) -> 
     call = affine_call(graph_module, node)
     if call is not None:
         return known_rank(graph_module, call.input, context)
+    order = permutation(node)
+    if order is not None:
+        return len(order)
     target: Any = node.target
     if node.op == "call_module":
         module = graph_module.get_submodule(str(target))

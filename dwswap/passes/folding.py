@@ -1,0 +1,122 @@
+"""What folds into the weights of a layer have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from dwswap.passes.affine_call import AffineCall, Operand
+from dwswap.passes.context import Context
+from dwswap.passes.module_tree import add_parameters
+
+__all__ = [
+    "Refusal",
+    "add_folded",
+    "channel_groups",
+    "layer_refusal",
+    "range_refusal",
+    "scaled",
+    "tensor_refusal",
+]
+
+Refusal = tuple[str, dict[str, object]]
+
+
+def layer_refusal(context: Context, layer: AffineCall) -> Refusal | None:
+    """Why nothing can be folded into ``layer``, whose output is to be changed."""
+    if layer.refusal is not None:
+        return layer.refusal
+    report = context.layers.get(context.path_of(layer.node))
+    if report is not None and report.reason == "skipped":
+        return "skipped", {}
+    if len(layer.node.users) > 1:
+        return "other_users", {"value": layer.node.name}
+    if layer.depthwise and layer.option("activation") != "none":
+        return "activation_before", {}
+    return None
+
+
+def tensor_refusal(tensors: Sequence[Tensor | None], changed: set[int]) -> Refusal | None:
+    """Why ``tensors`` cannot be folded into one another; one that is computed is None."""
+    known = [tensor for tensor in tensors if tensor is not None]
+    if len(known) < len(tensors):
+        return "computed", {}
+    if any(id(tensor) in changed for tensor in known):
+        return "changed_in_graph", {}
+    for tensor in known:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return "tensor_subclass", {"type": type(tensor).__name__}
+    if len({tensor.device for tensor in known if not tensor.is_meta}) > 1:
+        return "devices", {}
+    return None
+
+
+def channel_groups(layer: AffineCall, weight: Tensor) -> tuple[int, int]:
+    """Number of output channels, and of groups where they lie along the weight's second
+    dimension: of a transposed convolution."""
+    groups = int(layer.option("groups") or 1) if layer.transposed else 1
+    return (weight.shape[1] * groups if layer.transposed else weight.shape[0]), groups
+
+
+@torch.no_grad()
+def scaled(weight: Tensor, scale: Tensor, groups: int, transposed: bool) -> Tensor:
+    """``weight`` in float64 with the output channels times ``scale``.
+
+    Args:
+        scale: ``(channels,)`` in float64.
+        groups: see ``channel_groups``.
+    """
+    wide = weight.double()
+    if transposed:  # (in, out / groups, ...), and the outputs of a group are neighbours
+        scale = scale.view(groups, 1, -1, *[1] * (wide.dim() - 2))
+        return (wide.unflatten(0, (groups, -1)) * scale).flatten(0, 1)
+    return wide * scale.view(-1, *[1] * (wide.dim() - 1))
+
+
+def range_refusal(folded: Sequence[Tensor], dtype: torch.dtype) -> Refusal | None:
+    """Why ``folded`` cannot be rounded to ``dtype``.
+
+    It may cost no more than the precision of ``dtype``: no overflow, no underflow to speak of,
+    neither next to the other weights nor next to the bias.
+
+    Args:
+        folded: weight and, where there is one, bias in float64.
+    """
+    if folded[0].is_meta or not folded[0].numel():
+        return None
+    rounded = [tensor.to(dtype).double() for tensor in folded]
+    if all(bool(tensor.isfinite().all()) for tensor in rounded):
+        scale = max(float(tensor.abs().max()) for tensor in folded)
+        error = max(float((a - b).abs().max()) for a, b in zip(folded, rounded, strict=True))
+        if error <= torch.finfo(dtype).eps * scale:
+            return None
+    return "not_representable", {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def add_folded(
+    graph_module: fx.GraphModule,
+    context: Context,
+    layer: AffineCall,
+    old: Sequence[Tensor | None],
+    folded: Sequence[Tensor],
+) -> tuple[str, str | None]:
+    """Make ``folded`` parameters beside those of ``layer``; their paths.
+
+    Args:
+        old: weight and bias that they replace.
+        folded: as ``range_refusal`` takes them.
+    """
+    weight, bias = old
+    assert weight is not None
+    return add_parameters(
+        graph_module,
+        _path(layer.weight).rpartition(".")[0] or layer.node.name,
+        [t.to(t.device if context.values else "meta", weight.dtype) for t in folded],
+        [weight.requires_grad, (weight if bias is None else bias).requires_grad][: len(folded)],
+    )
+
+
+def _path(operand: Operand | None) -> str:
+    return str(operand.target) if isinstance(operand, fx.Node) else str(operand)
