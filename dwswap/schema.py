@@ -6,6 +6,7 @@ import torch
 
 __all__ = [
     "channel_means",
+    "channel_norm",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "direct",
@@ -68,7 +69,15 @@ for _name in ("_interleave_channels", "_interleave_channels_aten"):
 for _name in ("_channel_means", "_channel_means_aten"):
     library.define(f"{_name}(Tensor input, Tensor? bias, int activations) -> Tensor", tags=_tags)
 
+# What has no kernel the first sends to the second.
+for _name in ("_channel_norm", "_channel_norm_aten"):
+    library.define(
+        f"{_name}(Tensor input, Tensor? weight, Tensor? bias, float eps, bool last) -> Tensor",
+        tags=_tags,
+    )
+
 channel_means = torch.ops.dwswap._channel_means.default
+channel_norm = torch.ops.dwswap._channel_norm.default
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from dwswap import build, depthwise_conv2d
 from dwswap.means import channel_means
+from dwswap.norms import channel_norm
 from dwswap.ops import squeeze_excitation
 from dwswap.registration import kernel_family
 from dwswap.schema import depthwise_conv2d_backward
@@ -202,6 +203,25 @@ def means() -> Iterator[Means]:
             yield Means(dtype, memory_format, shape, offset)
 
 
+class Norm(NamedTuple):
+    """A problem of the kernels that normalize over channels."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format  # channels_last, of which rows of channels are a view
+    shape: tuple[int, int, int, int]
+    offset: int
+    last: bool
+
+
+def norms() -> Iterator[Norm]:
+    """Every number of lanes and of vectors; rows that no block and no thread divides."""
+    for dtype in (torch.float32, *HALVES):
+        for channels in (1, 8, 64, 96, 100, 104, 192, 200, 384, 512, 640, 1000, 1536, 2048):
+            for offset, last in ((0, False), (0, True), (1, True)):
+                shape = (3, channels, 7, 5 + 2 * offset)
+                yield Norm(dtype, torch.channels_last, shape, offset, last)
+
+
 class Interleaving(NamedTuple):
     """A problem of the kernel that interleaves the channels of two images."""
 
@@ -227,7 +247,7 @@ def interleavings() -> Iterator[Interleaving]:
 
 
 def place(
-    values: torch.Tensor, problem: Problem | Excitation | Interleaving | Means
+    values: torch.Tensor, problem: Problem | Excitation | Interleaving | Means | Norm
 ) -> torch.Tensor:
     """A copy on the GPU in the memory format and at the offset of the problem."""
     laid_out = values.contiguous(memory_format=problem.memory_format)
@@ -345,6 +365,24 @@ def check_means(problem: Means) -> str | None:
     return difference(result, exact, problem.dtype)
 
 
+def check_norm(problem: Norm) -> str | None:
+    """Run one problem of the kernels of norms; returns what is wrong with its result."""
+    generator = torch.Generator().manual_seed(0)
+    channels = problem.shape[1]
+    x = torch.randn(problem.shape, generator=generator).to(problem.dtype)
+    parameters = torch.randn((2, channels), generator=generator).to(problem.dtype)
+    image = place(x, problem)
+    rows = image.movedim(1, -1) if problem.last else image
+    weight, bias = (values.clone() for values in parameters)
+    ours = channel_norm(rows, weight.cuda(), bias.cuda(), 1e-6, last=problem.last)
+    # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
+    result = (ours * 1).cpu().double()
+    exact = F.layer_norm(
+        x.double().movedim(1, -1), (channels,), weight.double(), bias.double(), 1e-6
+    )
+    return difference(result, exact if problem.last else exact.movedim(-1, 1), problem.dtype)
+
+
 def check_interleaving(problem: Interleaving) -> str | None:
     """Run one problem of the interleaving kernel; returns what is wrong with its result."""
     generator = torch.Generator().manual_seed(0)
@@ -394,6 +432,7 @@ def main(arguments: list[str]) -> int:
     checks += [functools.partial(check_excitation, problem) for problem in excitations()]
     checks += [functools.partial(check_interleaving, problem) for problem in interleavings()]
     checks += [functools.partial(check_means, problem) for problem in means()]
+    checks += [functools.partial(check_norm, problem) for problem in norms()]
     with torch.no_grad():
         for run_one in checks:
             wrong = run_one()

@@ -73,6 +73,7 @@ NAMES = {
         "void at::native::(anonymous namespace)::max_pool_forward_nhwc<c10::Half, int>",
         "void at::native::(anonymous namespace)::adaptive_average_pool_nhwc<int, float, float>",
         "void (anonymous namespace)::softmax_warp_forward<c10::Half, c10::Half, float, 6>",
+        "void dwswap::channel_norm_kernel<__half, 8, 2, 3>(dwswap::ChannelNormParams)",
         "void dwswap::channel_pool::kernel<__half>(dwswap::channel_pool::Arguments)",
         "aten::mean",
     ],
