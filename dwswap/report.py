@@ -283,6 +283,7 @@ class Report:
             + (f", pushed {pushed} biases on" if pushed else "")
             + (f", made {blocks} squeeze-and-excitations one call each" if blocks else "")
             + (f", made {products} pointwise convolutions matrix products" if products else "")
+            + (f", swapped {done['layer_norm']} LayerNorm" if done["layer_norm"] else "")
         )
 
     def _notes(self) -> list[str]:

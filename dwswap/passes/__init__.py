@@ -24,6 +24,7 @@ from dwswap.passes.recompose_activation import recompose_activation
 from dwswap.passes.remove_identities import remove_identities
 from dwswap.passes.squeeze_excitation import fuse_squeeze_excitation
 from dwswap.passes.swap_depthwise import swap_depthwise
+from dwswap.passes.swap_layer_norm import swap_layer_norm
 
 __all__ = [
     "COMPILED_PASSES",
@@ -51,6 +52,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     absorb_before_pool,
     fuse_residual,
     multiply_pointwise,
+    swap_layer_norm,
 )
 # In front of a compiler that chooses layouts itself.
 COMPILED_PASSES: tuple[GraphPass, ...] = (
