@@ -7,7 +7,7 @@
 //
 // m is the mean but for its rounding, which next to small deviations from a large mean is not
 // small; rest corrects it (Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
-// 1983). Values are divided before they are summed, so that m is finite where they are.
+// 1983). Values are divided before they are summed, so that means are finite where they are.
 //
 // It moves each byte once, so loads in flight are what it needs: bandwidth times latency is about
 // 22 KiB for a multiprocessor (interleave_channels/kernel.cu). Half of what moves is read, and
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, RowTile<T, L, V>::kBlocks)
   }
   sum_over_group<L>(means);
 
-  float sums[2 * kRows];  // of deviations, of their squares
+  float sums[2 * kRows];  // of deviations / C, of their squares
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     float sum = 0.0f, squares = 0.0f;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, RowTile<T, L, V>::kBlocks)
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float deviation = x[r][v][i] -= means[r];
-        sum += deviation, squares += deviation * deviation;
+        sum += deviation * share, squares += deviation * deviation;
       }
     }
     sums[2 * r] = sum, sums[2 * r + 1] = squares;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, RowTile<T, L, V>::kBlocks)
   float scales[kRows], shifts[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float rest = sums[2 * r] * share;
+    const float rest = sums[2 * r];
     // In one step, so that an infinite variance minus what would be is not NaN.
     const float variance = maximum(fmaf(-rest, rest, sums[2 * r + 1] * share), 0.0f);
     scales[r] = rsqrtf(variance + p.eps);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) channel_norm_scalar_kernel(const Cha
   };
   const float share = 1.0f / static_cast<float>(channels);
   const float mean = row_sum([&](float value) { return value * share; });
-  const float rest = row_sum([&](float value) { return value - mean; }) * share;
+  const float rest = row_sum([&](float value) { return (value - mean) * share; });
   const auto deviation = [&](float value) { return value - mean - rest; };
   const float squares = row_sum([&](float value) { return deviation(value) * deviation(value); });
   const float scale = rsqrtf(squares * share + p.eps);

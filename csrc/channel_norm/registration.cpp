@@ -30,14 +30,12 @@ Tensor call_aten(const Tensor& input, const std::optional<Tensor>& weight,
 
 // Rows and channels, where the channels of a pixel are side by side and pixels have no gaps.
 bool describe(ChannelNormParams& p, const Tensor& input, bool last) {
-  const int64_t dimensions = input.dim();
   if (last) {
-    if (dimensions == 0 || !input.is_contiguous()) return false;
-    p.channels = input.size(dimensions - 1);
+    if (!input.is_contiguous()) return false;
+    p.channels = input.size(input.dim() - 1);
     p.rows = p.channels == 0 ? 0 : input.numel() / p.channels;
     return true;
   }
-  if (dimensions != 3 && dimensions != 4) return false;
   const Image image(input);
   p.channels = image.c, p.rows = image.n * image.h * image.w;
   return image.channels_last();
@@ -65,6 +63,11 @@ Tensor channel_norm(const Tensor& input, const std::optional<Tensor>& weight,
   check_cuda(kOperator, input);
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
+  const int64_t dimensions = input.dim();
+  DWSWAP_CHECK_IN(kOperator, last ? dimensions > 0 : dimensions == 3 || dimensions == 4,
+                  "input must be ",
+                  last ? "at least 1-D (..., C)" : "4-D (N, C, H, W) or 3-D (C, H, W)",
+                  ", got shape ", shape_string(input));
   const auto dtype = kernel_data_type(input);
   ChannelNormParams p{};
   if (!dtype.has_value() || !describe(p, input, last))
