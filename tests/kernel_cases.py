@@ -89,6 +89,16 @@ ROWS = {
         channels=(1, 2, 20, 57, 58, 136),
         sizes=((1, 1), (2, 3), *SIZES),
     ),
+    # 4 columns per thread where blocks of 2 would be more than one wave.
+    "channel direct, four columns": Row(
+        "channel_direct",
+        "channels_last",
+        ((3, 3),),
+        strides=(2,),
+        channels=(136, 250),
+        dtypes=FAST[:1],
+        sizes=((57, 221), (113, 113), (33, 450), (200, 66), (61, 230), (64, 210), (97, 129)),
+    ),
     "channel direct, misaligned": Row(
         "channel_direct", "offset_channels_last", ((3, 3),), channels=(8, 57, 58)
     ),

@@ -24,8 +24,10 @@ CALLS = {
     "shufflenet_v2_x0_5": (184, 96),
     "mnasnet0_5": (151, 65),
     "efficientnet_b0": (238, 77),
-    "convnext_tiny": (137, 137),
+    "convnext_tiny": (137, 119),
 }
+# Layers, none of them depthwise, that took up something else: the scales of ConvNeXt's blocks.
+ELSEWHERE = {"convnext_tiny": 18}
 
 
 def images(count: int, seed: int) -> Tensor:
@@ -78,7 +80,9 @@ def test_no_batchnorm_is_left(pair: tuple[str, nn.Module, Any]) -> None:
     report = dwswap.report(fast)
     assert len(report.swapped) == DEPTHWISE[name]
     assert (report.calls_before, report.calls_after) == CALLS[name]
-    assert report.elsewhere == {}
+    changes = [change for layer in report.elsewhere.values() for change in layer]
+    assert len(report.elsewhere) == ELSEWHERE.get(name, 0)
+    assert all(change.done for change in changes), changes
     left = [c for layer in report.layers for c in layer.changes if not c.done and c.kind != "bias"]
     # ConvNeXt's downsampling feeds a depthwise layer and the residual sum.
     assert {c.reason for c in left} == ({"other_users"} if name == "convnext_tiny" else set())
@@ -108,8 +112,8 @@ def test_mobilenet_is_convolutions_and_additions() -> None:
         if node.op.startswith("call") and affine_call(fast, node) is None
     ]
     kinds = {target for target in rest if "add" not in target}
-    # The head: activation, pooling, flatten, dropout.
-    assert len(kinds) == 4, kinds
+    # The head: activation, pooling, flatten.
+    assert len(kinds) == 3, kinds
     assert len([target for target in rest if "add" in target]) == 10
 
 

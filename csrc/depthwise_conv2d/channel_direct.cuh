@@ -22,15 +22,16 @@
 namespace dwswap {
 namespace channel_direct {
 
-template <typename T_, int CHANNELS_, int STRIDE_, Form FORM_>
+template <typename T_, int CHANNELS_, int COLUMNS_, int STRIDE_, Form FORM_>
 struct Traits {
   using T = T_;
   static constexpr int kChannels = CHANNELS_;
-  static constexpr int kColumns = columns_of(STRIDE_);
+  static constexpr int kColumns = COLUMNS_;
   static constexpr int kStride = STRIDE_;
   static constexpr Form kForm = FORM_;  // kRelu is kClamp
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + kKernel;
-  static constexpr int kMinBlocks = FORM_ == Form::kPlain ? 5 : 4;  // activations want registers
+  // Activations and many columns want registers.
+  static constexpr int kMinBlocks = FORM_ == Form::kPlain && kInputColumns < 9 ? 5 : 4;
 };
 
 struct Arguments {
@@ -228,7 +229,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
   a.rows = cut.rows;
   a.threads = static_cast<uint32_t>(cut.threads(p));
   a.by_vectors = Divisor(static_cast<uint32_t>(ceil_div(p.channels, cut.channels)));
-  a.by_groups = Divisor(static_cast<uint32_t>(ceil_div(p.out_w, Traits::kColumns)));
+  a.by_groups = Divisor(static_cast<uint32_t>(ceil_div(p.out_w, cut.columns)));
   a.by_strips = Divisor(static_cast<uint32_t>(ceil_div(p.out_h, cut.rows)));
   a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
@@ -241,18 +242,21 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cudaStream_t stream) {
   const Cut cut = choose_cut(p, sizeof(T), multiprocessors);
-#define DWSWAP_DIRECT_CASE(CHANNELS, STRIDE)                             \
-  if (cut.channels == CHANNELS && p.stride_h == STRIDE) {                \
-    return visit_form(form_of(p), [&](auto form) {                       \
-      constexpr Form FOUND = decltype(form)::value;                      \
-      constexpr Form FORM = FOUND == Form::kRelu ? Form::kClamp : FOUND; \
-      return launch<Traits<T, CHANNELS, STRIDE, FORM>>(p, cut, stream);  \
-    });                                                                  \
+#define DWSWAP_DIRECT_CASE(CHANNELS, COLUMNS, STRIDE)                               \
+  if (cut.channels == CHANNELS && cut.columns == COLUMNS && p.stride_h == STRIDE) { \
+    return visit_form(form_of(p), [&](auto form) {                                  \
+      constexpr Form FOUND = decltype(form)::value;                                 \
+      constexpr Form FORM = FOUND == Form::kRelu ? Form::kClamp : FOUND;            \
+      return launch<Traits<T, CHANNELS, COLUMNS, STRIDE, FORM>>(p, cut, stream);    \
+    });                                                                             \
   }
-  DWSWAP_DIRECT_CASE(2, 1)
-  DWSWAP_DIRECT_CASE(2, 2)
-  DWSWAP_DIRECT_CASE(1, 1)
-  DWSWAP_DIRECT_CASE(1, 2)
+  DWSWAP_DIRECT_CASE(2, 4, 1)
+  DWSWAP_DIRECT_CASE(2, 2, 2)
+  if constexpr (sizeof(T) == 4) {
+    DWSWAP_DIRECT_CASE(2, 4, 2)
+  }
+  DWSWAP_DIRECT_CASE(1, 4, 1)
+  DWSWAP_DIRECT_CASE(1, 2, 2)
 #undef DWSWAP_DIRECT_CASE
   return cudaErrorInvalidValue;
 }

@@ -11,16 +11,15 @@ constexpr int kKernel = 3;
 constexpr int kThreads = 128;  // of a block
 constexpr int kMostChannels = 2;
 
-// Of a thread: taps, sums and two rows of input share its registers.
-constexpr int columns_of(int64_t stride) { return stride == 1 ? 4 : 2; }
-
-// What a thread has: so many channels, and rows of output of columns_of(stride) columns.
+// What a thread has: so many channels, and rows of output of so many columns. Taps, sums and two
+// rows of input share its registers.
 struct Cut {
   int channels;  // 2 or 1: one access
+  int columns;   // stride 1: 4. Stride 2: 2; 4 of two channels in float32, too
   int rows;
 
   int64_t threads(const DepthwiseConv2dParams& p) const {
-    return p.batch * ceil_div(p.channels, channels) * ceil_div(p.out_w, columns_of(p.stride_w)) *
+    return p.batch * ceil_div(p.channels, channels) * ceil_div(p.out_w, columns) *
            ceil_div(p.out_h, rows);
   }
 };

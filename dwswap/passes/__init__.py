@@ -16,6 +16,7 @@ from dwswap.passes.channel_shuffle import fuse_shuffle
 from dwswap.passes.context import Context, GraphPass
 from dwswap.passes.fold_batchnorm import fold_batchnorm
 from dwswap.passes.fold_scale import fold_scale
+from dwswap.passes.lay_out_linear import lay_out_linear
 from dwswap.passes.memory_format import set_memory_format
 from dwswap.passes.pointwise_product import multiply_pointwise
 from dwswap.passes.pointwise_residual import fuse_residual
@@ -53,6 +54,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     fuse_residual,
     multiply_pointwise,
     swap_layer_norm,
+    lay_out_linear,
 )
 # In front of a compiler that chooses layouts itself.
 COMPILED_PASSES: tuple[GraphPass, ...] = (

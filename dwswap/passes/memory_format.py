@@ -26,6 +26,7 @@ from dwswap.passes.aliasing import is_in_place
 from dwswap.passes.channel_shuffle import keep_layout
 from dwswap.passes.context import Context
 from dwswap.passes.layout_kinds import CONSTANT, IMAGE, PLAIN, SAME, LayoutKinds, name_of, root_of
+from dwswap.passes.module_tree import replace_tensors
 
 __all__ = ["MemoryFormat", "set_memory_format"]
 
@@ -203,18 +204,10 @@ def _is_view(node: fx.Node) -> bool:
 def _convert_weights(
     graph_module: fx.GraphModule, weights: dict[int, Tensor], layout: torch.memory_format
 ) -> None:
-    """Replace them in the modules of the graph, which an original shares at most by name."""
-    new: dict[int, Any] = {}
+    new: dict[int, Tensor] = {}
     for key, weight in weights.items():
         # Depthwise calls follow their input, unless the weight says channels_last.
         if memory_format(weight) == layout or (weight.shape[1] == 1 and layout is CHANNELS_LAST):
             continue
-        value = weight.detach().to(memory_format=layout)
-        parameter = isinstance(weight, nn.Parameter)
-        new[key] = nn.Parameter(value, weight.requires_grad) if parameter else value
-    for module in graph_module.modules():
-        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in holders:
-            for name, tensor in tensors.items():
-                if id(tensor) in new:
-                    tensors[name] = new[id(tensor)]
+        new[key] = weight.detach().to(memory_format=layout)
+    replace_tensors(graph_module, new)

@@ -1,14 +1,15 @@
-"""New parameters of a graph, and modules and tensors that it does not need any more."""
+"""New tensors of a graph, and modules and tensors that it does not need any more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from dwswap.passes.affine_call import transposed
 
-__all__ = ["add_parameter", "add_parameters", "remove_released"]
+__all__ = ["add_parameter", "add_parameters", "remove_released", "replace_tensors"]
 
 
 def add_parameters(
@@ -50,6 +51,26 @@ def _add_holder(
     holder.eval()
     parent.add_module(name, holder)
     return f"{parent_path}.{name}" if parent_path else name
+
+
+def replace_tensors(graph_module: fx.GraphModule, new: Mapping[int, Tensor]) -> None:
+    """Replace tensors in the modules of the graph, which an original shares at most by name.
+
+    Args:
+        new: by the ``id`` of a parameter or buffer; in the place of a parameter it becomes one.
+    """
+    made: dict[int, Tensor] = {}
+    for module in graph_module.modules():
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in holders:
+            for name, tensor in tensors.items():
+                key = id(tensor)
+                if key in new and key not in made:
+                    parameter = isinstance(tensor, nn.Parameter)
+                    value = new[key]
+                    made[key] = nn.Parameter(value, tensor.requires_grad) if parameter else value
+                if key in made:
+                    tensors[name] = made[key]
 
 
 def remove_released(graph_module: fx.GraphModule, released: Iterable[str]) -> None:

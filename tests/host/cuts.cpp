@@ -65,8 +65,8 @@ int main() {
     } else if (family == "channel_direct") {
       const auto cut = channel_direct::choose_cut(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
-      std::printf("%d %d %d %lld %.0f\n", cut.channels, channel_direct::columns_of(p.stride_w),
-                  cut.rows, static_cast<long long>(cut.threads(p)), took.count());
+      std::printf("%d %d %d %lld %.0f\n", cut.channels, cut.columns, cut.rows,
+                  static_cast<long long>(cut.threads(p)), took.count());
     } else {
       const auto cut = channel_columns::choose_cut(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
