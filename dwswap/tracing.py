@@ -23,6 +23,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from dwswap.convolution_call import has_depthwise_call
 from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
+from dwswap.frozen_norm import is_frozen_norm
 from dwswap.guarded_proxy import GuardingTracer, NotTraceable
 from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph
 from dwswap.ops import depthwise_conv2d
@@ -62,7 +63,7 @@ class Tracer(GuardingTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         opaque = (_ConvNd, LazyModuleMixin, torch.jit.ScriptModule, *_NORMS)
-        if isinstance(m, opaque) or is_convolution(m):
+        if isinstance(m, opaque) or is_convolution(m) or is_frozen_norm(m):
             return m not in self.inlined
         # The wrapper that torch.compile returns is dynamo's, and its forward must not be traced.
         return type(m).__module__.startswith("torch._dynamo") or super().is_leaf_module(

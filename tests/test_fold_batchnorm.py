@@ -627,3 +627,40 @@ def test_verify_sees_a_wrong_fold(monkeypatch: pytest.MonkeyPatch, inplace: bool
     assert changes(fast) == []
     assert torch.equal(fast(x), model(x))
     assert type(fast) is nn.Sequential
+
+
+def _frozen(channels: int = 8) -> Any:
+    made = pytest.importorskip("torchvision.ops.misc").FrozenBatchNorm2d(channels, eps=1e-3)
+    for tensor in (made.weight, made.bias, made.running_mean):
+        nn.init.uniform_(tensor, -2, 2)
+    nn.init.uniform_(made.running_var, 0.3, 3)
+    return made
+
+
+def test_the_frozen_norm_of_torchvision_is_folded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(depthwise(), _frozen(), nn.ReLU(), nn.Conv2d(8, 5, 1), _frozen(5)).eval()
+    before = copy.deepcopy(model.state_dict())
+    x = image(8, size=7)
+    fast = dwswap.optimize(model)
+    assert reasons(fast) == ["folded"] * 2
+    assert not [key for key in fast.state_dict() if "running" in key]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_frozen_norm_without_a_convolution_stays() -> None:
+    model = nn.Sequential(depthwise(), nn.ReLU(), _frozen()).eval()
+    fast = dwswap.optimize(model)
+    assert "folded" not in reasons(fast)
+    with torch.no_grad():
+        assert torch.equal(fast(image(8)), model(image(8)))
+
+
+def test_a_frozen_norm_stays_in_training() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(depthwise(), _frozen(), nn.ReLU()).train()
+    fast = dwswap.optimize(model)
+    assert set(fast.state_dict()) == set(model.state_dict())
+    torch.testing.assert_close(fast(image(8)), model(image(8)))

@@ -103,6 +103,14 @@ def test_no_activation_is_left_beside_depthwise(pair: tuple[str, nn.Module, Any]
     assert found
 
 
+def test_backbones_of_detection_models_are_fused() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    norm = torchvision.ops.FrozenBatchNorm2d
+    fast = dwswap.optimize(torchvision.models.mobilenet_v3_small(norm_layer=norm).eval())
+    report = dwswap.report(fast)
+    assert (report.calls_before, report.calls_after) == CALLS["mobilenet_v3_small"]
+
+
 def test_mobilenet_is_convolutions_and_additions() -> None:
     fast = dwswap.optimize(build_with_data("mobilenet_v2"))
     assert isinstance(fast, fx.GraphModule)

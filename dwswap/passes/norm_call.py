@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dwswap.eligibility import reason_not_plain
+from dwswap.frozen_norm import is_frozen_norm
 from dwswap.passes.affine_call import Operand
 
 __all__ = ["NormCall", "norm_call"]
@@ -72,7 +73,8 @@ def norm_call(graph_module: fx.GraphModule, node: fx.Node) -> NormCall | None:
     """``node`` as BatchNorm; None where it is none."""
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
-        if isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm):
+        is_norm = isinstance(module, _NormBase) and not isinstance(module, _InstanceNorm)
+        if is_norm or is_frozen_norm(module):
             return _of_module(module, node)
     elif node.op == "call_function" and _is_norm(node.target):
         return _of_function(node, node, _SIGNATURES[node.target])
@@ -84,12 +86,13 @@ def norm_call(graph_module: fx.GraphModule, node: fx.Node) -> NormCall | None:
     return None
 
 
-def _of_module(module: _NormBase, node: fx.Node) -> NormCall:
+def _of_module(module: nn.Module, node: fx.Node) -> NormCall:
     given = dict(zip(("input",), node.args, strict=False)) | node.kwargs
     refusal: tuple[str, dict[str, object]] | None = None
     tensors = {**module._parameters, **module._buffers}
     statistics = [tensors.get("running_mean"), tensors.get("running_var")]
-    if type(module) not in _RANKS:
+    frozen = is_frozen_norm(module)
+    if type(module) not in _RANKS and not frozen:
         refusal = reason_not_plain(module) or ("norm_type", {"type": type(module).__name__})
     elif module.training:
         refusal = "train_mode", {}
@@ -106,8 +109,8 @@ def _of_module(module: _NormBase, node: fx.Node) -> NormCall:
         node,
         given.get("input"),
         tuple(f"{node.target}.{n}" if tensors.get(n) is not None else None for n in names),
-        module.eps,
-        _RANKS.get(type(module)),
+        module.eps,  # type: ignore[arg-type]
+        4 if frozen else _RANKS.get(type(module)),
         refusal,
     )
 
