@@ -83,6 +83,41 @@ __device__ __forceinline__ Words<T, N> load_words(const T* source) {
   }
 }
 
+// words = N elements, where `wanted`; else they stay. Written as C++, the compiler moves what it
+// loaded to other registers, and waits for it there.
+template <int N, typename T>
+__device__ __forceinline__ void load_where(bool wanted, const T* source, Words<T, N>& words) {
+  auto& data = words.data;
+  if constexpr (Words<T, N>::kBytes == 8) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %2, 0;\n"
+        "@wanted ld.global.nc.v2.u32 {%0, %1}, [%3];\n"
+        "}\n"
+        : "+r"(data[0]), "+r"(data[1])
+        : "r"(static_cast<int>(wanted)), "l"(source));
+  } else if constexpr (Words<T, N>::kBytes == 4) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %1, 0;\n"
+        "@wanted ld.global.nc.u32 %0, [%2];\n"
+        "}\n"
+        : "+r"(data[0])
+        : "r"(static_cast<int>(wanted)), "l"(source));
+  } else {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %1, 0;\n"
+        "@wanted ld.global.nc.u16 %0, [%2];\n"
+        "}\n"
+        : "+r"(data[0])
+        : "r"(static_cast<int>(wanted)), "l"(source));
+  }
+}
+
 template <int N, typename T>
 __device__ __forceinline__ void store_words(T* target, const Words<T, N>& words) {
   if constexpr (Words<T, N>::kBytes == 16) {
@@ -121,6 +156,13 @@ __device__ __forceinline__ void widen_all(const Words<T, N>& source, float (&tar
       if constexpr (N > 1) target[i + 1] = pair.y;
     }
   }
+}
+
+template <typename T>
+__device__ __forceinline__ float widen(const Words<T, 1>& source) {
+  float target[1];
+  widen_all(source, target);
+  return target[0];
 }
 
 template <int N, typename T>

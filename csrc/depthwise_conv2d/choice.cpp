@@ -1,5 +1,6 @@
 // The launch choice: from a problem to the family of kernels that runs it. The sizes were measured
 // on an H200 and scale with the multiprocessors.
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 
@@ -61,9 +62,9 @@ bool suits_channel_columns(const DepthwiseConv2dParams& p) {
 bool suits_plane_strips(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32, strided = p.stride_h > 1;
   const int64_t taps = p.kernel_h * p.kernel_w, outputs = outputs_per_multiprocessor(p);
-  if (taps <= 9) return outputs >= (is_float ? 13000 : strided ? 1400 : 3000);
-  if (taps <= 25) return outputs >= (is_float ? 8000 : strided ? 550 : 1900);
-  return outputs >= (is_float ? 2000 : 300);
+  if (taps <= 9) return outputs >= (!is_float ? 7000 : strided ? 60000 : 13000);
+  if (taps <= 25) return outputs >= (!is_float ? 3200 : strided ? 8000 : 6000);
+  return outputs >= (is_float ? 2000 : 1000);
 }
 
 // The families of few taps are bound by memory; none of them is compiled for a large kernel, or for
@@ -81,11 +82,13 @@ bool suits_diagonal(const DepthwiseConv2dParams& p) {
   return is_stream(p) && (p.kernel_h >= kLargeKernel || p.in_h * p.in_w > kTinyImage);
 }
 
-// It computes whole tiles of columns, and a small problem is over before the bands are loaded.
+// It computes whole tiles of columns, and a small problem is over before the bands are loaded; that
+// of few images all the more, as the walks of a product are short pieces of them.
 bool suits_plane_bands(const DepthwiseConv2dParams& p) {
-  constexpr int64_t kTinyPlane = 10 * 10, kEnough = 2500, kTile = plane_bands::kTile;
+  constexpr int64_t kTinyPlane = 10 * 10, kTile = plane_bands::kTile;
+  const int64_t enough = 10000 / std::clamp<int64_t>(p.batch, 1, 4);
   const bool fills_tiles = 4 * p.out_w >= 3 * ceil_div(p.out_w, kTile) * kTile;
-  return fills_tiles && p.out_h * p.out_w > kTinyPlane && outputs_per_multiprocessor(p) >= kEnough;
+  return fills_tiles && p.out_h * p.out_w > kTinyPlane && outputs_per_multiprocessor(p) >= enough;
 }
 
 // In order of preference. The second lines of channel_direct and plane_strips are for what no other

@@ -16,9 +16,8 @@ namespace {
 int64_t few_outputs(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32;
   if (p.dilation_h != 1 || p.dilation_w != 1) return 600;
-  if (p.kernel_h * p.kernel_w <= 9) return is_float ? 450 : 1000;
-  if (p.stride_h > 1) return is_float ? 450 : 600;
-  return 150;
+  if (p.kernel_h * p.kernel_w <= 9) return is_float ? 450 : 550;
+  return p.stride_h > 1 ? 260 : is_float ? 200 : 100;
 }
 
 }  // namespace

@@ -23,13 +23,24 @@ struct Arguments {
   const void* bias;
   const void* input_bias;
   void* output;
-  int multiplier, in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int in_h, in_w, out_h, out_w, padding_h, padding_w;
   int dilation_h, dilation_w;  // of dilated kernels
   uint32_t threads;
-  Divisor by_out_w, by_strips, by_channels;
+  Divisor by_out_w, by_strips, by_channels, by_multiplier;
   bool transforms_input, reversed_taps;
   Activation input_activation, activation;
 };
+
+// Bit i: first + i * step is one of `size`.
+template <int N>
+__device__ __forceinline__ uint32_t inside_bits(int first, int step, int size) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (static_cast<unsigned>(first + i * step) < static_cast<unsigned>(size)) bits |= 1u << i;
+  }
+  return bits;
+}
 
 template <typename Traits>
 __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arguments a) {
@@ -40,7 +51,8 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   uint32_t ow, strip, k;
   const uint32_t plane = a.by_strips.divide(a.by_out_w.divide(index, &ow), &strip);
   a.by_channels.divide(plane, &k);
-  const int64_t in_plane = plane / a.multiplier;
+  uint32_t ignored;
+  const int64_t in_plane = a.by_multiplier.divide(plane, &ignored);
   const int dilation_h = Traits::kDilated ? a.dilation_h : 1;
   const int dilation_w = Traits::kDilated ? a.dilation_w : 1;
   // Several rows a dilation apart begin at each of the first dilation_h rows, and so on below them.
@@ -49,53 +61,60 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   const int ih = oh * S - a.padding_h;
   const int iw = ow * S - a.padding_w;
 
-  const auto* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(k) * K * K;
-  float taps[K * K];
+  // All loads, as they are in memory, before the first use: a thread waits for memory once. Written
+  // as C++, what is loaded where a predicate says so would be converted there, and waited for.
+  constexpr int ROWS_IN = Traits::kInputRows;
+  using Element = Words<T, 1>;
+  const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(k) * K * K;
+  Element raw_taps[K * K], raw_bias{}, raw_input_bias{}, raw[ROWS_IN][K] = {};
 #pragma unroll
-  for (int i = 0; i < K * K; ++i) taps[i] = widen(weight[i]);
+  for (int i = 0; i < K * K; ++i) load_where(true, weight + i, raw_taps[i]);
+  load_where(a.bias != nullptr, static_cast<const T*>(a.bias) + k, raw_bias);
+  const auto in_channel = a.by_multiplier.divide(k, &ignored);
+  load_where(a.input_bias != nullptr, static_cast<const T*>(a.input_bias) + in_channel,
+             raw_input_bias);
+  // Offsets within a plane and its padding fit 32 bits (covers_rolling_rows).
+  const T* input = static_cast<const T*>(a.input) + in_plane * a.in_h * a.in_w + ih * a.in_w + iw;
+  const uint32_t columns_inside = inside_bits<K>(iw, dilation_w, a.in_w);
+  const uint32_t rows_inside = inside_bits<ROWS_IN>(ih, dilation_h, a.in_h);
+  const auto is_inside = [&](int i, int kw) {
+    return (rows_inside >> i & 1) != 0 && (columns_inside >> kw & 1) != 0;
+  };
+#pragma unroll
+  for (int i = 0; i < ROWS_IN; ++i) {
+    const T* row = input + i * dilation_h * a.in_w;
+    const uint32_t inside = (rows_inside >> i & 1) != 0 ? columns_inside : 0;
+#pragma unroll
+    for (int kw = 0; kw < K; ++kw)
+      load_where((inside & 1 << kw) != 0, row + kw * dilation_w, raw[i][kw]);
+  }
+
+  float taps[K * K], x[ROWS_IN][K];
+#pragma unroll
+  for (int i = 0; i < K * K; ++i) taps[i] = widen(raw_taps[i]);
   reverse_where(a.reversed_taps, taps);
-  const float bias = a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[k]);
-  const float input_bias =
-      a.input_bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.input_bias)[k / a.multiplier]);
+#pragma unroll
+  for (int i = 0; i < ROWS_IN; ++i) {
+#pragma unroll
+    for (int kw = 0; kw < K; ++kw) x[i][kw] = widen(raw[i][kw]);
+  }
   float sums[ROWS];
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) sums[r] = bias;
-
-  // Offsets within a plane and its padding fit 32 bits (covers_rolling_rows).
-  const T* input = static_cast<const T*>(a.input) + in_plane * a.in_h * a.in_w;
-  int offset = ih * a.in_w + iw;
-  // All loads before the first use: a thread waits for memory once.
-  float x[Traits::kInputRows][K];
-#pragma unroll
-  for (int i = 0; i < Traits::kInputRows; ++i, offset += dilation_h * a.in_w) {
-    const bool row_inside =
-        static_cast<unsigned>(ih + i * dilation_h) < static_cast<unsigned>(a.in_h);
-#pragma unroll
-    for (int kw = 0; kw < K; ++kw) {
-      const bool inside =
-          row_inside && static_cast<unsigned>(iw + kw * dilation_w) < static_cast<unsigned>(a.in_w);
-      x[i][kw] = inside ? widen(input[offset + kw * dilation_w]) : 0.0f;
-    }
-  }
+  for (int r = 0; r < ROWS; ++r) sums[r] = widen(raw_bias);
   // Out of the way of what has none: its code is the most of the kernel, and has to be fetched.
   if (a.transforms_input) [[unlikely]] {
+    const float input_bias = widen(raw_input_bias);
 #pragma unroll
-    for (int i = 0; i < Traits::kInputRows; ++i) {
-      const bool row_inside =
-          static_cast<unsigned>(ih + i * dilation_h) < static_cast<unsigned>(a.in_h);
+    for (int i = 0; i < ROWS_IN; ++i) {
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) x[i][kw] += input_bias;
       activate(x[i], a.input_activation);
 #pragma unroll
-      for (int kw = 0; kw < K; ++kw) {
-        const bool inside = row_inside && static_cast<unsigned>(iw + kw * dilation_w) <
-                                              static_cast<unsigned>(a.in_w);
-        if (!inside) x[i][kw] = 0.0f;
-      }
+      for (int kw = 0; kw < K; ++kw) x[i][kw] = is_inside(i, kw) ? x[i][kw] : 0.0f;
     }
   }
 #pragma unroll
-  for (int i = 0; i < Traits::kInputRows; ++i) {
+  for (int i = 0; i < ROWS_IN; ++i) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int kh = i - r * S;
@@ -120,7 +139,6 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   Arguments a{};
   a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
   a.output = p.output;
-  a.multiplier = static_cast<int>(p.multiplier);
   a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
   a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
@@ -128,6 +146,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.threads = static_cast<uint32_t>(p.batch * p.out_channels() * strips * p.out_w);
   a.by_out_w = Divisor(static_cast<uint32_t>(p.out_w)), a.by_strips = Divisor(strips);
   a.by_channels = Divisor(static_cast<uint32_t>(p.out_channels()));
+  a.by_multiplier = Divisor(static_cast<uint32_t>(p.multiplier));
   a.transforms_input = p.transforms_input(), a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
   const auto blocks = static_cast<unsigned>(ceil_div(a.threads, kThreads));

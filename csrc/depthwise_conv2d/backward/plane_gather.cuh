@@ -48,8 +48,11 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   const int odd = x & 1, ow = x >> 1;
   const int first = (a.padding_h >> 1) + static_cast<int>(strip) * kPairs;  // pair of rows
 
+  // Loads come as they are in memory: written as C++, what is loaded where a predicate says so
+  // would be converted there, and waited for.
+  using Element = Words<T, 1>;
   bool inside[SEEN];
-  float taps[K][SEEN];
+  Element raw_taps[K][SEEN] = {}, raw[ROWS][SEEN] = {};
   const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * K * K + odd;
 #pragma unroll
   for (int j = 0; j < SEEN; ++j) {
@@ -57,18 +60,25 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
     const bool exists = 2 * j + 1 < K || odd == 0;
     inside[j] = exists && static_cast<unsigned>(ow - j) < static_cast<unsigned>(a.out_w);
 #pragma unroll
-    for (int kh = 0; kh < K; ++kh) taps[kh][j] = exists ? widen(weight[kh * K + 2 * j]) : 0.0f;
+    for (int kh = 0; kh < K; ++kh) load_where(exists, weight + kh * K + 2 * j, raw_taps[kh][j]);
   }
   const T* source =
       static_cast<const T*>(a.grad_output) + static_cast<int64_t>(plane) * a.out_h * a.out_w + ow;
-  float grad[ROWS][SEEN];
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
     const int oh = first - (SEEN - 1) + i;
     const bool row_inside = static_cast<unsigned>(oh) < static_cast<unsigned>(a.out_h);
 #pragma unroll
     for (int j = 0; j < SEEN; ++j)
-      grad[i][j] = row_inside && inside[j] ? widen(source[oh * a.out_w - j]) : 0.0f;
+      load_where(row_inside && inside[j], source + oh * a.out_w - j, raw[i][j]);
+  }
+  float taps[K][SEEN], grad[ROWS][SEEN];
+#pragma unroll
+  for (int j = 0; j < SEEN; ++j) {
+#pragma unroll
+    for (int kh = 0; kh < K; ++kh) taps[kh][j] = widen(raw_taps[kh][j]);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) grad[i][j] = widen(raw[i][j]);
   }
 
   T* target = static_cast<T*>(a.grad_input) + static_cast<int64_t>(plane) * a.in_h * a.in_w + iw;

@@ -30,8 +30,8 @@ struct Traits {
   static constexpr int kStride = STRIDE_;
   // Rows of grad_output that a row of input is seen from.
   static constexpr int kSeen = (K_ + STRIDE_ - 1) / STRIDE_;
-  // 7 divides the heights of most networks.
-  static constexpr int kSteps = STRIDE_ == 1 ? 7 : K_ == 3 ? 4 : 2;
+  // 7 divides the heights of most networks; registers hold no more than 6 rows of 7 x 7 windows.
+  static constexpr int kSteps = STRIDE_ == 1 ? (K_ == 7 ? 6 : 7) : K_ == 3 ? 4 : 2;
   static constexpr int kTaps = K_ * K_;
   static constexpr bool kDilated = DILATED_;
   // The phases take registers, too.
@@ -126,20 +126,29 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
     const T* source = static_cast<const T*>(a.input) + iw +
                       (static_cast<int64_t>(n) * in_channels + in_channel) * a.in_h * a.in_w +
                       (q * S * dilation_h + top) * a.in_w;
+    // Loads come as they are in memory: written as C++, what is loaded where a predicate says so
+    // would be converted there, and waited for.
+    using Element = Words<T, 1>;
     float grad[SEEN - 1 + STEPS], grads = 0.0f;
-    const auto load_grad = [&](int i, int oh) {
-      grad[i] = oh >= first_row && oh < end_row ? widen(*grad_source) : 0.0f;
+    const auto load_grad = [&](int oh, Element& element) {
+      load_where(oh >= first_row && oh < end_row, grad_source, element);
       grad_source += out_row;
+    };
+    const auto take_grad = [&](int i, const Element& element) {
+      grad[i] = widen(element);
       grads += grad[i];
     };
+    Element first_grads[SEEN - 1] = {};
 #pragma unroll
-    for (int i = 0; i < SEEN - 1; ++i) load_grad(i, q - (SEEN - 1) + i);
+    for (int i = 0; i < SEEN - 1; ++i) load_grad(q - (SEEN - 1) + i, first_grads[i]);
+#pragma unroll
+    for (int i = 0; i < SEEN - 1; ++i) take_grad(i, first_grads[i]);
     // So many steps, whose rows may lie outside the image.
     const auto advance = [&](auto count, auto checked) {
       constexpr int COUNT = decltype(count)::value;
-      float x[COUNT * S][K];
+      Element raw_grad[COUNT] = {}, raw[COUNT * S][K] = {};
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) load_grad(SEEN - 1 + i, q + i);
+      for (int i = 0; i < COUNT; ++i) load_grad(q + i, raw_grad[i]);
 #pragma unroll
       for (int i = 0; i < COUNT * S; ++i, source += in_row) {
         const int ih = (q * S + i) * dilation_h + top;
@@ -148,7 +157,15 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
             (static_cast<unsigned>(ih) < static_cast<unsigned>(a.in_h) && q + i / S < end);
 #pragma unroll
         for (int kw = 0; kw < K; ++kw)
-          x[i][kw] = row_inside && inside[kw] ? widen(source[kw * dilation_w]) : 0.0f;
+          load_where(row_inside && inside[kw], source + kw * dilation_w, raw[i][kw]);
+      }
+      float x[COUNT * S][K];
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) take_grad(SEEN - 1 + i, raw_grad[i]);
+#pragma unroll
+      for (int i = 0; i < COUNT * S; ++i) {
+#pragma unroll
+        for (int kw = 0; kw < K; ++kw) x[i][kw] = widen(raw[i][kw]);
       }
 #pragma unroll
       for (int i = 0; i < COUNT * S; ++i) {
