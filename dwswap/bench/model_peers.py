@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse as fuse_batch_norms
 
+from dwswap.bench.capture import capture
 from dwswap.rewrite import optimize
 
 __all__ = [
@@ -75,15 +76,7 @@ def captured(model: Forward, argument: Any) -> Forward:
     if not isinstance(argument, Tensor):
         raise TypeError(f"a CUDA graph needs one tensor as input, got {type(argument).__name__}")
     static = argument.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            model(static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = model(static)
+    graph, output = capture(lambda: model(static))
 
     def replay(value: Tensor) -> Any:
         static.copy_(value)

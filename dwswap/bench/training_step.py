@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwswap.bench.capture import capture
+
 __all__ = ["CapturedStep", "Step", "without_randomness"]
 
 RATE = 1e-3
 """So low that the same images over and over leave everything finite."""
 
 MOMENTUM = 0.9
-
-WARM_UP = 3
-"""Steps before a capture: they choose algorithms and allocate what the optimizer keeps."""
 
 RANDOM = {"StochasticDepth": "p", "DropPath": "drop_prob"}
 """Attributes with the probability, by the names of the classes of torchvision and timm."""
@@ -104,15 +103,7 @@ class CapturedStep(Step):
         super().__init__(model, *arguments)
         weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         scaler = self._scaler.state_dict()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                super().__call__()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss = super().__call__()
+        self._graph, self._loss = capture(super().__call__)
         self.model.load_state_dict(weights)
         self._scaler.load_state_dict(scaler)
         for state in self._optimizer.state.values():
