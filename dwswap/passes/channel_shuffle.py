@@ -22,7 +22,7 @@ from dwswap.passes.aliasing import changes_between
 from dwswap.passes.context import Context
 from dwswap.shuffling import interleaved
 
-__all__ = ["fuse_shuffle", "keep_layout", "shuffle_input"]
+__all__ = ["fuse_shuffle", "keep_layout", "shuffle_groups", "shuffle_input"]
 
 _VIEWS = ("view", "reshape", torch.reshape)
 _NUMBERS = (operator.getitem, operator.floordiv)
@@ -32,6 +32,14 @@ def shuffle_input(node: fx.Node) -> fx.Node | None:
     """The value whose channels ``node``, the last of such a chain, shuffles."""
     found = _chain(node)
     return None if found is None else found[0]
+
+
+def shuffle_groups(node: fx.Node) -> int | None:
+    """In how many groups ``node`` shuffles, where it does and that is a number."""
+    found = _chain(node)
+    split = None if found is None else found[1].args[0]
+    sizes = _sizes(split) if isinstance(split, fx.Node) else None
+    return sizes[1] if sizes is not None and isinstance(sizes[1], int) else None
 
 
 def fuse_shuffle(graph_module: fx.GraphModule, context: Context) -> None:

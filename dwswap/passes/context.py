@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from dwswap.changes import CHANGE_REASONS, DONE, Change
 from dwswap.convolution_call import example_of, owner_of
+from dwswap.passes.rounding import Moments
 from dwswap.report import REASONS, Layer
 
 __all__ = ["PATH", "Context", "GraphPass"]
@@ -31,6 +32,7 @@ class Context:
         released: paths of modules and tensors that the graph may not need any more.
         memory_format: as ``dwswap.optimize`` was asked.
         layout: what became of that, and why.
+        moments: what is expected of values, where a fold has asked for it.
         values: False where nobody runs the result, which then needs no new tensors.
     """
 
@@ -42,6 +44,7 @@ class Context:
     released: list[str] = field(default_factory=list)
     memory_format: str = "auto"
     layout: str = "preserve"
+    moments: dict[fx.Node, Moments] = field(default_factory=dict)
     values: bool = True
 
     def path(self, name: str) -> str:
@@ -73,6 +76,8 @@ class Context:
         """``new`` computes what ``old`` did."""
         if old in self.shapes:
             self.shapes[new] = self.shapes[old]
+        if old in self.moments:
+            self.moments[new] = self.moments[old]
 
     def note(
         self,

@@ -8,11 +8,11 @@ Reason:
     With the statistics of training, BatchNorm is ``y * scale + shift`` per channel:
     ``weight * scale`` and ``bias * scale + shift`` do the same without a pass over the tensor.
 Limits:
-    The folded weights, computed in float64 and rounded once, are new parameters of one call. The
-    original ones stay where other calls read them; else they leave the graph, and their keys the
-    ``state_dict``. What stays as it is: statistics of the batch, layers with hooks,
-    parametrizations and the like, and wherever the channels of the norm may not be those of the
-    layer.
+    The folded weights, computed in float64 and rounded once (``rounding`` tells how), are new
+    parameters of one call. The original ones stay where other calls read them; else they leave the
+    graph, and their keys the ``state_dict``. What stays as it is: statistics of the batch, layers
+    with hooks, parametrizations and the like, and wherever the channels of the norm may not be
+    those of the layer.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from dwswap.passes.affine_call import AffineCall, Operand, affine_call, value_of
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
+from dwswap.passes.expected_means import expected_means
 from dwswap.passes.folding import (
     Refusal,
     add_folded,
@@ -36,6 +37,7 @@ from dwswap.passes.folding import (
 )
 from dwswap.passes.norm_call import NormCall, norm_call
 from dwswap.passes.ranks import known_rank
+from dwswap.passes.rounding import HALF
 
 __all__ = ["fold_batchnorm"]
 
@@ -44,6 +46,8 @@ def fold_batchnorm(graph_module: fx.GraphModule, context: Context) -> None:
     """Fold in place; writes what it did, and why not, to ``context.changes``."""
     changed = changed_tensors(graph_module)
     made: dict[tuple[Any, ...], tuple[str, str | None]] = {}
+    if context.values and any(p.dtype in HALF for p in graph_module.parameters()):
+        context.moments.update(expected_means(graph_module))
     for node in list(graph_module.graph.nodes):
         norm = norm_call(graph_module, node)
         if norm is None:

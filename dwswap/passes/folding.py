@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from dwswap.passes.affine_call import AffineCall, Operand
 from dwswap.passes.context import Context
 from dwswap.passes.module_tree import add_parameters
+from dwswap.passes.rounding import Moments, rounded
 
 __all__ = [
     "Refusal",
@@ -102,7 +104,7 @@ def add_folded(
     old: Sequence[Tensor | None],
     folded: Sequence[Tensor],
 ) -> tuple[str, str | None]:
-    """Make ``folded`` parameters beside those of ``layer``; their paths.
+    """Round ``folded`` and make it parameters beside those of ``layer``; their paths.
 
     Args:
         old: weight and bias that they replace.
@@ -110,12 +112,35 @@ def add_folded(
     """
     weight, bias = old
     assert weight is not None
+    if context.values:
+        moments, groups = _moments(context, layer, weight), layer.option("groups")
+        groups = groups if isinstance(groups, int) else 1
+        folded = rounded(folded, weight.dtype, moments, groups, layer.transposed)
     return add_parameters(
         graph_module,
         _path(layer.weight).rpartition(".")[0] or layer.node.name,
         [t.to(t.device if context.values else "meta", weight.dtype) for t in folded],
         [weight.requires_grad, (weight if bias is None else bias).requires_grad][: len(folded)],
     )
+
+
+def _moments(context: Context, layer: AffineCall, weight: Tensor) -> Moments | None:
+    """What is expected of the input of ``layer``, as every tap finds it."""
+    known = None if layer.input is None else context.moments.get(layer.input)
+    groups, strides = layer.option("groups") or 1, layer.option("stride") or 1
+    if known is None or not isinstance(groups, int) or layer.option("input_bias") is not None:
+        return None
+    inputs = weight.shape[0] if layer.transposed else weight.shape[1] * groups
+    if known.mean.numel() not in (1, inputs) or layer.option("input_activation") != "none":
+        return None
+    if not layer.transposed:
+        return known
+    # An output meets one tap in as many as there are outputs per input, and zeros at the others.
+    strides = strides if isinstance(strides, (list, tuple)) else [strides] * layer.spatial
+    if not all(isinstance(stride, int) for stride in strides):
+        return None
+    share = 1 / math.prod(strides)
+    return Moments(known.mean * share, known.deviation * share**0.5)
 
 
 def _path(operand: Operand | None) -> str:
