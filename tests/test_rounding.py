@@ -78,6 +78,14 @@ def test_the_mean_output_stays(dtype: torch.dtype, columns: tuple[int, ...]) -> 
     assert (after.abs() <= before.abs() + 1e-12).all()
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1e-6), (torch.bfloat16, 1e-39)])
+def test_subnormal_weights(dtype: torch.dtype, scale: float) -> None:
+    exact, expected = [t * scale for t in layer(50, 64)], moments(64)
+    exact[1] = exact[1].to(dtype).double()
+    after = moved(rounded(exact, dtype, expected), exact, expected.mean)
+    assert after.norm() < 0.2 * moved(nearest(exact, dtype), exact, expected.mean).norm()
+
+
 def test_the_weights_make_up_for_the_rounding_of_the_bias() -> None:
     exact, expected = layer(50, 64), moments(64)
     exact[1] *= 8
@@ -184,31 +192,38 @@ def error(model: nn.Module, x: Tensor, exact: Tensor) -> Tensor:
         return dwswap.optimize(model).double()(x) - exact
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Identity])
 @pytest.mark.parametrize(
     "behind",
     [
         lambda: nn.Conv2d(64, 24, 1),
         lambda: nn.Conv2d(64, 24, 3, groups=2, bias=False),
-        lambda: nn.ConvTranspose2d(64, 24, 4, 2, groups=2),
+        lambda: nn.ConvTranspose2d(64, 24, 4, 4, groups=2),
     ],
     ids=["pointwise", "groups", "transposed"],
 )
 def test_the_mean_of_what_a_small_net_gives(
-    behind: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+    behind: Callable[[], nn.Module],
+    activation: Callable[[], nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
     first = (nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
-    second = (depthwise(64, padding=0), nn.BatchNorm2d(64), nn.ReLU())
+    second = (depthwise(64, padding=0), nn.BatchNorm2d(64), activation())
     model = nn.Sequential(*first, *second, behind(), nn.BatchNorm2d(24))
     x = torch.randn(8, 3, 24, 24)
     randomize(model, x)
+    with torch.no_grad():
+        model[4].bias.uniform_(0.5, 1.5)
+        model[7].running_mean.zero_()
+        model[7].bias.mul_(20)  # whose rounding is the larger part of what is to be made up for
     x, model = x.half().double(), model.half()
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x)
     after = error(model, x, exact)
     monkeypatch.setattr(folding, "rounded", nearest)
     before = error(model, x, exact)
-    assert after.mean((0, 2, 3)).norm() < 0.5 * before.mean((0, 2, 3)).norm()
+    assert after.mean((0, 2, 3)).norm() < 0.4 * before.mean((0, 2, 3)).norm()
     assert after.norm() < before.norm()
 
 
