@@ -198,7 +198,7 @@ def error(model: nn.Module, x: Tensor, exact: Tensor) -> Tensor:
     [
         lambda: nn.Conv2d(64, 24, 1),
         lambda: nn.Conv2d(64, 24, 3, groups=2, bias=False),
-        lambda: nn.ConvTranspose2d(64, 24, 4, 4, groups=2),
+        lambda: nn.ConvTranspose2d(64, 24, 3, 3, groups=2),
     ],
     ids=["pointwise", "groups", "transposed"],
 )
@@ -216,14 +216,14 @@ def test_the_mean_of_what_a_small_net_gives(
     with torch.no_grad():
         model[4].bias.uniform_(0.5, 1.5)
         model[7].running_mean.zero_()
-        model[7].bias.mul_(20)  # whose rounding is the larger part of what is to be made up for
+        model[7].bias.mul_(8)  # whose rounding is the larger part of what is to be made up for
     x, model = x.half().double(), model.half()
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x)
     after = error(model, x, exact)
     monkeypatch.setattr(folding, "rounded", nearest)
     before = error(model, x, exact)
-    assert after.mean((0, 2, 3)).norm() < 0.4 * before.mean((0, 2, 3)).norm()
+    assert after.mean((0, 2, 3)).norm() < 0.5 * before.mean((0, 2, 3)).norm()
     assert after.norm() < before.norm()
 
 
