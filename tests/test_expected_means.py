@@ -118,6 +118,9 @@ UNKNOWN: dict[str, Callable[[Net, Tensor], Any]] = {
     "no such part": lambda net, x: net.norm(x).chunk(2, dim=1)[5],
     "computed groups": lambda net, x: shuffled_by_size(net.norm(x)),
     "unlike": lambda net, x: net.norm(x).chunk(2, 1)[0] + net.other(x),
+    "list": lambda net, x: torch.cat(net.norm(x).chunk(2, 1), 1),
+    "no list": lambda net, x: torch.cat(dim=1, tensors=[net.norm(x), net.norm(x)]),
+    "sample": lambda net, x: net.norm(x)[0],
     "activation": lambda net, x: F.elu(net.norm(x)),
     "statistics of the batch": lambda net, x: F.batch_norm(x, None, None, training=True),
 }
@@ -141,6 +144,17 @@ def test_known_means(name: str) -> None:
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_means(name: str) -> None:
     assert last(traced(UNKNOWN[name]))[1] is None
+
+
+def test_what_has_no_values_is_unknown() -> None:
+    graph_module = fx.symbolic_trace(nn.Sequential(norm().to("meta"), nn.ReLU()))
+    assert last(graph_module)[1] is None
+
+    class Indexed(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x[0] + x[1].chunk(2)[0]
+
+    assert not expected_means(fx.symbolic_trace(Indexed()))
 
 
 def test_gates_of_unknown_values_are_a_half() -> None:

@@ -79,7 +79,9 @@ def _of_norm(graph_module: fx.GraphModule, norm: NormCall) -> Moments | None:
     mean, _, weight, bias = (
         None if operand is None else value_of(graph_module, operand) for operand in norm.operands
     )
-    if mean is None:
+    tensors = [tensor for tensor in (mean, weight, bias) if tensor is not None]
+    plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors)
+    if mean is None or not plain or any(t.shape != mean.shape for t in tensors) or mean.dim() != 1:
         return None
     zeros = torch.zeros_like(mean, dtype=torch.float64)
     return Moments(
@@ -100,15 +102,15 @@ def _behind(name: str | None, before: Moments | None) -> Moments | None:
     density = torch.softmax(steps.square() / -2, 0)
     values = before.mean.unsqueeze(-1) + before.deviation.unsqueeze(-1) * steps
     values = ACTIVATIONS[name].forward(values)
-    mean = values @ density
-    return Moments(mean, ((values - mean.unsqueeze(-1)).square() @ density).sqrt())
+    mean = (values * density).sum(-1)
+    return Moments(mean, ((values - mean.unsqueeze(-1)).square() * density).sum(-1).sqrt())
 
 
 def _of_several(name: str, node: fx.Node, known: dict[fx.Node, Moments]) -> Moments | None:
     operands: Any = node.args
     if name == "cat":
         operands, *dim = (*node.args, *node.kwargs.values())
-        if dim != [1]:
+        if not isinstance(operands, (list, tuple)) or dim != [1]:
             return None
     elif node.kwargs or len(operands) != 2:
         return None
@@ -133,16 +135,16 @@ def _of_several(name: str, node: fx.Node, known: dict[fx.Node, Moments]) -> Mome
 
 def _of_slice(parts: fx.Node, index: Any, known: dict[fx.Node, Moments]) -> Moments | None:
     """One of the values that ``parts`` splits another into, by channels."""
-    name, (whole, *given) = name_of(parts), (*parts.args, *parts.kwargs.values())
-    before = known.get(whole) if isinstance(whole, fx.Node) else None
-    if name not in ("chunk", "split") or before is None or not before.mean.dim():
+    name, given = name_of(parts), (*parts.args, *parts.kwargs.values())
+    if name not in ("chunk", "split") or len(given) != 3 or not isinstance(index, int):
         return None
-    sizes: Any = given[0]
-    if given[1:] != [1] or not isinstance(index, int):
+    whole, sizes, dim = given
+    before = known.get(whole) if isinstance(whole, fx.Node) else None
+    if before is None or dim != 1:
         return None
     split = torch.chunk if name == "chunk" else torch.split
     try:
-        return _each(lambda t: split(t, sizes)[index], before)
+        return _each(lambda t: split(t, sizes)[index], before)  # type: ignore[arg-type]
     except (IndexError, RuntimeError, TypeError):  # numbers that are computed
         return None
 

@@ -2,14 +2,14 @@
 
 Reason:
     An output is off by ``sum_k error_k x_k + bias_error``, with the same errors for all pixels and
-    samples. What the means of ``x`` make of them does not average out, as all other errors do.
+    samples. What the means of ``x`` contribute to it does not average out, as the rest does.
 Method:
-    From the nearest values on, weights take their other neighbour in the dtype, first those that
-    are next to the middle of both, while that makes the expected square smaller of what an output
-    is off by: ``(sum_k error_k mean_k + bias_error)^2 + sum_k error_k^2 deviation_k^2``, inputs
-    taken for independent. The aim is that of bias correction (Nagel et al., "Data-Free Quantization
-    through Weight Equalization and Bias Correction", 2019), but no bias need be precise enough;
-    flips are the means of SQuant (Guo et al., 2022), where all channels are taken for alike.
+    Starting from the nearest values, weights take their other neighbour in the dtype, first those
+    next to the middle of both, as long as that makes the expected square of it smaller,
+    ``(sum_k error_k mean_k + bias_error)^2 + sum_k error_k^2 deviation_k^2``, inputs taken for
+    independent. The aim is that of bias correction (Nagel et al., "Data-Free Quantization through
+    Weight Equalization and Bias Correction", 2019), whose corrected biases would be rounded again.
+    To flip roundings until errors add up to nothing is the way of SQuant (Guo et al., 2022).
 """
 
 from __future__ import annotations
