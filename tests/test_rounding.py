@@ -18,6 +18,7 @@ from dwswap.bench.random_weights import randomize
 from dwswap.passes.rounding import Moments, rounded
 
 folding = importlib.import_module("dwswap.passes.folding")
+push_bias = importlib.import_module("dwswap.passes.push_bias")
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -238,3 +239,49 @@ def test_shufflenet(monkeypatch: pytest.MonkeyPatch) -> None:
     after = error(model, x, exact).norm()
     monkeypatch.setattr(folding, "rounded", nearest)
     assert after < 0.8 * error(model, x, exact).norm()
+
+
+def of_linear_layers() -> tuple[nn.Module, Tensor, Tensor]:
+    """A projection whose bias moves into the layer behind it; an input and its exact output."""
+    torch.manual_seed(0)
+    first = (nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
+    projection = (depthwise(64, padding=0), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 24, 1))
+    expansion = (nn.BatchNorm2d(24), nn.Conv2d(24, 96, 1), nn.BatchNorm2d(96))
+    model = nn.Sequential(*first, *projection, *expansion)
+    x = torch.randn(8, 3, 24, 24)
+    randomize(model, x)
+    with torch.no_grad():
+        model[7].bias.mul_(40)
+    x, model = x.half().double(), model.half()
+    with torch.no_grad():
+        return model, x, copy.deepcopy(model).double()(x)
+
+
+def test_weights_make_up_for_the_rounding_of_pushed_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, exact = of_linear_layers()
+    after = error(model, x, exact)
+    monkeypatch.setattr(push_bias, "_exact", lambda *_: {})
+    before = error(model, x, exact)
+    assert after.mean((0, 2, 3)).norm() < 0.5 * before.mean((0, 2, 3)).norm()
+    assert after.norm() < before.norm()
+
+
+def test_a_weight_that_another_call_reads_is_rounded_once() -> None:
+    """The same block twice: the second call has another bias to make up for."""
+
+    class Twice(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.first, self.rest = model[:7], model[7:]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.rest(y) + self.rest(2 * y)
+
+    model, x, _ = of_linear_layers()
+    twice = Twice(model)
+    with torch.no_grad():
+        exact = copy.deepcopy(twice).double()(x)
+        fast: Any = dwswap.optimize(twice)
+        found = fast.double()(x)
+    assert (found - exact).abs().max() < 4 * torch.finfo(torch.float16).eps * exact.abs().max()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
@@ -41,6 +42,7 @@ class BiasPlan:
         carries: the values that may have an offset, because every reader can deal with it.
         keepers: of other values, the layer in whose bias the offset stays that arrives there.
         biases: what the bias of a layer, or the input bias of a depthwise call, becomes.
+        arriving: the offset of a layer's input.
     """
 
     def __init__(
@@ -49,12 +51,21 @@ class BiasPlan:
         roles: dict[fx.Node, Role],
         kept: Collection[fx.Node] = (),
         values: bool = True,
+        exact: Mapping[fx.Node, Mapping[str, Tensor]] = MappingProxyType({}),
     ) -> None:
-        """``kept``: layers and calls that take no offset; ``values`` as in ``Context``."""
+        """
+        Args:
+            kept: layers and calls that take no offset.
+            values: as in ``Context``.
+            exact: ``"weight"`` and ``"bias"`` of nodes, which are taken in place of what these
+                have been rounded to.
+        """
         self.graph_module, self.roles, self.kept, self.values = graph_module, roles, kept, values
+        self.exact = exact
         self.carries: set[fx.Node] = set()
         self.keepers: dict[fx.Node, fx.Node] = {}
         self.biases: dict[fx.Node, Offset | None] = {}
+        self.arriving: dict[fx.Node, Offset] = {}
         for node in reversed(roles):
             if roles[node].axis is None:
                 continue
@@ -95,7 +106,7 @@ class BiasPlan:
         offsets: dict[fx.Node, Offset] = {}
         for node, role in self.roles.items():
             found = [self._own(node)]
-            found += [self._after(role, offsets[o]) for o in role.operands if o in offsets]
+            found += [self._after(node, offsets[o]) for o in role.operands if o in offsets]
             known = [offset for offset in found if offset is not None]
             if role.kind == "depthwise":
                 if any(offset is not None for offset in found[1:]):
@@ -121,14 +132,20 @@ class BiasPlan:
         if tensor is None:
             return None
         origins = frozenset([node] if role.kind == "layer" else [])
-        return Offset(self._wide(tensor), origins, tensor.requires_grad)
+        exact = self.exact.get(node, {}).get("bias")
+        wide = self._wide(tensor if exact is None else exact)
+        return Offset(wide, origins, tensor.requires_grad)
 
     @torch.no_grad()
-    def _after(self, role: Role, offset: Offset) -> Offset:
+    def _after(self, node: fx.Node, offset: Offset) -> Offset:
         """What ``offset`` of the input is in the output; for a depthwise call as it is."""
+        role = self.roles[node]
         if role.call is None or role.kind != "layer":
             return offset
-        weight = value_of(self.graph_module, role.call.weight)
+        self.arriving[node] = offset
+        weight = self.exact.get(node, {}).get("weight")
+        if weight is None:
+            weight = value_of(self.graph_module, role.call.weight)
         assert weight is not None
         # (out, in / groups), the taps summed: every tap sees the same constant.
         matrix = self._wide(weight).reshape(*weight.shape[:2], -1).sum(2)

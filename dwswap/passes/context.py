@@ -33,6 +33,8 @@ class Context:
         memory_format: as ``dwswap.optimize`` was asked.
         layout: what became of that, and why.
         moments: what is expected of values, where a fold has asked for it.
+        exact: weights (in float32) and biases (in float64) of half precision by path, as they were
+            before they were rounded; until the biases are where they stay.
         values: False where nobody runs the result, which then needs no new tensors.
     """
 
@@ -45,6 +47,7 @@ class Context:
     memory_format: str = "auto"
     layout: str = "preserve"
     moments: dict[fx.Node, Moments] = field(default_factory=dict)
+    exact: dict[str, Tensor] = field(default_factory=dict)
     values: bool = True
 
     def path(self, name: str) -> str:

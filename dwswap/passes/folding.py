@@ -11,13 +11,15 @@ from torch import Tensor, fx, nn
 from dwswap.passes.affine_call import AffineCall, Operand
 from dwswap.passes.context import Context
 from dwswap.passes.module_tree import add_parameters
-from dwswap.passes.rounding import Moments, rounded
+from dwswap.passes.rounding import HALF, Moments, rounded
 
 __all__ = [
     "Refusal",
     "add_folded",
     "channel_groups",
+    "input_moments",
     "layer_refusal",
+    "path_of",
     "range_refusal",
     "scaled",
     "tensor_refusal",
@@ -112,19 +114,25 @@ def add_folded(
     """
     weight, bias = old
     assert weight is not None
+    exact = folded
     if context.values:
-        moments, groups = _moments(context, layer, weight), layer.option("groups")
+        moments, groups = input_moments(context, layer, weight), layer.option("groups")
         groups = groups if isinstance(groups, int) else 1
-        folded = rounded(folded, weight.dtype, moments, groups, layer.transposed)
-    return add_parameters(
+        folded = rounded(exact, weight.dtype, moments, groups, layer.transposed)
+    paths = add_parameters(
         graph_module,
-        _path(layer.weight).rpartition(".")[0] or layer.node.name,
+        path_of(layer.weight).rpartition(".")[0] or layer.node.name,
         [t.to(t.device if context.values else "meta", weight.dtype) for t in folded],
         [weight.requires_grad, (weight if bias is None else bias).requires_grad][: len(folded)],
     )
+    if context.values and weight.dtype in HALF:
+        context.exact[paths[0]] = exact[0].float()
+        if paths[1] is not None:
+            context.exact[paths[1]] = exact[1]
+    return paths
 
 
-def _moments(context: Context, layer: AffineCall, weight: Tensor) -> Moments | None:
+def input_moments(context: Context, layer: AffineCall, weight: Tensor) -> Moments | None:
     """What is expected of the input of ``layer``, as every tap finds it."""
     known = None if layer.input is None else context.moments.get(layer.input)
     groups, strides = layer.option("groups") or 1, layer.option("stride") or 1
@@ -143,5 +151,6 @@ def _moments(context: Context, layer: AffineCall, weight: Tensor) -> Moments | N
     return Moments(known.mean * share, known.deviation * share**0.5)
 
 
-def _path(operand: Operand | None) -> str:
+def path_of(operand: Operand | None) -> str:
+    """Of a tensor that a call takes."""
     return str(operand.target) if isinstance(operand, fx.Node) else str(operand)
