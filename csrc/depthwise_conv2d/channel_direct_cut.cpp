@@ -19,45 +19,49 @@ int aligned_channels(const DepthwiseConv2dParams& p, int element_bytes) {
   return channels;
 }
 
+// Of two float32 channels with stride 2: what their 80 and 117 registers leave room for.
+int64_t resident_blocks(int columns) { return columns == 2 ? 6 : 4; }
+
 // The rows that strips of at most `most` have, as even as they can be.
 int even_rows(int64_t out_h, int most) {
   return static_cast<int>(ceil_div(out_h, ceil_div(out_h, most)));
 }
 
-// Of two channels in float32 with stride 2. Fewest accesses, where a multiprocessor that runs as
-// many blocks as it can makes all of theirs in the time: rounded up to whole waves of blocks. Four
-// columns load the ones between two threads less often, two make more blocks, which may fill the
-// last wave. In 33 shapes 0.4 % behind the best of all cuts (H200).
-Cut cut_strided_floats(const DepthwiseConv2dParams& p, int multiprocessors) {
-  constexpr int kMostRows = 4;
-  Cut best{};
-  int64_t fewest = std::numeric_limits<int64_t>::max();
-  for (int columns : {4, 2}) {
-    for (int most = kMostRows; most > 0; --most) {
-      const Cut cut{kMostChannels, columns, even_rows(p.out_h, most)};
-      const int64_t blocks = ceil_div(cut.threads(p), kThreads);
-      const int64_t slots = columns == 2 ? 6 : 4;  // what 80 and 117 registers leave room for
-      const int64_t waves = ceil_div(blocks, slots * multiprocessors);
-      // 2 * columns + 1 loads, and the output takes about as long as two.
-      const int64_t accesses = waves * slots * (2 * cut.rows + 1) * (2 * columns + 3);
-      if (accesses < fewest) fewest = accesses, best = cut;
-    }
-  }
-  return best;
-}
-
-// As long strips as keep the multiprocessors busy.
-Cut cut_by_threads(const DepthwiseConv2dParams& p, int channels, int element_bytes,
+// As long strips, of `most` rows at most, as keep the multiprocessors busy.
+Cut cut_by_threads(const DepthwiseConv2dParams& p, int channels, int columns, int most,
                    int multiprocessors) {
   constexpr int64_t kBusyThreads = 384;  // of a multiprocessor
-  // A strip reads 3 - stride rows that the next one reads too, and waits for its first two; short
-  // strips end at different times. Half precision has half the bytes under way.
-  int most = (p.stride_h == 1 ? 14 : 8) / (element_bytes / 2);
-  Cut cut{channels, p.stride_h == 1 ? 4 : 2, 0};
+  Cut cut{channels, columns, 0};
   for (;; most /= 2) {
     cut.rows = even_rows(p.out_h, most);
     if (most == 1 || cut.threads(p) >= kBusyThreads * multiprocessors) return cut;
   }
+}
+
+// Of two channels in float32 with stride 2, where blocks are few: fewest accesses, if a
+// multiprocessor that holds as many blocks as it can makes all of theirs in the time, so that waves
+// of blocks count as whole. Four columns load the ones between two threads less often, two make
+// more blocks, which may fill the last wave. Where there are many waves, more blocks are better.
+Cut cut_strided_floats(const DepthwiseConv2dParams& p, int multiprocessors) {
+  constexpr int kMostRows = 4;
+  constexpr int64_t kManyWaves = 7;
+  const auto waves_of = [&](const Cut& cut) {
+    const int64_t blocks = ceil_div(cut.threads(p), kThreads);
+    return ceil_div(blocks, resident_blocks(cut.columns) * multiprocessors);
+  };
+  Cut best = cut_by_threads(p, kMostChannels, 2, kMostRows, multiprocessors);
+  if (waves_of(best) >= kManyWaves) return best;
+  int64_t fewest = std::numeric_limits<int64_t>::max();
+  for (int columns : {4, 2}) {
+    for (int most : {kMostRows, kMostRows - 1}) {
+      const Cut cut = cut_by_threads(p, kMostChannels, columns, most, multiprocessors);
+      // 2 * columns + 1 loads, and the output takes about as long as two.
+      const int64_t accesses =
+          waves_of(cut) * resident_blocks(columns) * (2 * cut.rows + 1) * (2 * columns + 3);
+      if (accesses < fewest) fewest = accesses, best = cut;
+    }
+  }
+  return best;
 }
 
 }  // namespace
@@ -66,11 +70,15 @@ Cut choose_cut(const DepthwiseConv2dParams& p, int element_bytes, int multiproce
   // Threads of a multiprocessor below which one wants narrower accesses.
   constexpr int64_t kFewThreads = 192;
   const int channels = aligned_channels(p, element_bytes);
+  const int columns = p.stride_h == 1 ? 4 : 2;
+  // A strip reads 3 - stride rows that the next one reads too, and waits for its first two; short
+  // strips end at different times. Half precision has half the bytes under way.
+  const int most = (p.stride_h == 1 ? 14 : 8) / (element_bytes / 2);
   const bool strided_floats = element_bytes == 4 && p.stride_h == 2 && channels == kMostChannels;
-  Cut cut = strided_floats ? cut_strided_floats(p, multiprocessors)
-                           : cut_by_threads(p, channels, element_bytes, multiprocessors);
+  const Cut cut = strided_floats ? cut_strided_floats(p, multiprocessors)
+                                 : cut_by_threads(p, channels, columns, most, multiprocessors);
   if (cut.threads(p) >= kFewThreads * multiprocessors) return cut;
-  return {1, p.stride_h == 1 ? 4 : 2, cut.rows};
+  return {1, columns, cut.rows};
 }
 
 }  // namespace channel_direct
