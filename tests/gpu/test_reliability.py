@@ -377,15 +377,21 @@ def test_no_memory_but_the_output(case):
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    before = torch.cuda.memory_allocated()
     output = operator(case, given)
     size = output.numel() * output.element_size()
     # The allocator rounds to 512 bytes, and from 1 MiB on may hand out 1 MiB more.
     rounding = 512 if size < 1 << 20 else 1 << 20
     assert torch.cuda.max_memory_allocated() - before < size + rounding
     del output
-    for _ in range(100):
-        operator(case, given)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before
-    assert free - torch.cuda.mem_get_info()[0] <= 32 << 20
+
+    def taken_from_the_gpu() -> int:
+        free = torch.cuda.mem_get_info()[0]
+        for _ in range(100):
+            operator(case, given)
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before
+        return free - torch.cuda.mem_get_info()[0]
+
+    # Others may use the GPU, too; what the operator takes it takes every time.
+    assert min(taken_from_the_gpu() for _ in range(5)) <= 32 << 20
