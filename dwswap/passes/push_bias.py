@@ -19,18 +19,16 @@ Limits:
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.bias_plan import BiasPlan, Offset
 from dwswap.passes.context import Context
-from dwswap.passes.folding import input_moments, path_of
+from dwswap.passes.folding import path_of
 from dwswap.passes.module_tree import add_parameter
-from dwswap.passes.offsets import Role, find_roles
-from dwswap.passes.rounding import Moments, rounded
+from dwswap.passes.offsets import find_roles
+from dwswap.passes.rounding_anew import exact_tensors, round_anew
 
 __all__ = ["push_bias"]
 
@@ -38,7 +36,7 @@ __all__ = ["push_bias"]
 def push_bias(graph_module: fx.GraphModule, context: Context) -> None:
     """Push in place; writes what it did, and why not, to ``context.changes``."""
     roles = find_roles(graph_module, context)
-    exact = _exact(graph_module, context, roles)
+    exact = exact_tensors(graph_module, context, roles)
     kept: set[fx.Node] = set()
     while True:
         plan = BiasPlan(graph_module, roles, kept, context.values, exact)
@@ -53,66 +51,10 @@ def push_bias(graph_module: fx.GraphModule, context: Context) -> None:
     _report(context, plan)
     for node, tensors in exact.items():
         if "weight" in tensors:
-            _round_anew(graph_module, context, plan, node, tensors["weight"])
+            round_anew(graph_module, context, plan, node, tensors["weight"])
     context.exact.clear()
     for node, new in plan.biases.items():
         _rewrite(graph_module, context, node, new)
-
-
-def _exact(
-    graph_module: fx.GraphModule, context: Context, roles: dict[fx.Node, Role]
-) -> dict[fx.Node, dict[str, Tensor]]:
-    """Weight and bias before they were rounded, of layers whose weights nothing else reads; of the
-    depthwise call that alone reads a layer, the bias which that has given to it."""
-    nodes = graph_module.graph.nodes
-    readers = Counter(str(node.target) for node in nodes if node.op == "get_attr")
-    found: dict[fx.Node, dict[str, Tensor]] = {}
-    for node, role in roles.items():
-        weight = None if role.call is None else role.call.weight
-        if role.kind != "layer" or role.call is None or not isinstance(weight, fx.Node):
-            continue
-        path = path_of(weight)
-        if path not in context.exact or readers[path] != 1 or len(weight.users) != 1:
-            continue
-        found[node] = {"weight": context.exact[path]}
-        end = _reader(roles, node)
-        call = None if end is None else roles[end].call
-        given = None if call is None else call.option("input_bias")
-        for reader, bias in ((node, role.call.bias), (end, given)):
-            where = path_of(bias)
-            own = where.rpartition(".")[0] == path.rpartition(".")[0]
-            if reader is not None and own and where in context.exact:
-                found.setdefault(reader, {})["bias"] = context.exact[where]
-    return found
-
-
-def _reader(roles: dict[fx.Node, Role], node: fx.Node) -> fx.Node | None:
-    """The depthwise call that alone reads ``node``, and takes an offset of it."""
-    user = next(iter(node.users), None)
-    role = None if user is None or len(node.users) > 1 else roles.get(user)
-    return user if role is not None and role.kind == "depthwise" and role.operands else None
-
-
-def _round_anew(
-    graph_module: fx.GraphModule, context: Context, plan: BiasPlan, node: fx.Node, exact: Tensor
-) -> None:
-    """Round the weight of a layer for what its input and its bias have become."""
-    call, arriving = plan.roles[node].call, plan.arriving.get(node)
-    end = node if plan.biases.get(node) is not None else _reader(plan.roles, node)
-    new = None if end is None else plan.biases.get(end)
-    assert call is not None
-    if arriving is None and new is None and node not in plan.biases:
-        return
-    weight = value_of(graph_module, call.weight)
-    assert weight is not None
-    moments = input_moments(context, call, weight)
-    if moments is not None and arriving is not None:
-        offset = arriving.value.to(moments.mean.device)
-        moments = Moments(moments.mean - offset, moments.deviation.expand(offset.shape))
-    tensors = [exact.double(), *([] if new is None else [new.value])]
-    groups = call.option("groups") or 1
-    with torch.no_grad():
-        weight.copy_(rounded(tensors, weight.dtype, moments, groups, call.transposed)[0])
 
 
 def _report(context: Context, plan: BiasPlan) -> None:
