@@ -190,6 +190,7 @@ def test_explain_makes_no_weights() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_convnext() -> None:
     model = models.convnext_tiny(weights=None)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -163,7 +163,7 @@ class Norm(nn.Module):
 
 
 @LAST
-@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("differentiated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_exported_and_traced_it_is_that_of_aten(last: bool, differentiated: bool) -> None:
     torch._dynamo.reset()
     model = Norm(last).requires_grad_(differentiated)

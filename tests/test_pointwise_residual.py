@@ -212,6 +212,7 @@ def test_onto_a_normalized_image(norm: nn.Module) -> None:
         same(fast(image(8)), model(image(8)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("products")
 def test_convnext() -> None:
     model = models.convnext_tiny(weights=None)
