@@ -40,19 +40,7 @@ def absorb_before_pool(graph_module: fx.GraphModule, context: Context) -> None:
         module = node.op == "call_module" and graph_module.get_submodule(str(node.target))
         if module and reason_not_plain(module) is not None:
             continue
-        new = _rewrite(graph_module.graph, context, node, *found)
+        image, keepdim = found
+        options = {"keepdim": True} if keepdim else {}
+        new = context.substitute(node, channel_means, (image,), options)
         absorb_operand(graph_module, context, new, 0, operand, "pool", changed)
-
-
-def _rewrite(
-    graph: fx.Graph, context: Context, node: fx.Node, image: fx.Node, keepdim: bool
-) -> fx.Node:
-    with graph.inserting_before(node):
-        new = graph.call_function(channel_means, (image,), {"keepdim": True} if keepdim else {})
-    # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
-    new.meta = {**node.meta, "is_wrapped": True}
-    context.replaced(node, new)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    context.release(node)
-    return new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -81,6 +81,30 @@ class Context:
             self.shapes[new] = self.shapes[old]
         if old in self.moments:
             self.moments[new] = self.moments[old]
+
+    def substitute(
+        self,
+        node: fx.Node,
+        function: Callable[..., Tensor],
+        arguments: Sequence[object],
+        options: dict[str, Any] | None = None,
+    ) -> fx.Node:
+        """Put a call of ``function``, which computes the same, in the place of ``node``.
+
+        Args:
+            arguments: strings among them are the paths of tensors, which the call reads.
+        """
+        graph = node.graph
+        with graph.inserting_before(node):
+            given: Any = tuple(graph.get_attr(a) if isinstance(a, str) else a for a in arguments)
+            new = graph.call_function(function, given, options)
+        # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
+        new.meta = {**node.meta, "is_wrapped": True}
+        self.replaced(node, new)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        self.release(node)
+        return new
 
     def note(
         self,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from dwswap.layouts import memory_format
-from dwswap.passes.affine_call import AffineCall, affine_call, value_of
+from dwswap.passes.affine_call import affine_call, value_of
 from dwswap.passes.context import Context
 from dwswap.passes.pointwise_call import product_weight
 from dwswap.pointwise import pointwise_product
@@ -49,23 +49,10 @@ def multiply_pointwise(graph_module: fx.GraphModule, context: Context) -> None:
             if not _fits(value_of(graph_module, call.bias), weight):
                 continue
             context.note(node, "pointwise", node, "epilogue")
-        _rewrite(context, call)
+        path = context.path_of(node)
+        new = context.substitute(node, pointwise_product, (call.input, call.weight, call.bias))
+        context.keep_path(new, path)
 
 
 def _fits(bias: Tensor | None, weight: Tensor) -> bool:
     return bias is not None and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
-
-
-def _rewrite(context: Context, call: AffineCall) -> None:
-    node, graph = call.node, call.node.graph
-    path = context.path_of(node)
-    with graph.inserting_before(node):
-        tensors = [graph.get_attr(o) if isinstance(o, str) else o for o in (call.weight, call.bias)]
-        new = graph.call_function(pointwise_product, (call.input, *tensors))
-    # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
-    new.meta = {**node.meta, "is_wrapped": True}
-    context.keep_path(new, path)
-    context.replaced(node, new)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    context.release(node)

@@ -42,18 +42,8 @@ def fuse_squeeze_excitation(graph_module: fx.GraphModule, context: Context) -> N
 
 def _rewrite(graph: fx.Graph, context: Context, call: ExcitationCall) -> None:
     operands = (call.reduce.weight, call.reduce.bias, call.expand.weight, call.expand.bias)
-    with graph.inserting_before(call.node):
-        tensors = [graph.get_attr(o) if isinstance(o, str) else o for o in operands]
-        new = graph.call_function(
-            squeeze_excitation,
-            (call.input, *tensors),
-            {"activation": call.activation.name, "gate": call.gate.name},
-        )
-    # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
-    new.meta = {**call.node.meta, "is_wrapped": True}
-    context.replaced(call.node, new)
-    call.node.replace_all_uses_with(new)
-    graph.erase_node(call.node)
+    options = {"activation": call.activation.name, "gate": call.gate.name}
+    context.substitute(call.node, squeeze_excitation, (call.input, *operands), options)
     for node in reversed(call.inner):
         graph.erase_node(node)
         context.release(node)

@@ -17,7 +17,7 @@ from torch import fx
 from dwswap.norms import channel_norm
 from dwswap.passes.affine_call import value_of
 from dwswap.passes.context import Context
-from dwswap.passes.layer_norm_call import LayerNormCall, layer_norm_call
+from dwswap.passes.layer_norm_call import layer_norm_call
 from dwswap.plain import has_kernels
 
 __all__ = ["swap_layer_norm"]
@@ -30,21 +30,6 @@ def swap_layer_norm(graph_module: fx.GraphModule, context: Context) -> None:
         weight = None if call is None else value_of(graph_module, call.weight)
         if call is not None and weight is not None and has_kernels(weight):
             context.note(node, "layer_norm", node, "rows")
-            _rewrite(context, call)
-
-
-def _rewrite(context: Context, call: LayerNormCall) -> None:
-    node, graph = call.node, call.node.graph
-    path = context.path_of(node)
-    with graph.inserting_before(node):
-        tensors = [graph.get_attr(o) if isinstance(o, str) else o for o in (call.weight, call.bias)]
-        new = graph.call_function(
-            channel_norm, (call.input, *tensors, call.eps), {"last": call.last}
-        )
-    # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
-    new.meta = {**node.meta, "is_wrapped": True}
-    context.keep_path(new, path)
-    context.replaced(node, new)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    context.release(node)
+            path, given = context.path_of(node), (call.input, call.weight, call.bias, call.eps)
+            new = context.substitute(node, channel_norm, given, {"last": call.last})
+            context.keep_path(new, path)
