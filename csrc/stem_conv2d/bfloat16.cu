@@ -1,0 +1,6 @@
+#include "stem_conv2d/kernel.cuh"
+
+namespace dwswap::stem {
+template cudaError_t launch_typed<__nv_bfloat16>(const StemConv2dParams&, const Device&,
+                                                 cudaStream_t);
+}

@@ -1,0 +1,27 @@
+// Which problems of the first layer have a kernel, and the choice of its element type.
+#include "stem_conv2d/launch.h"
+
+#include <limits>
+
+#include "stem_conv2d/cut.h"
+#include "stem_conv2d/params.h"
+
+namespace dwswap {
+
+bool covers_stem_conv2d(const StemConv2dParams& p) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const bool is_half = p.dtype == DataType::kFloat16 || p.dtype == DataType::kBFloat16;
+  if (!is_half || p.channels <= 0 || p.channels % 8 != 0 || p.channels > 64) return false;
+  // Offsets inside an image of input have 31 bits.
+  if (p.height <= 0 || p.width <= 0 || p.height > kMost / 3 / p.width) return false;
+  // A unit has a row of one tile at least, and is counted in 31 bits.
+  return p.batch <= kMost / (p.out_h() * ceil_div(p.out_w(), stem::kTile));
+}
+
+cudaError_t launch_stem_conv2d(const StemConv2dParams& p, const Device& device,
+                               cudaStream_t stream) {
+  return p.dtype == DataType::kFloat16 ? stem::launch_typed<__half>(p, device, stream)
+                                       : stem::launch_typed<__nv_bfloat16>(p, device, stream);
+}
+
+}  // namespace dwswap

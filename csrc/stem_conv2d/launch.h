@@ -1,0 +1,14 @@
+// What kernel.cuh has for an element type.
+#pragma once
+
+#include "common/device.h"
+#include "stem_conv2d/params.h"
+
+namespace dwswap {
+namespace stem {
+
+template <typename T>
+cudaError_t launch_typed(const StemConv2dParams& params, const Device& device, cudaStream_t stream);
+
+}  // namespace stem
+}  // namespace dwswap
