@@ -13,6 +13,7 @@ __all__ = [
     "interleave_channels",
     "library",
     "squeeze_excitation",
+    "stem_conv2d",
 ]
 
 _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
@@ -76,6 +77,13 @@ for _name in ("_channel_norm", "_channel_norm_aten"):
         tags=_tags,
     )
 
+# activations: as above, of none and of the one behind the convolution.
+for _name in ("_stem_conv2d", "_stem_conv2d_aten"):
+    library.define(
+        f"{_name}(Tensor input, Tensor weight, Tensor? bias, int activations) -> Tensor",
+        tags=_tags,
+    )
+
 channel_means = torch.ops.dwswap._channel_means.default
 channel_norm = torch.ops.dwswap._channel_norm.default
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
@@ -83,3 +91,4 @@ depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default
 interleave_channels = torch.ops.dwswap._interleave_channels.default
 squeeze_excitation = torch.ops.dwswap.squeeze_excitation.default
+stem_conv2d = torch.ops.dwswap._stem_conv2d.default

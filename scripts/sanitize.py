@@ -34,6 +34,7 @@ from dwswap.ops import squeeze_excitation
 from dwswap.registration import kernel_family
 from dwswap.schema import depthwise_conv2d_backward
 from dwswap.shuffling import interleaved
+from dwswap.stems import stem_conv2d
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 HALVES = (torch.float16, torch.bfloat16)
@@ -222,6 +223,29 @@ def norms() -> Iterator[Norm]:
                 yield Norm(dtype, torch.channels_last, shape, offset, last)
 
 
+class Stem(NamedTuple):
+    """A problem of the kernels of the first layer of a network."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    shape: tuple[int, int, int, int]
+    channels: int  # of the output
+    offset: int
+    activation: str
+
+
+def stems() -> Iterator[Stem]:
+    """Every number of channels and every access; units of all heights, and several for a block."""
+    shapes = ((2, 3, 9, 40), (3, 3, 7, 13), (1, 3, 1, 1), (1, 3, 5, 1037), (1, 3, 224, 224))
+    many = (1, 3, 3001, 62)
+    for dtype, memory_format in itertools.product(HALVES, FORMATS):
+        for channels, (i, shape) in itertools.product(range(8, 65, 8), enumerate(shapes)):
+            activation = ("none", "relu6", "silu")[(i + channels // 8) % 3]
+            yield Stem(dtype, memory_format, shape, channels, i % 2, activation)
+        for shape in (many, (700, 3, 24, 24), (700, 3, 23, 23)):
+            yield Stem(dtype, memory_format, shape, 16, 0, "relu6")
+
+
 class Interleaving(NamedTuple):
     """A problem of the kernel that interleaves the channels of two images."""
 
@@ -247,7 +271,7 @@ def interleavings() -> Iterator[Interleaving]:
 
 
 def place(
-    values: torch.Tensor, problem: Problem | Excitation | Interleaving | Means | Norm
+    values: torch.Tensor, problem: Problem | Excitation | Interleaving | Means | Norm | Stem
 ) -> torch.Tensor:
     """A copy on the GPU in the memory format and at the offset of the problem."""
     laid_out = values.contiguous(memory_format=problem.memory_format)
@@ -383,6 +407,21 @@ def check_norm(problem: Norm) -> str | None:
     return difference(result, exact if problem.last else exact.movedim(-1, 1), problem.dtype)
 
 
+def check_stem(problem: Stem) -> str | None:
+    """Run one problem of the kernels of the first layer; returns what is wrong with its result."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(problem.shape, generator=generator).to(problem.dtype)
+    weight = torch.randn((problem.channels, 3, 3, 3), generator=generator).to(problem.dtype)
+    weight = weight.contiguous(memory_format=problem.memory_format)
+    bias = torch.randn(problem.channels, generator=generator).to(problem.dtype)
+    ours = stem_conv2d(place(x, problem), weight.cuda(), bias.cuda(), activation=problem.activation)
+    # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
+    result = (ours * 1).cpu().double()
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), 2, 1)
+    activation = {"none": lambda y: y, "relu6": F.relu6, "silu": F.silu}[problem.activation]
+    return difference(result, activation(exact), problem.dtype)
+
+
 def check_interleaving(problem: Interleaving) -> str | None:
     """Run one problem of the interleaving kernel; returns what is wrong with its result."""
     generator = torch.Generator().manual_seed(0)
@@ -433,6 +472,7 @@ def main(arguments: list[str]) -> int:
     checks += [functools.partial(check_interleaving, problem) for problem in interleavings()]
     checks += [functools.partial(check_means, problem) for problem in means()]
     checks += [functools.partial(check_norm, problem) for problem in norms()]
+    checks += [functools.partial(check_stem, problem) for problem in stems()]
     with torch.no_grad():
         for run_one in checks:
             wrong = run_one()
