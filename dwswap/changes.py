@@ -17,6 +17,7 @@ CHANGE_REASONS: dict[str, str] = {
     "epilogue": "added by the matrix product, which the convolution is, to what it stores",
     "product": "a matrix product: cuDNN may be slow where {channels} channels are no multiple of 8",
     "rows": "a kernel of dwswap that normalizes many pixels at once",
+    "stem": "a kernel of dwswap for 3 x 3 taps on 3 channels",
     # stays: BatchNorm
     "train_mode": "it is in train mode",
     "no_statistics": "it normalizes by the statistics of each batch",
@@ -53,7 +54,7 @@ CHANGE_REASONS: dict[str, str] = {
 }
 
 
-DONE = ("folded", "absorbed", "pushed", "epilogue", "product", "rows")
+DONE = ("folded", "absorbed", "pushed", "epilogue", "product", "rows", "stem")
 """The reasons of what is gone from the graph."""
 
 
@@ -67,8 +68,9 @@ class Change:
             those after it, or kept it,
             ``"squeeze_excitation"`` of the first layer of one, ``"pointwise"`` of a convolution
             that became a matrix product, ``"shuffle"`` or ``"pool"`` of one whose activation a
-            channel shuffle or a mean took, ``"layer_norm"`` of a layer normalization, or
-            ``"inplace"`` of an activation in train mode.
+            channel shuffle or a mean took, ``"layer_norm"`` of a layer normalization,
+            ``"stem"`` of the first convolution of a network, or ``"inplace"`` of an activation in
+            train mode.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
         done: whether it is gone from the graph.
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
@@ -99,7 +101,7 @@ class Change:
             if self.reason == "product":
                 return "became a matrix product"
             return "its bias in the epilogue of the matrix product"
-        if self.kind == "layer_norm":
+        if self.kind in ("layer_norm", "stem"):
             return f"runs {self.detail}"
         if self.kind == "inplace":
             return f"out of place ({self.reason}: {self.detail})"

@@ -284,6 +284,7 @@ class Report:
             + (f", made {blocks} squeeze-and-excitations one call each" if blocks else "")
             + (f", made {products} pointwise convolutions matrix products" if products else "")
             + (f", swapped {done['layer_norm']} LayerNorm" if done["layer_norm"] else "")
+            + (f", swapped {done['stem']} first convolution" if done["stem"] else "")
         )
 
     def _notes(self) -> list[str]:

@@ -26,6 +26,7 @@ from dwswap.passes.remove_identities import remove_identities
 from dwswap.passes.squeeze_excitation import fuse_squeeze_excitation
 from dwswap.passes.swap_depthwise import swap_depthwise
 from dwswap.passes.swap_layer_norm import swap_layer_norm
+from dwswap.passes.swap_stem import swap_stem
 
 __all__ = [
     "COMPILED_PASSES",
@@ -54,6 +55,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     fuse_residual,
     multiply_pointwise,
     swap_layer_norm,
+    swap_stem,
     lay_out_linear,
 )
 # In front of a compiler that chooses layouts itself.
