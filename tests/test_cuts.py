@@ -323,3 +323,32 @@ def test_layers_of_many_samples_are_matrix_products(
     problem = Problem(batch, channels, side, side, hidden, 1, stride, 2)
     ((*_, chosen),) = cuts("squeeze_excitation", [(problem, DEVICES[0])])
     assert chosen == products
+
+
+def test_stem_conv2d_covers_every_output(cuts):
+    sizes = (1, 2, 15, 16, 31, 32, 33, 64, 224, 257, 300, 1037, 4001)
+    problems = [
+        Problem(batch, 32, height, width, 3, 3, 2, 2)
+        for batch, height, width in itertools.product((1, 2, 33, 256), sizes, sizes)
+    ]
+    runs = list(itertools.product(problems, DEVICES))
+    for (problem, device), cut in zip(runs, cuts("stem_conv2d", runs), strict=True):
+        rows, tiles, groups, pieces, units, turns, blocks = cut
+        what = f"{problem} on {device}: {cut}"
+        assert 1 <= rows <= 4, what
+        assert 1 <= tiles <= 8, what
+        assert (groups - 1) * rows < problem.out_h <= groups * rows, what
+        assert (pieces - 1) * tiles * 16 < problem.out_w <= pieces * tiles * 16, what
+        assert units == problem.batch * groups * pieces, what
+        assert 1 <= turns <= 4, what
+        assert (blocks - 1) * turns < units <= blocks * turns, what
+        # Units are small before multiprocessors have none.
+        assert rows == 1 or units >= 2 * device[0], what
+        assert units >= 2 * device[0] or tiles <= 4, what
+    # The networks' own: one image, and many.
+    one, many = (
+        cuts("stem_conv2d", [(Problem(batch, 32, 224, 224, 3, 3, 2, 2), DEVICES[0])])[0]
+        for batch in (1, 256)
+    )
+    assert one[:2] == [1, 4]
+    assert many[:2] == [4, 7]

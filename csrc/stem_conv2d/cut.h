@@ -15,7 +15,8 @@ constexpr int kMostTiles = 8;  // of a unit, side by side
 constexpr int kMostRows = 4;   // of output of a unit
 constexpr int kWarps = 4;
 constexpr int kBlocksOfMultiprocessor = 6;
-constexpr int kMostTurns = 4;  // units of a block, which loads the weights once
+constexpr int kMostTurns = 4;  // units of a block, which loads the weights once,
+constexpr int kWaves = 4;      // where there are blocks for so many waves
 
 struct Cut {
   int rows, tiles;
@@ -42,7 +43,7 @@ inline Cut choose_cut(const StemConv2dParams& p, int multiprocessors) {
     cut = cut_of(rows, pieces);
   if (cut.units < wanted) cut = cut_of(1, ceil_div(all, kWarps));
   const int64_t slots = int64_t{multiprocessors} * kBlocksOfMultiprocessor;
-  cut.turns = static_cast<int>(std::clamp<int64_t>(cut.units / (2 * slots), 1, kMostTurns));
+  cut.turns = static_cast<int>(std::clamp<int64_t>(cut.units / (kWaves * slots), 1, kMostTurns));
   cut.blocks = ceil_div(cut.units, cut.turns);
   return cut;
 }

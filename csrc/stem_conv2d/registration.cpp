@@ -34,8 +34,8 @@ bool describe(StemConv2dParams& p, const Tensor& input, const Tensor& weight) {
     return false;
   const Image image(input), taps(weight);
   if (image.c != 3 || taps.c != 3 || taps.h != 3 || taps.w != 3) return false;
-  const bool channels_last = suggests_channels_last(image) && image.channels_last();
-  if (!channels_last && !image.contiguous()) return false;
+  const bool channels_last = !image.contiguous();
+  if (channels_last && !image.channels_last()) return false;
   if (!taps.contiguous() && !taps.channels_last()) return false;
   p.batch = image.n, p.height = image.h, p.width = image.w, p.channels = taps.n;
   p.weight_plane = taps.stride.c, p.weight_row = taps.stride.h, p.weight_column = taps.stride.w;

@@ -14,6 +14,7 @@
 #include "depthwise_conv2d/plane_strips_cut.h"
 #include "depthwise_conv2d/toeplitz_cut.h"
 #include "squeeze_excitation/params.h"
+#include "stem_conv2d/cut.h"
 
 int main() {
   using namespace dwswap;
@@ -62,6 +63,13 @@ int main() {
       std::printf("%d %d %d %d %d %d %d %d %d %d\n", covers_squeeze_excitation(q), cut.slice,
                   cut.slices, cut.chunk, cut.chunks, cut.samples, cut.lanes, cut.wide,
                   cut.wide_weights, prefers_products(q, device.multiprocessors));
+    } else if (family == "stem_conv2d") {
+      StemConv2dParams q{};
+      q.batch = p.batch, q.channels = p.channels, q.height = p.in_h, q.width = p.in_w;
+      const auto cut = stem::choose_cut(q, device.multiprocessors);
+      std::printf("%d %d %lld %lld %lld %d %lld\n", cut.rows, cut.tiles,
+                  static_cast<long long>(cut.groups), static_cast<long long>(cut.pieces),
+                  static_cast<long long>(cut.units), cut.turns, static_cast<long long>(cut.blocks));
     } else if (family == "channel_direct") {
       const auto cut = channel_direct::choose_cut(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
