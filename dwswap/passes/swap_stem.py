@@ -5,9 +5,9 @@ Pattern:
     the activation behind it, where nothing else reads what is in between. Where it alone reads an
     image that ``set_memory_format`` converts, it reads the image.
 Reason:
-    It is a matrix product of 27 columns, which cuDNN pads to more, for which it converts the image,
-    and whose bias and activation are kernels of their own. MobileNetV2 spends a tenth of its time
-    here; and the kernel reads an image of either layout.
+    cuDNN takes 217 us for 256 images of 224 x 224 and 32 channels, where their bytes take 68, and
+    adds the bias in a kernel of its own; before that, the image is converted. The kernel reads an
+    image of either layout.
 Limits:
     In half precision on CUDA. In channels_last, which the result is. Graphs of exported programs
     stay, as they compute with aten. Weights and biases that are computed stay.
