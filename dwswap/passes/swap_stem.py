@@ -81,25 +81,16 @@ def _activation(graph_module: fx.GraphModule, call: AffineCall) -> ActivationCal
 
 
 def _rewrite(context: Context, call: AffineCall, found: ActivationCall | None) -> None:
-    node, graph = call.node, call.node.graph
-    path, source = context.path_of(node), call.input
+    node, source, path = call.node, call.input, context.path_of(call.node)
     assert source is not None
     # What is converted here alone is read as it is.
     converted = source if source.target is to_layout and len(source.users) == 1 else None
     input = source if converted is None else converted.args[0]
-    with graph.inserting_before(node):
-        tensors = [graph.get_attr(o) if isinstance(o, str) else o for o in (call.weight, call.bias)]
-        options: dict[str, Any] = {} if found is None else {"activation": found.name}
-        new = graph.call_function(stem_conv2d, (input, *tensors), options)
-    # torch.fx traces the generated code when it unpickles; is_wrapped keeps the call one node.
-    new.meta = {**node.meta, "is_wrapped": True}
+    options: dict[str, Any] = {} if found is None else {"activation": found.name}
+    new = context.substitute(node, stem_conv2d, (input, call.weight, call.bias), options)
     context.keep_path(new, path)
-    context.replaced(node, new)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    context.release(node)
     if converted is not None:
-        graph.erase_node(converted)
+        new.graph.erase_node(converted)
     if found is not None:
         context.replaced(found.node, new)
         found.node.replace_all_uses_with(new)
