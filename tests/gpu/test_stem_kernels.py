@@ -218,9 +218,10 @@ def test_what_has_no_kernel_is_left_to_aten() -> None:
         ]
         result = stem_conv2d(x.to(dtype), *tensors, activation="relu")
         torch.testing.assert_close(result, expected(x.to(dtype), *tensors, "relu"))
-    weight, bias = draw((8, 3, 3, 3), x.dtype), draw((8,), x.dtype)
+    shapes = (tuple(x.shape), (8, 3, 3, 3), (8,))
+    image, weight, bias = (draw(shape, x.dtype).round().clamp(-2, 2) for shape in shapes)
     strided = weight.transpose(2, 3).contiguous().transpose(2, 3)
-    torch.testing.assert_close(stem_conv2d(x, strided, bias), stem_conv2d(x, weight, bias))
+    assert torch.equal(stem_conv2d(image, strided, bias), stem_conv2d(image, weight, bias))
     empty = stem_conv2d(x[:0], weight, bias)
     assert empty.shape == (0, 8, 5, 6)
     leaf = x.float().requires_grad_()
