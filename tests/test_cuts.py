@@ -333,15 +333,13 @@ def test_stem_conv2d_covers_every_output(cuts):
     ]
     runs = list(itertools.product(problems, DEVICES))
     for (problem, device), cut in zip(runs, cuts("stem_conv2d", runs), strict=True):
-        rows, tiles, groups, pieces, units, turns, blocks = cut
+        rows, tiles, groups, pieces, units = cut
         what = f"{problem} on {device}: {cut}"
         assert 1 <= rows <= 4, what
         assert 1 <= tiles <= 8, what
         assert (groups - 1) * rows < problem.out_h <= groups * rows, what
         assert (pieces - 1) * tiles * 16 < problem.out_w <= pieces * tiles * 16, what
         assert units == problem.batch * groups * pieces, what
-        assert 1 <= turns <= 4, what
-        assert (blocks - 1) * turns < units <= blocks * turns, what
         # Units are small before multiprocessors have none.
         assert rows == 1 or units >= 2 * device[0], what
         assert units >= 2 * device[0] or tiles <= 4, what

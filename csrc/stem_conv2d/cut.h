@@ -1,7 +1,6 @@
-// How the first layer of a network is cut into units, of which a block computes some.
+// How the first layer of a network is cut into units, one for each block.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "common/integer.h"
@@ -14,16 +13,11 @@ constexpr int kTile = 16;      // pixels of output, a row of them: the M of the 
 constexpr int kMostTiles = 8;  // of a unit, side by side
 constexpr int kMostRows = 4;   // of output of a unit
 constexpr int kWarps = 4;
-constexpr int kBlocksOfMultiprocessor = 6;
-constexpr int kMostTurns = 4;  // units of a block, which loads the weights once,
-constexpr int kWaves = 4;      // where there are blocks for so many waves
 
 struct Cut {
   int rows, tiles;
   int64_t groups, pieces;  // of rows of an image, of tiles of a row
   int64_t units;
-  int turns;
-  int64_t blocks;
 };
 
 // Rows of input between two units are read twice, so units are tall; but all multiprocessors get
@@ -42,9 +36,6 @@ inline Cut choose_cut(const StemConv2dParams& p, int multiprocessors) {
   for (int rows = kMostRows / 2; rows > 0 && cut.units < wanted; rows /= 2)
     cut = cut_of(rows, pieces);
   if (cut.units < wanted) cut = cut_of(1, ceil_div(all, kWarps));
-  const int64_t slots = int64_t{multiprocessors} * kBlocksOfMultiprocessor;
-  cut.turns = static_cast<int>(std::clamp<int64_t>(cut.units / (kWaves * slots), 1, kMostTurns));
-  cut.blocks = ceil_div(cut.units, cut.turns);
   return cut;
 }
 

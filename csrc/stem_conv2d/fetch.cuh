@@ -38,9 +38,8 @@ struct Arguments {
   void* output;
   int height, width, out_h, out_w;
   int weight_plane, weight_row, weight_column;
-  int rows, tiles, turns;
+  int rows, tiles;
   int accesses;  // of a row of input in shared memory
-  int64_t units;
   Divisor by_groups, by_pieces, by_accesses;
   Activation activation;
   Access access;

@@ -56,9 +56,9 @@ struct Traits {
   // Pixels of an odd number of 16 bytes: chunks would be written in halves of 32 bytes, so that
   // a warp's pixels, which follow each other, go by way of shared memory.
   static constexpr bool kStaged = kTiles % 2 == 1 && kTiles > 1;
-  // Of a multiprocessor: 65536 / (6 x 128) = 80 registers for a thread, or 96, or 128. What loads
+  // Of a multiprocessor: 65536 / (8 x 128) = 64 registers for a thread, or 80, or 128. What loads
   // pixels of planes has 24 of them in flight, next to 4 for each tile.
-  static constexpr int kBlocks = kTiles <= 4 ? kBlocksOfMultiprocessor : kTiles <= 6 ? 5 : 4;
+  static constexpr int kBlocks = kTiles <= 4 ? 8 : kTiles <= 6 ? 6 : 4;
 };
 
 // Fragments of b: lane 4 n + t has of column n, k = 8 i + 2 t and the next, as in the table above.
@@ -146,54 +146,50 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocks)
   uint32_t taps[Traits::kTiles][4];
   load_taps<Traits>(a, taps);
 
-  const int64_t first = int64_t{blockIdx.x} * a.turns;
-  for (int turn = 0; turn < a.turns && first + turn < a.units; ++turn) {
-    const Unit u = unit_at(a, static_cast<uint32_t>(first + turn));
-    if (turn > 0) __syncthreads();  // until nobody reads the rows of the unit before
-    fetch<T>(a, u, rows);
-    __syncthreads();
+  const Unit u = unit_at(a, blockIdx.x);
+  fetch<T>(a, u, rows);
+  __syncthreads();
 
-    const int tiles = min(a.tiles, (a.out_w - u.column + kTile - 1) / kTile);
-    const int height = min(a.rows, a.out_h - u.row);
-    int row = 0, tile = warp;
-    while (true) {
-      while (tile >= tiles) tile -= tiles, ++row;
-      if (row >= height) break;
-      uint32_t pixels[2][4];
-      const int output = tile * kTile + lane / 4;
-      const uint16_t* const window =
-          rows + 2 * row * kPitch + 2 * kInputChannels * output + kFirstElement;
-      const auto* const pairs = reinterpret_cast<const uint32_t*>(window + 1) + t;
-      const uint16_t* const alone = window + min(t, 2) * kPitch;
+  const int tiles = min(a.tiles, (a.out_w - u.column + kTile - 1) / kTile);
+  const int height = min(a.rows, a.out_h - u.row);
+  int row = 0, tile = warp;
+  while (true) {
+    while (tile >= tiles) tile -= tiles, ++row;
+    if (row >= height) break;
+    uint32_t pixels[2][4];
+    const int output = tile * kTile + lane / 4;
+    const uint16_t* const window =
+        rows + 2 * row * kPitch + 2 * kInputChannels * output + kFirstElement;
+    const auto* const pairs = reinterpret_cast<const uint32_t*>(window + 1) + t;
+    const uint16_t* const alone = window + min(t, 2) * kPitch;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        constexpr int kBetween = 2 * kInputChannels * (kTile / 2);  // elements
+    for (int half = 0; half < 2; ++half) {
+      constexpr int kBetween = 2 * kInputChannels * (kTile / 2);  // elements
 #pragma unroll
-        for (int i = 0; i < 3; ++i)
-          pixels[i / 2][i % 2 * 2 + half] = pairs[i * kPitchWords + half * (kBetween / 2)];
-        const uint32_t element = alone[half * kBetween];
-        pixels[1][2 + half] = t < 3 ? element : one;
-      }
-
-      const int column = u.column + tile * kTile;
-      T* const target = static_cast<T*>(a.output) +
-                        ((u.image * a.out_h + u.row + row) * a.out_w + column) * kChannels;
-      const int outputs = min(kTile, a.out_w - column);
-      if constexpr (Traits::kStaged) {
-        multiply<Traits>(pixels, taps, a.activation, [&](int pixel, int channel, auto words) {
-          store_words(stage + pixel * kChannels + channel, words);
-        });
-        __syncwarp();
-        for (int i = lane; i < outputs * (kChannels / kVector); i += kWarp)
-          store_words(target + i * kVector, load_words<kVector>(stage + i * kVector));
-        __syncwarp();
-      } else {
-        multiply<Traits>(pixels, taps, a.activation, [&](int pixel, int channel, auto words) {
-          if (pixel < outputs) store_words(target + pixel * kChannels + channel, words);
-        });
-      }
-      tile += kWarps;
+      for (int i = 0; i < 3; ++i)
+        pixels[i / 2][i % 2 * 2 + half] = pairs[i * kPitchWords + half * (kBetween / 2)];
+      const uint32_t element = alone[half * kBetween];
+      pixels[1][2 + half] = t < 3 ? element : one;
     }
+
+    const int column = u.column + tile * kTile;
+    T* const target = static_cast<T*>(a.output) +
+                      ((u.image * a.out_h + u.row + row) * a.out_w + column) * kChannels;
+    const int outputs = min(kTile, a.out_w - column);
+    if constexpr (Traits::kStaged) {
+      multiply<Traits>(pixels, taps, a.activation, [&](int pixel, int channel, auto words) {
+        store_words(stage + pixel * kChannels + channel, words);
+      });
+      __syncwarp();
+      for (int i = lane; i < outputs * (kChannels / kVector); i += kWarp)
+        store_words(target + i * kVector, load_words<kVector>(stage + i * kVector));
+      __syncwarp();
+    } else {
+      multiply<Traits>(pixels, taps, a.activation, [&](int pixel, int channel, auto words) {
+        if (pixel < outputs) store_words(target + pixel * kChannels + channel, words);
+      });
+    }
+    tile += kWarps;
   }
 }
 
@@ -207,14 +203,14 @@ cudaError_t launch(const StemConv2dParams& p, const Device& device, cudaStream_t
   a.weight_plane = static_cast<int>(p.weight_plane);
   a.weight_row = static_cast<int>(p.weight_row);
   a.weight_column = static_cast<int>(p.weight_column);
-  a.rows = cut.rows, a.tiles = cut.tiles, a.turns = cut.turns, a.units = cut.units;
+  a.rows = cut.rows, a.tiles = cut.tiles;
   a.access = access_of(p);
   a.accesses = accesses_of_row(a.access, cut.tiles);
   a.by_groups = Divisor(static_cast<uint32_t>(cut.groups));
   a.by_pieces = Divisor(static_cast<uint32_t>(cut.pieces));
   a.by_accesses = Divisor(static_cast<uint32_t>(a.accesses));
   a.activation = p.activation;
-  stem_conv2d_kernel<Traits><<<static_cast<unsigned>(cut.blocks), kThreads, 0, stream>>>(a);
+  stem_conv2d_kernel<Traits><<<static_cast<unsigned>(cut.units), kThreads, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

@@ -67,9 +67,8 @@ int main() {
       StemConv2dParams q{};
       q.batch = p.batch, q.channels = p.channels, q.height = p.in_h, q.width = p.in_w;
       const auto cut = stem::choose_cut(q, device.multiprocessors);
-      std::printf("%d %d %lld %lld %lld %d %lld\n", cut.rows, cut.tiles,
-                  static_cast<long long>(cut.groups), static_cast<long long>(cut.pieces),
-                  static_cast<long long>(cut.units), cut.turns, static_cast<long long>(cut.blocks));
+      std::printf("%d %d %lld %lld %lld\n", cut.rows, cut.tiles, static_cast<long long>(cut.groups),
+                  static_cast<long long>(cut.pieces), static_cast<long long>(cut.units));
     } else if (family == "channel_direct") {
       const auto cut = channel_direct::choose_cut(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
