@@ -68,7 +68,8 @@ class Change:
             those after it, or kept it,
             ``"squeeze_excitation"`` of the first layer of one, ``"pointwise"`` of a convolution
             that became a matrix product, ``"shuffle"`` or ``"pool"`` of one whose activation a
-            channel shuffle or a mean took, ``"layer_norm"`` of a layer normalization,
+            channel shuffle or a mean took, ``"mean"`` of a linear layer that took the mean in
+            front of it, ``"layer_norm"`` of a layer normalization,
             ``"stem"`` of the first convolution of a network, or ``"inplace"`` of an activation in
             train mode.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
@@ -109,6 +110,8 @@ class Change:
             return f"{self.name} after it is part of the channel shuffle {self.subject}"
         if self.kind == "pool":
             return f"{self.name} after it is part of the mean {self.subject}"
+        if self.kind == "mean":
+            return f"absorbed the mean {self.subject} before it"
         if self.kind == "bias":
             return f"gave its bias to {self.subject}"
         side = "after" if self.kind == "activation" else "before"

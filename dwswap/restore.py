@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from dwswap.classifiers import pooled_linear
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
 from dwswap.cuda_graph_module import disable_cuda_graphs
 from dwswap.inference_graph import FOLDED
@@ -99,6 +100,7 @@ def _absorbed(module: fx.GraphModule) -> str | None:
         return "squeeze-and-excitation became calls of an operator"
     if any(node.target is interleaved and node.kwargs for node in nodes):
         return "a channel shuffle absorbed the biases or activations before it"
-    if any(node.target is channel_means and node.kwargs.keys() - {"keepdim"} for node in nodes):
+    means = [node for node in nodes if node.target in (channel_means, pooled_linear)]
+    if any(node.kwargs.keys() - {"keepdim"} for node in means):
         return "a mean over height and width absorbed the bias or the activation before it"
     return None

@@ -12,6 +12,7 @@ __all__ = [
     "direct",
     "interleave_channels",
     "library",
+    "pooled_linear",
     "squeeze_excitation",
     "stem_conv2d",
 ]
@@ -84,11 +85,20 @@ for _name in ("_stem_conv2d", "_stem_conv2d_aten"):
         tags=_tags,
     )
 
+# activations: as above, in front of the means and behind the layer. The second: by two operators.
+for _name in ("_pooled_linear", "_pooled_linear_apart"):
+    library.define(
+        f"{_name}(Tensor input, Tensor weight, Tensor? bias, Tensor? input_bias, int activations) "
+        "-> Tensor",
+        tags=_tags,
+    )
+
 channel_means = torch.ops.dwswap._channel_means.default
 channel_norm = torch.ops.dwswap._channel_norm.default
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default
 interleave_channels = torch.ops.dwswap._interleave_channels.default
+pooled_linear = torch.ops.dwswap._pooled_linear.default
 squeeze_excitation = torch.ops.dwswap.squeeze_excitation.default
 stem_conv2d = torch.ops.dwswap._stem_conv2d.default

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from dwswap import build, depthwise_conv2d
+from dwswap.classifiers import pooled_linear
 from dwswap.means import channel_means
 from dwswap.norms import channel_norm
 from dwswap.ops import squeeze_excitation
@@ -246,6 +247,22 @@ def stems() -> Iterator[Stem]:
             yield Stem(dtype, memory_format, shape, 16, 0, "relu6")
 
 
+class Classifier(NamedTuple):
+    """A problem of the kernel of a linear layer on the means of an image."""
+
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    outputs: int
+    activation: str
+
+
+def classifiers() -> Iterator[Classifier]:
+    """Shares of blocks that are empty, and that channels and outputs do not fill."""
+    sizes = ((8, 1, 1), (72, 7, 7), (520, 3, 5), (1280, 7, 7), (2048, 16, 16))
+    for dtype, (i, size), outputs in itertools.product(HALVES, enumerate(sizes), (8, 136, 1000)):
+        yield Classifier(dtype, (1, *size), outputs, ("none", "relu6", "silu")[i % 3])
+
+
 class Interleaving(NamedTuple):
     """A problem of the kernel that interleaves the channels of two images."""
 
@@ -422,6 +439,27 @@ def check_stem(problem: Stem) -> str | None:
     return difference(result, activation(exact), problem.dtype)
 
 
+def check_classifier(problem: Classifier) -> str | None:
+    """Run one problem of a linear layer on means; returns what is wrong with its result."""
+    generator = torch.Generator().manual_seed(0)
+    channels = problem.shape[1]
+    shapes = (problem.shape, (channels, problem.outputs), (problem.outputs,), (channels,))
+    x, weight, *biases = (torch.randn(s, generator=generator).to(problem.dtype) for s in shapes)
+    bias, input_bias = biases
+    ours = pooled_linear(
+        x.cuda().contiguous(memory_format=torch.channels_last),
+        weight.cuda().t(),
+        bias.cuda(),
+        input_bias=input_bias.cuda(),
+        input_activation=problem.activation,
+    )
+    # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
+    result = (ours * 1).cpu().double()
+    activation = {"none": lambda y: y, "relu6": F.relu6, "silu": F.silu}[problem.activation]
+    means = activation(x.double() + input_bias.double()[:, None, None]).mean((-2, -1))
+    return difference(result, F.linear(means, weight.double().t(), bias.double()), problem.dtype)
+
+
 def check_interleaving(problem: Interleaving) -> str | None:
     """Run one problem of the interleaving kernel; returns what is wrong with its result."""
     generator = torch.Generator().manual_seed(0)
@@ -473,6 +511,7 @@ def main(arguments: list[str]) -> int:
     checks += [functools.partial(check_means, problem) for problem in means()]
     checks += [functools.partial(check_norm, problem) for problem in norms()]
     checks += [functools.partial(check_stem, problem) for problem in stems()]
+    checks += [functools.partial(check_classifier, problem) for problem in classifiers()]
     with torch.no_grad():
         for run_one in checks:
             wrong = run_one()

@@ -31,6 +31,8 @@ NAMES = {
     GEMM: [
         "void dwswap::stem::stem_conv2d_kernel<dwswap::stem::Traits<__half, 32, true> >"
         "(dwswap::stem::Arguments)",
+        "void dwswap::(anonymous namespace)::pooled_linear_kernel<__half>"
+        "(dwswap::PooledLinearParams)",
         "nvjet_tst_128x16_64x11_2x1_v_bz_TNT",
         "nvjet_tst_64x16_64x16_2x1_v_bz_splitK_TNT",
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_execute_kernel__5x_cublas",

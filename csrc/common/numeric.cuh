@@ -88,7 +88,16 @@ __device__ __forceinline__ Words<T, N> load_words(const T* source) {
 template <int N, typename T>
 __device__ __forceinline__ void load_where(bool wanted, const T* source, Words<T, N>& words) {
   auto& data = words.data;
-  if constexpr (Words<T, N>::kBytes == 8) {
+  if constexpr (Words<T, N>::kBytes == 16) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %4, 0;\n"
+        "@wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%5];\n"
+        "}\n"
+        : "+r"(data[0]), "+r"(data[1]), "+r"(data[2]), "+r"(data[3])
+        : "r"(static_cast<int>(wanted)), "l"(source));
+  } else if constexpr (Words<T, N>::kBytes == 8) {
     asm volatile(
         "{\n"
         ".reg .pred wanted;\n"

@@ -27,7 +27,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"^triton_(tem|mm|bmm|convolution)", GEMM),
     (r"^triton_(red|per)_", REDUCTION),
     (r"^triton_", ELEMENTWISE),
-    (r"dwswap::.*stem_conv2d", GEMM),
+    (r"dwswap::.*(stem_conv2d|pooled_linear)", GEMM),
     (r"depthwise|conv2d_c1_k1_n", DEPTHWISE),
     # Before squeeze_kernel: both have SqueezeExcitationParams among their arguments.
     (r"dwswap::excite_kernel", ELEMENTWISE),

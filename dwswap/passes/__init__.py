@@ -20,6 +20,7 @@ from dwswap.passes.lay_out_linear import lay_out_linear
 from dwswap.passes.memory_format import set_memory_format
 from dwswap.passes.pointwise_product import multiply_pointwise
 from dwswap.passes.pointwise_residual import fuse_residual
+from dwswap.passes.pooled_linear import fuse_pooled_linear
 from dwswap.passes.push_bias import push_bias
 from dwswap.passes.recompose_activation import recompose_activation
 from dwswap.passes.remove_identities import remove_identities
@@ -57,6 +58,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     swap_layer_norm,
     swap_stem,
     lay_out_linear,
+    fuse_pooled_linear,
 )
 # In front of a compiler that chooses layouts itself.
 COMPILED_PASSES: tuple[GraphPass, ...] = (

@@ -14,7 +14,7 @@ from torch.nn.modules import activation as modules
 from dwswap.eligibility import reason_not_plain
 from dwswap.passes.aliasing import is_in_place
 
-__all__ = ["ActivationCall", "activation_call"]
+__all__ = ["ActivationCall", "activation_call", "only_activation"]
 
 aten = torch.ops.aten
 
@@ -131,6 +131,16 @@ def activation_call(graph_module: fx.GraphModule, node: object) -> ActivationCal
     if name is None:
         refusal = refusal or ("unknown_activation", {"activation": label})
     return ActivationCall(node, input, name, label, is_in_place(graph_module, node), refusal)
+
+
+def only_activation(graph_module: fx.GraphModule, node: fx.Node) -> ActivationCall | None:
+    """The activation that alone reads what ``node`` computes, which is new memory, where a call in
+    their place may compute both."""
+    if len(node.users) != 1:
+        return None
+    found = activation_call(graph_module, next(iter(node.users)))
+    fits = found is not None and found.refusal is None and found.input is node
+    return found if fits else None
 
 
 _RENAMED = {"min_val": "min", "max_val": "max"}

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from dwswap.convolution_call import example_of
 from dwswap.layouts import memory_format, to_layout
 from dwswap.passes.absorbing import erase
-from dwswap.passes.activation_call import ActivationCall, activation_call
+from dwswap.passes.activation_call import ActivationCall, only_activation
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.context import Context
 from dwswap.pointwise import suits
@@ -44,7 +44,7 @@ def swap_stem(graph_module: fx.GraphModule, context: Context) -> None:
         if not laid_out and memory_format(weight) is not torch.channels_last:
             continue
         context.note(node, "stem", node, "stem")
-        found = _activation(graph_module, call)
+        found = only_activation(graph_module, node)
         if found is not None:
             context.note(node, "activation", found.node, "absorbed", name=found.name)
         _rewrite(context, call, found)
@@ -69,15 +69,6 @@ def _is(option: Any, size: int) -> bool:
     """Whether an option is ``size`` in both directions."""
     sizes = option if isinstance(option, (list, tuple)) else [option]
     return all(type(given) is int and given == size for given in sizes)
-
-
-def _activation(graph_module: fx.GraphModule, call: AffineCall) -> ActivationCall | None:
-    """The activation that alone reads what ``call`` computes, which is new."""
-    if len(call.node.users) != 1:
-        return None
-    found = activation_call(graph_module, next(iter(call.node.users)))
-    fits = found is not None and found.refusal is None and found.input is call.node
-    return found if fits else None
 
 
 def _rewrite(context: Context, call: AffineCall, found: ActivationCall | None) -> None:
