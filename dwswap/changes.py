@@ -63,9 +63,9 @@ class Change:
     """One neighbour of a convolution or linear layer, and what became of it.
 
     Attributes:
-        kind: ``"batchnorm"``, ``"scale"`` of a constant factor, ``"activation"``,
-            ``"input_activation"``, ``"input_bias"``, ``"bias"`` of a layer that gave its own to
-            those after it, or kept it,
+        kind: ``"batchnorm"``, ``"scale"`` of a constant factor, ``"layer"`` of a convolution that
+            was folded into the next, ``"activation"``, ``"input_activation"``, ``"input_bias"``,
+            ``"bias"`` of a layer that gave its own to those after it, or kept it,
             ``"squeeze_excitation"`` of the first layer of one, ``"pointwise"`` of a convolution
             that became a matrix product, ``"shuffle"`` or ``"pool"`` of one whose activation a
             channel shuffle or a mean took, ``"mean"`` of a linear layer that took the mean in
@@ -92,7 +92,7 @@ class Change:
             return f"keeps its bias ({self.reason}: {self.detail})"
         if not self.done:
             return f"{self.subject} stays as it is ({self.reason}: {self.detail})"
-        if self.kind in ("batchnorm", "scale"):
+        if self.kind in ("batchnorm", "layer", "scale"):
             return f"folded {self.subject}"
         if self.kind == "input_bias":
             return f"absorbed the bias of {self.subject}"

@@ -279,6 +279,7 @@ class Report:
             f"{self.calls_before} calls of operations per forward before, {self.calls_after} now; "
             f"folded {done['batchnorm']} BatchNorm"
             + (f" and {done['scale']} factors" if done["scale"] else "")
+            + (f" and {done['layer']} convolutions" if done["layer"] else "")
             + f", absorbed {activations} activations and {biases} biases"
             + (f", pushed {pushed} biases on" if pushed else "")
             + (f", made {blocks} squeeze-and-excitations one call each" if blocks else "")

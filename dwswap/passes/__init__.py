@@ -15,6 +15,7 @@ from dwswap.passes.absorb_before_shuffle import absorb_before_shuffle
 from dwswap.passes.channel_shuffle import fuse_shuffle
 from dwswap.passes.context import Context, GraphPass
 from dwswap.passes.fold_batchnorm import fold_batchnorm
+from dwswap.passes.fold_pointwise import fold_pointwise
 from dwswap.passes.fold_scale import fold_scale
 from dwswap.passes.lay_out_linear import lay_out_linear
 from dwswap.passes.memory_format import set_memory_format
@@ -45,6 +46,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     remove_identities,
     fold_batchnorm,
     fold_scale,
+    fold_pointwise,
     recompose_activation,
     absorb_activation,
     fuse_squeeze_excitation,
@@ -63,6 +65,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
 # In front of a compiler that chooses layouts itself.
 COMPILED_PASSES: tuple[GraphPass, ...] = (
     fold_batchnorm,
+    fold_pointwise,
     recompose_activation,
     absorb_activation,
     push_bias,

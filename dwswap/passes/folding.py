@@ -116,7 +116,7 @@ def add_folded(
     assert weight is not None
     exact = folded
     if context.values:
-        moments, groups = input_moments(context, layer, weight), layer.option("groups")
+        moments, groups = input_moments(context, layer, exact[0]), layer.option("groups")
         groups = groups if isinstance(groups, int) else 1
         folded = rounded(exact, weight.dtype, moments, groups, layer.transposed)
     paths = add_parameters(
