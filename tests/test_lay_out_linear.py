@@ -135,6 +135,22 @@ def test_leaves(make: Callable[[], nn.Module]) -> None:
         torch.testing.assert_close(fast(x), model(x))
 
 
+def test_lays_out_what_reads_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose number of dimensions only the call tells, as in ShuffleNet."""
+    monkeypatch.setattr("dwswap.passes.absorbing.has_kernels", lambda tensor: True)
+
+    class Means(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.last(self.conv(x)).relu().mean([2, 3]))
+
+    model = Means(nn.Linear(8, 5))
+    model.last = nn.Conv2d(8, 8, 1)
+    fast = dwswap.optimize(model.eval())
+    assert laid_out(fast) == {"head.weight": True}
+    with torch.no_grad():
+        torch.testing.assert_close(fast(image(8)), model(image(8)))
+
+
 def test_leaves_what_does_not_suit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     fast = dwswap.optimize(built(LAID_OUT["linear"]))

@@ -37,15 +37,15 @@ bool is_stream(const DepthwiseConv2dParams& p) {
 
 // float32 with stride 2 has so few instructions per byte that plain loads keep up with a copy; the
 // copy engine cannot read pixels that do not begin at 16 bytes, and has more to set up than a small
-// problem has to compute.
+// problem has to compute, or one with stride 2, of which the tile has more input than work.
 bool suits_channel_direct(const DepthwiseConv2dParams& p) {
   if (!uses_bulk_copies(current_device())) return true;
   constexpr int64_t kTinyImage = 3 * 3;
   constexpr int64_t kCopyEngineBytes = 16;
   const bool is_float = p.dtype == DataType::kFloat32;
-  if (is_float && p.stride_h == 2) return true;
+  if (p.stride_h == 2 && (is_float || !is_stream(p))) return true;
   if (p.channels * (is_float ? 4 : 2) % kCopyEngineBytes != 0) return true;
-  if (outputs_per_multiprocessor(p) < (p.stride_h == 2 ? 1000 : 600)) return true;
+  if (outputs_per_multiprocessor(p) < 600) return true;
   return p.out_h * p.out_w <= kTinyImage && !is_stream(p);
 }
 

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from dwswap.passes.affine_call import affine_call, transposed, value_of
+from dwswap.means import channel_means
+from dwswap.passes.affine_call import AffineCall, affine_call, transposed, value_of
 from dwswap.passes.context import Context
 from dwswap.passes.module_tree import replace_tensors
 from dwswap.passes.pointwise_call import linear_weight
@@ -37,7 +38,7 @@ def lay_out_linear(graph_module: fx.GraphModule, context: Context) -> None:
     for node in graph_module.graph.nodes:
         call = affine_call(graph_module, node)
         weight = None if call is None else linear_weight(graph_module, call)
-        if weight is None or known_rank(graph_module, node, context) != 2:
+        if call is None or weight is None or not _reads_vectors(graph_module, call, context):
             continue
         linear.add(node)
         if type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous():
@@ -45,6 +46,12 @@ def lay_out_linear(graph_module: fx.GraphModule, context: Context) -> None:
     others = {id(tensor) for tensor in _read_elsewhere(graph_module, linear)}
     new = {key: w.detach().t().contiguous().t() for key, w in weights.items() if key not in others}
     replace_tensors(graph_module, new)
+
+
+def _reads_vectors(graph_module: fx.GraphModule, call: AffineCall, context: Context) -> bool:
+    """Whether the input is ``(N, C)``, or ``(C,)`` of an image without N."""
+    is_mean = call.input is not None and call.input.target is channel_means
+    return is_mean or known_rank(graph_module, call.node, context) == 2
 
 
 def _read_elsewhere(graph_module: fx.GraphModule, linear: set[fx.Node]) -> Iterator[Tensor]:
