@@ -445,6 +445,7 @@ def check_classifier(problem: Classifier) -> str | None:
     channels = problem.shape[1]
     shapes = (problem.shape, (channels, problem.outputs), (problem.outputs,), (channels,))
     x, weight, *biases = (torch.randn(s, generator=generator).to(problem.dtype) for s in shapes)
+    os.environ["DWSWAP_PORTABLE"] = "0"
     bias, input_bias = biases
     ours = pooled_linear(
         x.cuda().contiguous(memory_format=torch.channels_last),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,14 @@ from torch.export import export
 
 import dwswap
 from dwswap.passes.affine_call import affine_call
+
+
+@pytest.fixture(autouse=True)
+def suits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in half precision on a GPU."""
+    # By importlib, as the package has the function under the same name.
+    module = importlib.import_module("dwswap.passes.fold_pointwise")
+    monkeypatch.setattr(module, "suits", lambda tensor: True)
 
 
 class Net(nn.Module):
@@ -211,6 +220,11 @@ def test_in_front_of_a_compiler() -> None:
     with torch._inductor.config.patch(freezing=True):
         torch.testing.assert_close(compiled(image(8)), model(image(8)))
     assert backend.targets.count(torch.conv2d) == 1
+
+
+def test_not_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert pointwise(dwswap.optimize(FOLDED["two"][0]().eval())) == 2
 
 
 def test_training_keeps_both() -> None:

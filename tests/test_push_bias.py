@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 import random
 from collections.abc import Callable
@@ -30,14 +29,6 @@ LEFT = {
     "shufflenet_v2_x0_5": ["the stem", "the head", "the classifier", *["before relu"] * 19],
     "mobilenet_v3_small": ["the head", *["the classifier"] * 2],
 }
-
-
-@pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pointwise layers in a row stay several, between which biases move."""
-    # By importlib, as the package has the function under the same name.
-    module = importlib.import_module("dwswap.passes.fold_pointwise")
-    monkeypatch.setattr(module, "MOST_PRODUCTS", 0)
 
 
 def biases(fast: nn.Module) -> list[bool]:

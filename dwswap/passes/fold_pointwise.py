@@ -9,9 +9,10 @@ Reason:
     neither written nor read. Of 256 images in half precision the two take 105 and 209 us, and the
     bytes of the one 196 (32 to 16 to 96 channels, 112 x 112 pixels, H200).
 Limits:
-    Only where the bytes decide on both sides: products of many channels, which are bound by
-    arithmetic, and those that would have much more of it, stay two. As in fold_batchnorm: in
-    float64, rounded once, in new parameters of one call.
+    In half precision on CUDA, where the bytes decide: products of many channels, which are bound by
+    arithmetic, and those that would have much more of it, stay two. In float32 cuDNN takes more
+    memory for the one than the model did, and on the CPU it takes as long as the two. As in
+    fold_batchnorm: in float64, rounded once, in new parameters of one call.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dwswap.passes.folding import (
     tensor_refusal,
 )
 from dwswap.passes.pointwise_call import is_pointwise
+from dwswap.pointwise import suits
 
 __all__ = ["fold_pointwise"]
 
@@ -57,7 +59,8 @@ def _pointwise(graph_module: fx.GraphModule, call: AffineCall | None) -> AffineC
     if call is None or call.spatial != 2 or call.transposed or call.depthwise:
         return None
     weight = value_of(graph_module, call.weight)
-    return call if weight is not None and is_pointwise(call, weight) else None
+    fits = weight is not None and suits(weight) and is_pointwise(call, weight)
+    return call if fits else None
 
 
 def _is_plain(context: Context, first: AffineCall, second: AffineCall) -> bool:

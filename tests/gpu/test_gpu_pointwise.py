@@ -126,7 +126,9 @@ def test_graphs(channels: int, activation: str, dtype: torch.dtype) -> None:
     model = Body(pointwise(8, channels), build(), pointwise(channels, 24, bias=False), nn.ELU())
     model = model.eval().to(DEVICE, dtype)
     fast = dwswap.optimize(model, memory_format="channels_last")
-    assert products(fast) == (2 if channels % 8 else 1)
+    # With nothing between them they are one.
+    one = activation == "none" and DEVICE == "cuda"
+    assert products(fast) == (1 if channels % 8 == 0 or one else 2)
     images = [randn(n, 8, 14, 14, dtype=dtype) for n in (1, 5)]
     images += [x.to(memory_format=torch.channels_last) for x in images]
     judge_model(fast, model, *images, what=f"{channels} {activation}")

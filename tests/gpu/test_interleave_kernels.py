@@ -127,14 +127,13 @@ def test_one_kernel() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST[1:], ids=str)
 @torch.no_grad()
-def test_shufflenet_has_nothing_elementwise_but_its_stem(dtype: torch.dtype) -> None:
+def test_shufflenet_has_nothing_elementwise(dtype: torch.dtype) -> None:
     model = build_model("shufflenet_v2_x1_0", "cuda", dtype)
     x = draw((64, 3, 64, 64), dtype).to(memory_format=torch.channels_last)
     fast = dwswap.optimize(model)
     fast(x)
     rows = {row.family: row for row in profile(lambda: fast(x), torch.device("cuda"))}
-    # The bias of the stem, and the ReLUs behind the stem and the last convolution.
-    assert rows[ELEMENTWISE].kernels <= 3, rows
+    assert ELEMENTWISE not in rows, rows
     done = [c for layer in dwswap.report(fast).layers for c in layer.changes if c.kind == "shuffle"]
     assert len(done) == 19
     assert all(change.done for change in done)
