@@ -15,16 +15,13 @@
 namespace dwswap {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 512;
 constexpr int kCluster = 8;  // blocks
 constexpr int kVector = 8;   // elements, 16 bytes
 constexpr int kColumns = 2;  // vectors of outputs of a block: 32 bytes of each channel's weights
 constexpr int kOutputs = kColumns * kVector;
-constexpr int kLanes = kThreads / kColumns;  // threads along the channels
 constexpr int kMostChannels = 2048;
 constexpr int kMostPixels = 256;
-constexpr int kLoads = kMostChannels / kLanes;
 
 // Sums over the pixels of the block's channels, `share` vectors from `first` on: `lanes` threads
 // next to each other along the pixels have parts[lane][channel].
@@ -64,11 +61,20 @@ __device__ __forceinline__ void sum_pixels(const PooledLinearParams& p, int firs
   for (int j = 0; j < kVector; ++j) parts[(lane * share + column) * kVector + j] = sums[j];
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define DWSWAP_CLUSTER __cluster_dims__(kCluster, 1, 1)
+#else  // never launched there
+#define DWSWAP_CLUSTER
+#endif
+
 template <typename T>
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads)
+__global__ void DWSWAP_CLUSTER __launch_bounds__(kThreads)
     pooled_linear_kernel(const __grid_constant__ PooledLinearParams p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
+  constexpr int kWarp = 32;
+  constexpr int kLanes = kThreads / kColumns;  // threads along the channels
+  constexpr int kLoads = kMostChannels / kLanes;
   __shared__ float means[kMostChannels];
   __shared__ float parts[kThreads * kVector];
   const cg::cluster_group cluster = cg::this_cluster();
