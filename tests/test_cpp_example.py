@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from cpp_example import build_classify, run
+from test_examples import load
 from test_examples import run as run_example
 
 pytest.importorskip("torchvision")
@@ -43,7 +45,11 @@ def test_export_and_serve_and_classify(tmp_path: Path) -> None:
     assert run(classify).returncode == 2
 
 
-def test_export_and_serve_refuses_no_pictures() -> None:
-    done = run_example("export_and_serve.py", "--batch", "0")
-    assert done.returncode == 2
-    assert "--batch must be at least 1, got 0" in done.stderr
+def test_export_and_serve_refuses_no_pictures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["export_and_serve.py", "--batch", "0"])
+    with pytest.raises(SystemExit) as exit:
+        load("examples/export_and_serve.py").main()
+    assert exit.value.code == 2
+    assert "--batch must be at least 1, got 0" in capsys.readouterr().err

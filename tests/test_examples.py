@@ -68,10 +68,12 @@ def test_kernelbench(tmp_path):
         assert min(row["eager_us"], row["ours_us"], row["copy_us"]) > 0
 
 
-def test_kernelbench_refuses_other_problems():
-    done = run("kernelbench.py", "--problems", "1")
-    assert done.returncode == 2
-    assert "82, 83, 84, 85" in done.stderr
+def test_kernelbench_refuses_other_problems(kernelbench, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernelbench.py", "--problems", "1"])
+    with pytest.raises(SystemExit) as exit:
+        kernelbench.main()
+    assert exit.value.code == 2
+    assert "82, 83, 84, 85" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [82, 83, 84, 85])
@@ -161,16 +163,10 @@ def test_readme_table_keeps_the_rest(readme_table):
         readme_table.filled("no markers", "new")
 
 
-def test_readme_is_up_to_date(readme_table):
+def test_readme_is_up_to_date(readme_table, monkeypatch, capsys):
     """Every figure in the README comes from a committed record."""
-    done = subprocess.run(
-        [sys.executable, "scripts/readme_table.py", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", ["readme_table.py", "--check"])
+    assert readme_table.main() == 0, capsys.readouterr().out
 
 
 # the one-liner of the README on a model small enough to read
