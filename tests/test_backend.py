@@ -221,6 +221,12 @@ def test_a_second_batch_size_compiles_nothing(train: bool) -> None:
 
 def test_a_training_step() -> None:
     torch.manual_seed(0)
+    check_training(nn.Sequential(depthwise(), nn.BatchNorm2d(8), nn.ReLU6()), image(8), 1)
+
+
+@pytest.mark.slow
+def test_a_training_step_of_a_block() -> None:
+    torch.manual_seed(0)
     check_training(InvertedResidual(), image(), 1)
 
 

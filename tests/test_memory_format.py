@@ -382,8 +382,11 @@ def test_every_mode(how: dict[str, bool]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("mobilenet_v2", "mnasnet0_5", "efficientnet_b0", "shufflenet_v2_x0_5"),
-        *("mobilenet_v3_small", "convnext_tiny", "lraspp_mobilenet_v3_large"),
+        *("shufflenet_v2_x0_5", "mobilenet_v3_small", "convnext_tiny", "lraspp_mobilenet_v3_large"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("mobilenet_v2", "mnasnet0_5", "efficientnet_b0")
+        ),
     ],
 )
 def test_torchvision(name: str) -> None:

@@ -166,12 +166,17 @@ def check(name: str, size: int) -> None:
         assert errors.ours <= max(1e-4 * scale, apart)
 
 
+# Of those that test_fused_models.py compares as well, two are enough.
 SLOW = (
+    "convnext_tiny",
     "deeplabv3_mobilenet_v3_large",
+    "efficientnet_b0",
     "efficientnet_v2_s",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "lraspp_mobilenet_v3_large",
     "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
 )
 
 
