@@ -5,7 +5,7 @@ Usage: python scripts/check_kernels.py [--csrc FOLDER] [--sample] [ARCHITECTURE 
 
 Needs nvcc, but no GPU. Every file is compiled once, for all the architectures, with the flags of
 `dwswap build`; of a .cu file, whose host code only launches its kernels, no object is made.
---sample takes a third off the time of kernels for a half type: see ``LEFT_OUT``.
+--sample leaves out architectures where another element type shows much the same: ``LEFT_OUT``.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ from dwswap.toolkit import BuildError, Target, find_nvcc  # noqa: E402
 
 ARCHITECTURES = ("8.0", "9.0", "12.0")
 JOBS = 2
-# The files of the two half types instantiate the same templates: one of them on each architecture
-# shows what these need there. sm_90, for which many have code of their own, keeps both, sm_80 keeps
-# bfloat16, of which a part of the instructions came with sm_90 only.
-LEFT_OUT = {"float16": Target.parse("8.0"), "bfloat16": Target.parse("12.0")}
+# The files of the element types instantiate the same templates, so one of them on an architecture
+# shows most of what the others need there. sm_90, for which many have code of their own, keeps all.
+# sm_80 and sm_120 share the rest of the code: the first keeps float32, and bfloat16, of which it
+# lacks a part of the instructions; the other float16.
+# Type -> what it is not compiled for, and the type that is.
+LEFT_OUT = {
+    "float16": (Target.parse("8.0"), "bfloat16"),
+    "bfloat16": (Target.parse("12.0"), "float16"),
+    "float32": (Target.parse("12.0"), "float16"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,14 +118,13 @@ def shorten(demangled: str) -> str:
 def sampled(source: Path, targets: Collection[Target]) -> list[Target]:
     """What to compile ``source`` for where a sample is enough.
 
-    All of ``targets``, unless there is a file of the other half type beside it.
+    All of ``targets``, unless the file of another element type is beside it.
     """
     words = source.stem.split("_")
-    for name, other in (("float16", "bfloat16"), ("bfloat16", "float16")):
-        if name in words:
-            twin = "_".join(other if word == name else word for word in words)
-            if source.with_stem(twin).exists():
-                return [t for t in targets if t != LEFT_OUT[name]] or list(targets)
+    for name, (target, other) in LEFT_OUT.items():
+        twin = "_".join(other if word == name else word for word in words)
+        if name in words and source.with_stem(twin).exists():
+            return [t for t in targets if t != target] or list(targets)
     return list(targets)
 
 
@@ -214,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help="such as 9.0")
     parser.add_argument("--csrc", type=Path, help="the folder of sources (default: the project's)")
     parser.add_argument(
-        "--sample", action="store_true", help="each half type without one of the architectures"
+        "--sample", action="store_true", help="each element type without one of the architectures"
     )
     options = parser.parse_args(arguments)
     try:
