@@ -9,7 +9,12 @@ from dwswap.passes.affine_call import AffineCall, value_of
 from dwswap.passes.padding import is_unpadded
 from dwswap.pointwise import suits
 
-__all__ = ["is_pointwise", "linear_weight", "product_weight"]
+__all__ = ["bias_fits", "is_pointwise", "linear_weight", "product_weight"]
+
+
+def bias_fits(bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether ``bias`` is known, and what a kernel adds to the outputs of ``weight``."""
+    return bias is not None and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
 
 
 def is_pointwise(call: AffineCall, weight: Tensor) -> bool:

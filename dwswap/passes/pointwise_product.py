@@ -18,12 +18,12 @@ Limits:
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from dwswap.layouts import memory_format
 from dwswap.passes.affine_call import affine_call, value_of
 from dwswap.passes.context import Context
-from dwswap.passes.pointwise_call import product_weight
+from dwswap.passes.pointwise_call import bias_fits, product_weight
 from dwswap.pointwise import pointwise_product
 
 __all__ = ["multiply_pointwise"]
@@ -46,13 +46,9 @@ def multiply_pointwise(graph_module: fx.GraphModule, context: Context) -> None:
                 continue
             context.note(node, "pointwise", node, "product", {"channels": odd})
         else:
-            if not _fits(value_of(graph_module, call.bias), weight):
+            if not bias_fits(value_of(graph_module, call.bias), weight):
                 continue
             context.note(node, "pointwise", node, "epilogue")
         path = context.path_of(node)
         new = context.substitute(node, pointwise_product, (call.input, call.weight, call.bias))
         context.keep_path(new, path)
-
-
-def _fits(bias: Tensor | None, weight: Tensor) -> bool:
-    return bias is not None and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype

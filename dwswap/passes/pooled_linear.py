@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from dwswap.classifiers import fits, pooled_linear
 from dwswap.means import channel_means
@@ -24,7 +24,7 @@ from dwswap.passes.absorbing import erase
 from dwswap.passes.activation_call import only_activation
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.context import Context
-from dwswap.passes.pointwise_call import linear_weight
+from dwswap.passes.pointwise_call import bias_fits, linear_weight
 from dwswap.passes.pooling import flattened
 
 __all__ = ["fuse_pooled_linear"]
@@ -37,15 +37,11 @@ def fuse_pooled_linear(graph_module: fx.GraphModule, context: Context) -> None:
         weight = None if call is None else linear_weight(graph_module, call)
         if call is None or weight is None or not fits(weight):
             continue
-        if call.bias is not None and not _adds(value_of(graph_module, call.bias), weight):
+        if call.bias is not None and not bias_fits(value_of(graph_module, call.bias), weight):
             continue
         read = _read(graph_module, call)
         if read:
             _fuse(graph_module, context, call, read)
-
-
-def _adds(bias: Tensor | None, weight: Tensor) -> bool:
-    return bias is not None and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
 
 
 def _read(graph_module: fx.GraphModule, call: AffineCall) -> list[fx.Node]:

@@ -26,6 +26,7 @@ from dwswap.passes.absorbing import erase
 from dwswap.passes.activation_call import ActivationCall, only_activation
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.context import Context
+from dwswap.passes.pointwise_call import bias_fits
 from dwswap.pointwise import suits
 from dwswap.stems import fits, stem_conv2d
 
@@ -54,12 +55,10 @@ def _weight(graph_module: fx.GraphModule, call: AffineCall) -> Tensor | None:
     """The weight of a convolution that the kernel computes."""
     if call.function is not torch.conv2d or call.refusal is not None:
         return None
-    weight, bias = value_of(graph_module, call.weight), value_of(graph_module, call.bias)
+    weight = value_of(graph_module, call.weight)
     if weight is None or not suits(weight) or weight.dim() != 4 or not fits(weight):
         return None
-    if call.bias is not None and (
-        bias is None or bias.shape != weight.shape[:1] or bias.dtype != weight.dtype
-    ):
+    if call.bias is not None and not bias_fits(value_of(graph_module, call.bias), weight):
         return None
     geometry = {"stride": 2, "padding": 1, "dilation": 1, "groups": 1}
     return weight if all(_is(call.option(k), size) for k, size in geometry.items()) else None
