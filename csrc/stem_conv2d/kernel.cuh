@@ -58,7 +58,12 @@ struct Traits {
   static constexpr bool kStaged = kTiles % 2 == 1 && kTiles > 1;
   // Of a multiprocessor: 65536 / (8 x 128) = 64 registers for a thread, or 80, or 128. What loads
   // pixels of planes has 24 of them in flight, next to 4 for each tile.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  // 6 x 14 KiB of shared memory are all that sm_120 has.
+  static constexpr int kBlocks = kTiles <= 6 ? 6 : 4;
+#else
   static constexpr int kBlocks = kTiles <= 4 ? 8 : kTiles <= 6 ? 6 : 4;
+#endif
 };
 
 // Fragments of b: lane 4 n + t has of column n, k = 8 i + 2 t and the next, as in the table above.
