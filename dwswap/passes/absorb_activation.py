@@ -20,7 +20,14 @@ from functools import partial
 
 from torch import fx
 
-from dwswap.passes.absorbing import Refusal, activation_refusal, bias_refusal, erase, rewritten
+from dwswap.passes.absorbing import (
+    Refusal,
+    activation_refusal,
+    bias_refusal,
+    erase,
+    replace_activation,
+    rewritten,
+)
 from dwswap.passes.activation_call import activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.aliasing import changed_tensors
@@ -57,9 +64,7 @@ def _absorb_output(graph_module: fx.GraphModule, context: Context, call: AffineC
             continue
         context.note(call.node, "activation", user, "absorbed", name=found.name)
         new = rewritten(context, call.with_options(activation=found.name))
-        context.replaced(found.node, new)
-        found.node.replace_all_uses_with(new)
-        erase(context, found)
+        replace_activation(context, found, new)
         return
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "bias_refusal",
     "erase",
     "operand_before",
+    "replace_activation",
     "rewritten",
 ]
 
@@ -146,6 +147,13 @@ def rewritten(context: Context, call: AffineCall) -> fx.Node:
     context.replaced(call.node, new)
     context.release(call.node)
     return new
+
+
+def replace_activation(context: Context, found: ActivationCall, new: fx.Node) -> None:
+    """Put ``new``, which computes an activation as well, in the place of that behind it."""
+    context.replaced(found.node, new)
+    found.node.replace_all_uses_with(new)
+    erase(context, found)
 
 
 def erase(context: Context, found: ActivationCall) -> None:

@@ -114,6 +114,12 @@ class AffineCall:
     def option(self, name: str) -> Any:
         return (self.options or {}).get(name, _NEUTRAL.get(name))
 
+    def is_size(self, name: str, size: int) -> bool:
+        """Whether an option is ``size`` in every direction."""
+        option = self.option(name)
+        sizes = option if isinstance(option, (list, tuple)) else [option]
+        return all(type(given) is int and given == size for given in sizes)
+
     def with_tensors(self, weight: Operand | None, bias: Operand | None) -> AffineCall:
         return replace(self, weight=weight, bias=bias)
 

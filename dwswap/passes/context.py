@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx
 
 from dwswap.changes import CHANGE_REASONS, DONE, Change
 from dwswap.convolution_call import example_of, owner_of
+from dwswap.layouts import memory_format
 from dwswap.passes.rounding import Moments
 from dwswap.report import REASONS, Layer
 
@@ -105,6 +107,25 @@ class Context:
         graph.erase_node(node)
         self.release(node)
         return new
+
+    def substitute_layer(
+        self,
+        node: fx.Node,
+        function: Callable[..., Tensor],
+        arguments: Sequence[object],
+        options: dict[str, Any] | None = None,
+    ) -> fx.Node:
+        """:meth:`substitute` a layer, whose path the call keeps."""
+        path = self.path_of(node)
+        new = self.substitute(node, function, arguments, options)
+        self.keep_path(new, path)
+        return new
+
+    def lays_out(self, weight: Tensor) -> bool:
+        """Whether the result of a convolution with ``weight`` is channels_last: that of the graph
+        is, or a weight in it makes it so."""
+        by_graph = self.layout.startswith("channels_last")
+        return by_graph or memory_format(weight) is torch.channels_last
 
     def note(
         self,

@@ -1,4 +1,4 @@
-"""Fold a pointwise convolution into the one before it, where nothing is between the two.
+"""Fold a pointwise convolution into the one behind it, where nothing is between the two.
 
 Pattern:
     Two 1 x 1 convolutions without groups and padding, the first without stride, whose value in
@@ -20,11 +20,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from dwswap.passes.absorbing import rewritten
 from dwswap.passes.affine_call import AffineCall, Operand, affine_call, value_of
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
 from dwswap.passes.folding import (
     add_folded,
+    call_refusal,
     layer_refusal,
     path_of,
     range_refusal,
@@ -49,9 +51,9 @@ def fold_pointwise(graph_module: fx.GraphModule, context: Context) -> None:
         second = _pointwise(graph_module, affine_call(graph_module, node))
         first = None if second is None else affine_call(graph_module, second.input)
         first = _pointwise(graph_module, first)
-        if first is None or second is None or not _is_plain(context, first, second):
+        if first is None or second is None or not first.is_size("stride", 1):
             continue
-        if set(_numbers(first.option("stride"))) == {1}:
+        if layer_refusal(context, first) is None and call_refusal(context, second) is None:
             _fold(graph_module, context, first, second, changed)
 
 
@@ -61,16 +63,6 @@ def _pointwise(graph_module: fx.GraphModule, call: AffineCall | None) -> AffineC
     weight = value_of(graph_module, call.weight)
     fits = weight is not None and suits(weight) and is_pointwise(call, weight)
     return call if fits else None
-
-
-def _is_plain(context: Context, first: AffineCall, second: AffineCall) -> bool:
-    report = context.layers.get(context.path_of(second.node))
-    skipped = report is not None and report.reason == "skipped"
-    return layer_refusal(context, first) is None and second.refusal is None and not skipped
-
-
-def _numbers(option: object) -> list[object]:
-    return list(option) if isinstance(option, (list, tuple)) else [option]
 
 
 def _pays(first: Tensor, second: Tensor) -> bool:
@@ -87,44 +79,32 @@ def _fold(
     second: AffineCall,
     changed: set[int],
 ) -> None:
-    operands = (first.weight, second.weight, first.bias, second.bias)
-    tensors = [None if o is None else value_of(graph_module, o) for o in operands]
-    given = [
-        tensor for tensor, operand in zip(tensors, operands, strict=True) if operand is not None
-    ]
-    if (
-        tensor_refusal(given, changed) is not None
-        or len({t.dtype for t in given if t is not None}) > 1
-    ):
+    operands = [o for o in (first.weight, second.weight, first.bias, second.bias) if o is not None]
+    known = [value_of(graph_module, operand) for operand in operands]
+    tensors = [tensor for tensor in known if tensor is not None]
+    if tensor_refusal(known, changed) is not None or len({t.dtype for t in tensors}) > 1:
         return
-    inner, outer, inner_bias, outer_bias = tensors
-    assert inner is not None
-    assert outer is not None
+    inner, outer = tensors[:2]
     if outer.shape[1] != inner.shape[0] or not _pays(inner, outer):
         return
-    exact = [_exact(context, operand, t) for operand, t in zip(operands, tensors, strict=True)]
-    matrices = [m.flatten(1) for m in exact[:2] if m is not None]
-    folded = [(matrices[1] @ matrices[0])[..., None, None]]
-    if inner_bias is not None or outer_bias is not None:
-        biases = [exact[3]] if exact[3] is not None else []
-        biases += [matrices[1] @ exact[2]] if exact[2] is not None else []
-        folded.append(torch.stack(biases).sum(0))
+    exact = {o: _exact(context, o, t) for o, t in zip(operands, tensors, strict=True)}
+    expansion = exact[operands[1]].flatten(1)
+    folded = [(expansion @ exact[operands[0]].flatten(1))[..., None, None]]
+    biases = [] if first.bias is None else [expansion @ exact[first.bias]]
+    biases += [] if second.bias is None else [exact[second.bias]]
+    folded += [sum(biases[1:], biases[0])] if biases else []
     if range_refusal(folded, outer.dtype) is not None:
         return
     assert first.input is not None
     merged = second.with_input(first.input)
+    outer_bias = None if second.bias is None else value_of(graph_module, second.bias)
     paths = add_folded(graph_module, context, merged, (outer, outer_bias), folded)
     context.note(second.node, "layer", first.node, "folded")
-    path = context.path_of(second.node)
-    new = merged.with_tensors(*paths).rewrite()
-    context.keep_path(new, path)
-    context.replaced(second.node, new)
+    rewritten(context, merged.with_tensors(*paths))
     graph_module.graph.erase_node(first.node)
-    context.release(first.node, second.node, *operands)
+    context.release(first.node, *operands)
 
 
-def _exact(context: Context, operand: Operand | None, tensor: Tensor | None) -> Tensor | None:
+def _exact(context: Context, operand: Operand, tensor: Tensor) -> Tensor:
     """In float64, as it was before it was rounded, where that is known."""
-    if operand is None or tensor is None:
-        return None
     return context.exact.get(path_of(operand), tensor.detach()).double()

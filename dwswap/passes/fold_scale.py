@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dwswap.passes.absorbing import rewritten
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.passes.context import Context
@@ -138,9 +139,6 @@ def _fold(
             return refusal
         made[key] = add_folded(graph_module, context, layer, (weight, bias), folded)
     context.note(layer.node, "scale", node, "folded")
-    path = context.path_of(layer.node)
-    new = layer.with_tensors(*made[key]).rewrite()
-    context.keep_path(new, path)
-    context.replaced(layer.node, new)
-    context.release(layer.node, layer.weight, layer.bias)
+    rewritten(context, layer.with_tensors(*made[key]))
+    context.release(layer.weight, layer.bias)
     return None

@@ -16,6 +16,7 @@ from dwswap.passes.rounding import HALF, Moments, rounded
 __all__ = [
     "Refusal",
     "add_folded",
+    "call_refusal",
     "channel_groups",
     "input_moments",
     "layer_refusal",
@@ -28,13 +29,19 @@ __all__ = [
 Refusal = tuple[str, dict[str, object]]
 
 
-def layer_refusal(context: Context, layer: AffineCall) -> Refusal | None:
-    """Why nothing can be folded into ``layer``, whose output is to be changed."""
+def call_refusal(context: Context, layer: AffineCall) -> Refusal | None:
+    """Why the tensors of ``layer`` must stay."""
     if layer.refusal is not None:
         return layer.refusal
     report = context.layers.get(context.path_of(layer.node))
-    if report is not None and report.reason == "skipped":
-        return "skipped", {}
+    return ("skipped", {}) if report is not None and report.reason == "skipped" else None
+
+
+def layer_refusal(context: Context, layer: AffineCall) -> Refusal | None:
+    """Why nothing can be folded into ``layer``, whose output is to be changed."""
+    refusal = call_refusal(context, layer)
+    if refusal is not None:
+        return refusal
     if len(layer.node.users) > 1:
         return "other_users", {"value": layer.node.name}
     if layer.depthwise and layer.option("activation") != "none":

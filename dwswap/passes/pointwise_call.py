@@ -29,9 +29,7 @@ def product_weight(graph_module: fx.GraphModule, call: AffineCall) -> Tensor | N
     weight = value_of(graph_module, call.weight)
     if weight is None or not suits(weight) or not is_pointwise(call, weight):
         return None
-    strides = call.option("stride")
-    strides = strides if isinstance(strides, (list, tuple)) else [strides]
-    return weight if all(stride == 1 for stride in strides) else None
+    return weight if call.is_size("stride", 1) else None
 
 
 def linear_weight(graph_module: fx.GraphModule, call: AffineCall) -> Tensor | None:

@@ -17,10 +17,8 @@ Limits:
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from dwswap.layouts import memory_format
 from dwswap.passes.affine_call import affine_call, value_of
 from dwswap.passes.context import Context
 from dwswap.passes.pointwise_call import bias_fits, product_weight
@@ -31,14 +29,10 @@ __all__ = ["multiply_pointwise"]
 
 def multiply_pointwise(graph_module: fx.GraphModule, context: Context) -> None:
     """Rewrite in place; writes what it did to ``context.changes``."""
-    laid_out = context.layout.startswith("channels_last")
     for node in list(graph_module.graph.nodes):
         call = affine_call(graph_module, node)
         weight = None if call is None else product_weight(graph_module, call)
-        if call is None or weight is None:
-            continue
-        # A weight in channels_last makes the result of the convolution channels_last.
-        if not laid_out and memory_format(weight) is not torch.channels_last:
+        if call is None or weight is None or not context.lays_out(weight):
             continue
         if call.bias is None:
             odd = next((size for size in weight.shape[:2] if size % 8), None)
@@ -49,6 +43,4 @@ def multiply_pointwise(graph_module: fx.GraphModule, context: Context) -> None:
             if not bias_fits(value_of(graph_module, call.bias), weight):
                 continue
             context.note(node, "pointwise", node, "epilogue")
-        path = context.path_of(node)
-        new = context.substitute(node, pointwise_product, (call.input, call.weight, call.bias))
-        context.keep_path(new, path)
+        context.substitute_layer(node, pointwise_product, (call.input, call.weight, call.bias))

@@ -20,7 +20,7 @@ from torch import fx
 
 from dwswap.classifiers import fits, pooled_linear
 from dwswap.means import channel_means
-from dwswap.passes.absorbing import erase
+from dwswap.passes.absorbing import replace_activation
 from dwswap.passes.activation_call import only_activation
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.context import Context
@@ -64,7 +64,7 @@ def _read(graph_module: fx.GraphModule, call: AffineCall) -> list[fx.Node]:
 def _fuse(
     graph_module: fx.GraphModule, context: Context, call: AffineCall, read: list[fx.Node]
 ) -> None:
-    node, path, means = call.node, context.path_of(call.node), read[-1]
+    node, means = call.node, read[-1]
     found = only_activation(graph_module, node)
     context.note(node, "mean", means, "absorbed")
     options: dict[str, Any] = {
@@ -73,12 +73,10 @@ def _fuse(
     if found is not None:
         context.note(node, "activation", found.node, "absorbed", name=found.name)
         options["activation"] = found.name
-    new = context.substitute(node, pooled_linear, (means.args[0], call.weight, call.bias), options)
-    context.keep_path(new, path)
+    given = (means.args[0], call.weight, call.bias)
+    new = context.substitute_layer(node, pooled_linear, given, options)
     for unread in read:
         unread.graph.erase_node(unread)
         context.release(unread)
     if found is not None:
-        context.replaced(found.node, new)
-        found.node.replace_all_uses_with(new)
-        erase(context, found)
+        replace_activation(context, found, new)

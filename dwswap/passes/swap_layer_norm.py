@@ -30,6 +30,5 @@ def swap_layer_norm(graph_module: fx.GraphModule, context: Context) -> None:
         weight = None if call is None else value_of(graph_module, call.weight)
         if call is not None and weight is not None and has_kernels(weight):
             context.note(node, "layer_norm", node, "rows")
-            path, given = context.path_of(node), (call.input, call.weight, call.bias, call.eps)
-            new = context.substitute(node, channel_norm, given, {"last": call.last})
-            context.keep_path(new, path)
+            given = (call.input, call.weight, call.bias, call.eps)
+            context.substitute_layer(node, channel_norm, given, {"last": call.last})

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from dwswap.convolution_call import example_of
-from dwswap.layouts import memory_format, to_layout
-from dwswap.passes.absorbing import erase
+from dwswap.layouts import to_layout
+from dwswap.passes.absorbing import replace_activation
 from dwswap.passes.activation_call import ActivationCall, only_activation
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.context import Context
@@ -35,14 +35,12 @@ __all__ = ["swap_stem"]
 
 def swap_stem(graph_module: fx.GraphModule, context: Context) -> None:
     """Swap in place; writes what it did to ``context.changes``."""
-    laid_out = context.layout.startswith("channels_last")
     for node in list(graph_module.graph.nodes):
         call = affine_call(graph_module, node)
         weight = None if call is None else _weight(graph_module, call)
         if call is None or weight is None or example_of(node) is not None:
             continue
-        # A weight in channels_last makes the result of the convolution channels_last.
-        if not laid_out and memory_format(weight) is not torch.channels_last:
+        if not context.lays_out(weight):
             continue
         context.note(node, "stem", node, "stem")
         found = only_activation(graph_module, node)
@@ -61,27 +59,19 @@ def _weight(graph_module: fx.GraphModule, call: AffineCall) -> Tensor | None:
     if call.bias is not None and not bias_fits(value_of(graph_module, call.bias), weight):
         return None
     geometry = {"stride": 2, "padding": 1, "dilation": 1, "groups": 1}
-    return weight if all(_is(call.option(k), size) for k, size in geometry.items()) else None
-
-
-def _is(option: Any, size: int) -> bool:
-    """Whether an option is ``size`` in both directions."""
-    sizes = option if isinstance(option, (list, tuple)) else [option]
-    return all(type(given) is int and given == size for given in sizes)
+    return weight if all(call.is_size(k, size) for k, size in geometry.items()) else None
 
 
 def _rewrite(context: Context, call: AffineCall, found: ActivationCall | None) -> None:
-    node, source, path = call.node, call.input, context.path_of(call.node)
+    source = call.input
     assert source is not None
     # What is converted here alone is read as it is.
     converted = source if source.target is to_layout and len(source.users) == 1 else None
     input = source if converted is None else converted.args[0]
     options: dict[str, Any] = {} if found is None else {"activation": found.name}
-    new = context.substitute(node, stem_conv2d, (input, call.weight, call.bias), options)
-    context.keep_path(new, path)
+    given = (input, call.weight, call.bias)
+    new = context.substitute_layer(call.node, stem_conv2d, given, options)
     if converted is not None:
         new.graph.erase_node(converted)
     if found is not None:
-        context.replaced(found.node, new)
-        found.node.replace_all_uses_with(new)
-        erase(context, found)
+        replace_activation(context, found, new)
