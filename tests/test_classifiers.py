@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -45,31 +45,24 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def tensors(batch: int = 2, with_biases: bool = True) -> list[Tensor | None]:
-    """Input, weight, bias, input_bias."""
     biases = [draw(OUTPUTS, seed=2), draw(CHANNELS, seed=3)] if with_biases else [None, None]
     return [draw(batch, CHANNELS, 5, 3), draw(OUTPUTS, CHANNELS, seed=1), *biases]
 
 
+Given = Sequence[Tensor | None]
+"""Input, weight, bias, input_bias."""
+
+
 def theirs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_bias: Tensor | None,
-    before: str = "none",
-    behind: str = "none",
+    given: Given, before: str = "none", behind: str = "none", table: Any = ACTIVATIONS
 ) -> Tensor:
+    x, weight, bias, input_bias = given
     x = x if input_bias is None else x + input_bias[:, None, None]
-    return ACTIVATIONS[behind](F.linear(ACTIVATIONS[before](x).mean((-2, -1)), weight, bias))
+    return table[behind](F.linear(table[before](x).mean((-2, -1)), weight, bias))
 
 
-def ours(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_bias: Tensor | None,
-    before: str = "none",
-    behind: str = "none",
-) -> Tensor:
+def ours(given: Given, before: str = "none", behind: str = "none") -> Tensor:
+    x, weight, bias, input_bias = given
     return pooled_linear(
         x, weight, bias, input_bias=input_bias, input_activation=before, activation=behind
     )
@@ -86,8 +79,8 @@ def test_fits() -> None:
 def test_values(batch: int) -> None:
     for with_biases, before, behind in itertools.product((False, True), ACTIVATIONS, ACTIVATIONS):
         given = tensors(batch, with_biases)
-        expected = theirs(*given, before, behind)
-        torch.testing.assert_close(ours(*given, before, behind), expected)
+        expected = theirs(given, before, behind)
+        torch.testing.assert_close(ours(given, before, behind), expected)
         torch.testing.assert_close(NAMED(*given, PAIRS[before, behind]), expected)
 
 
@@ -102,18 +95,18 @@ def test_pytorch_can_work_with_it(operator: torch._ops.OpOverload) -> None:
         assert (other.shape, other.stride(), other.dtype) == (real.shape, real.stride(), real.dtype)
     opcheck(operator, given)
     primals = tuple(t.requires_grad_() for t in tensors())
-    assert torch.autograd.gradcheck(lambda *t: ours(*t, "silu", "sigmoid"), primals)
+    assert torch.autograd.gradcheck(lambda *t: ours(t, "silu", "sigmoid"), primals)
     images = torch.stack([primals[0], 2 * primals[0]]).detach()
     rest = [t.detach() for t in primals[1:]]
-    batched = torch.vmap(lambda x: ours(x, *rest, "relu"))(images)
-    torch.testing.assert_close(batched, torch.stack([ours(x, *rest, "relu") for x in images]))
+    batched = torch.vmap(lambda x: ours((x, *rest), "relu"))(images)
+    torch.testing.assert_close(batched, torch.stack([ours((x, *rest), "relu") for x in images]))
 
 
 @torch.no_grad()
 def test_autocast_is_that_of_aten() -> None:
     given = [t.float() for t in tensors()]
     with torch.autocast("cpu", torch.bfloat16):
-        result, expected = ours(*given), theirs(*given)
+        result, expected = ours(given), theirs(given)
     assert result.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
 

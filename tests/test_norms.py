@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, place
-from torch import Tensor, fx, nn
+from composites import check_forms
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -165,22 +166,17 @@ class Norm(nn.Module):
 @LAST
 @pytest.mark.parametrize("differentiated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_exported_and_traced_it_is_that_of_aten(last: bool, differentiated: bool) -> None:
-    torch._dynamo.reset()
     model = Norm(last).requires_grad_(differentiated)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for layout, batch in (("contiguous", 2), ("channels_last", 3)):
-        x = image(torch.float32, layout, last, batch)
-        expected = theirs(x, model.weight, model.bias, last)
-        torch.testing.assert_close(compiled(x), expected)
-        assert compiled(x).requires_grad == differentiated
-    program = torch.export.export(model, (x,))
-    traced = fx.symbolic_trace(model)
-    for graph_module in (program.graph_module, traced):
-        targets = {node.target for node in graph_module.graph.nodes}
-        assert targets & {torch.ops.aten.layer_norm.default, F.layer_norm}
-        assert NAMED not in targets
-    for form in (program.module(), traced):
-        torch.testing.assert_close(form(x), expected)
+    layouts = (("contiguous", 2), ("channels_last", 3))
+    images = [image(torch.float32, layout, last, batch) for layout, batch in layouts]
+    check_forms(
+        model,
+        images,
+        lambda x: theirs(x, model.weight, model.bias, last),
+        NAMED,
+        {torch.ops.aten.layer_norm.default, F.layer_norm},
+        differentiated,
+    )
 
 
 @LAST

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, place
+from composites import check_forms
 from numerics import ACTIVATIONS
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -136,22 +137,17 @@ class Stem(nn.Module):
 
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_compiled_exported_and_traced_it_is_that_of_aten(differentiated: bool) -> None:
-    torch._dynamo.reset()
     model = Stem().requires_grad_(differentiated)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for layout, batch in (("contiguous", 2), ("channels_last", 3)):
-        x = image(torch.float32, layout, batch)
-        expected = theirs(x, model.weight, model.bias, "relu6")
-        torch.testing.assert_close(compiled(x), expected)
-        assert compiled(x).requires_grad == differentiated
-    program = torch.export.export(model, (x,))
-    traced = fx.symbolic_trace(model)
-    for graph_module in (program.graph_module, traced):
-        targets = {node.target for node in graph_module.graph.nodes}
-        assert targets & {torch.ops.aten.conv2d.default, torch.conv2d}
-        assert NAMED not in targets
-    for form in (program.module(), traced):
-        torch.testing.assert_close(form(x), expected)
+    layouts = (("contiguous", 2), ("channels_last", 3))
+    images = [image(torch.float32, layout, batch) for layout, batch in layouts]
+    check_forms(
+        model,
+        images,
+        lambda x: theirs(x, model.weight, model.bias, "relu6"),
+        NAMED,
+        {torch.ops.aten.conv2d.default, torch.conv2d},
+        differentiated,
+    )
 
 
 @torch.no_grad()

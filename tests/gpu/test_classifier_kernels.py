@@ -8,10 +8,10 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import place
 from export_models import build_model
 from numerics import ACTIVATIONS, WIDE_ACTIVATIONS, Judge, poison
+from test_classifiers import ours, theirs
 from test_interleave_kernels import draw
 from torch import Tensor
 
@@ -45,27 +45,18 @@ def inputs(
 
 
 def expected(given: list[Tensor | None], before: str, behind: str) -> Tensor:
-    x, weight, bias, input_bias = given
-    table = WIDE_ACTIVATIONS if x.dtype == torch.float64 else ACTIVATIONS
-    x = x if input_bias is None else x + input_bias[:, None, None]
-    return table[behind](F.linear(table[before](x).mean((-2, -1)), weight, bias))
-
-
-def ours(given: list[Tensor | None], before: str = "none", behind: str = "none") -> Tensor:
-    x, weight, bias, input_bias = given
-    return pooled_linear(
-        x, weight, bias, input_bias=input_bias, input_activation=before, activation=behind
-    )
+    wide = given[0].dtype == torch.float64
+    return theirs(given, before, behind, WIDE_ACTIVATIONS if wide else ACTIVATIONS)
 
 
 def add(judge: Judge, given: list[Tensor | None], before: str, behind: str) -> None:
-    theirs = expected(given, before, behind)
-    poison(theirs)
+    usual = expected(given, before, behind)
+    poison(usual)
     result = ours(given, before, behind)
     assert result.is_contiguous()
     exact = expected([None if t is None else t.double() for t in given], before, behind)
     shapes = [None if t is None else (tuple(t.shape), t.stride()) for t in given]
-    judge.add(f"{shapes} {before} {behind}", result, theirs, exact)
+    judge.add(f"{shapes} {before} {behind}", result, usual, exact)
 
 
 @EACH
