@@ -18,6 +18,7 @@ CHANGE_REASONS: dict[str, str] = {
     "product": "a matrix product: cuDNN may be slow where {channels} channels are no multiple of 8",
     "rows": "a kernel of dwswap that normalizes many pixels at once",
     "stem": "a kernel of dwswap for 3 x 3 taps on 3 channels",
+    "separable": "one kernel of dwswap where pixels are few",
     # stays: BatchNorm
     "train_mode": "it is in train mode",
     "no_statistics": "it normalizes by the statistics of each batch",
@@ -54,7 +55,7 @@ CHANGE_REASONS: dict[str, str] = {
 }
 
 
-DONE = ("folded", "absorbed", "pushed", "epilogue", "product", "rows", "stem")
+DONE = ("folded", "absorbed", "pushed", "epilogue", "product", "rows", "stem", "separable")
 """The reasons of what is gone from the graph."""
 
 
@@ -70,8 +71,9 @@ class Change:
             that became a matrix product, ``"shuffle"`` or ``"pool"`` of one whose activation a
             channel shuffle or a mean took, ``"mean"`` of a linear layer that took the mean in
             front of it, ``"layer_norm"`` of a layer normalization,
-            ``"stem"`` of the first convolution of a network, or ``"inplace"`` of an activation in
-            train mode.
+            ``"stem"`` of the first convolution of a network, ``"separable"`` of a depthwise
+            convolution that is one call with the pointwise one after it, or ``"inplace"`` of an
+            activation in train mode.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
         done: whether it is gone from the graph.
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
@@ -104,6 +106,8 @@ class Change:
             return "its bias in the epilogue of the matrix product"
         if self.kind in ("layer_norm", "stem"):
             return f"runs {self.detail}"
+        if self.kind == "separable":
+            return f"one call with {self.subject} after it, {self.detail}"
         if self.kind == "inplace":
             return f"out of place ({self.reason}: {self.detail})"
         if self.kind == "shuffle":

@@ -13,6 +13,7 @@ __all__ = [
     "interleave_channels",
     "library",
     "pooled_linear",
+    "separable_conv2d",
     "squeeze_excitation",
     "stem_conv2d",
 ]
@@ -93,6 +94,16 @@ for _name in ("_pooled_linear", "_pooled_linear_apart"):
         tags=_tags,
     )
 
+# activations: as above, in front of and behind the depthwise convolution. pixels, slices: how the
+# kernel cuts the problem. The second: by an operator for each convolution.
+for _name in ("_separable_conv2d", "_separable_conv2d_apart"):
+    library.define(
+        f"{_name}(Tensor input, Tensor weight, Tensor? bias, Tensor? input_bias, int stride, "
+        "int padding, int activations, Tensor point_weight, Tensor? point_bias, Tensor? residual, "
+        "int pixels, int slices) -> Tensor",
+        tags=_tags,
+    )
+
 channel_means = torch.ops.dwswap._channel_means.default
 channel_norm = torch.ops.dwswap._channel_norm.default
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
@@ -100,5 +111,6 @@ depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default
 interleave_channels = torch.ops.dwswap._interleave_channels.default
 pooled_linear = torch.ops.dwswap._pooled_linear.default
+separable_conv2d = torch.ops.dwswap._separable_conv2d.default
 squeeze_excitation = torch.ops.dwswap.squeeze_excitation.default
 stem_conv2d = torch.ops.dwswap._stem_conv2d.default

@@ -16,8 +16,11 @@ from dwswap.passes.context import PATH
 from dwswap.passes.substitution import unswap_modules
 from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.report import Report
+from dwswap.separable import separable_conv2d
 
 __all__ = ["LayerCall", "put_back", "run_watched"]
+
+_POINTWISE = ("point_weight", "point_bias", "residual")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class LayerCall:
         geometry: stride, padding, dilation and groups, as ``torch.conv2d`` takes them.
         output: what the dwswap operator returned.
         input_bias, input_activation, activation: what the call has absorbed.
+        point_weight, point_bias, residual: of the pointwise convolution that is part of the call,
+            and what is added to it.
     """
 
     path: str
@@ -40,6 +45,9 @@ class LayerCall:
     input_bias: Tensor | None = None
     input_activation: str = "none"
     activation: str = "none"
+    point_weight: Tensor | None = None
+    point_bias: Tensor | None = None
+    residual: Tensor | None = None
 
 
 def run_watched(
@@ -90,6 +98,8 @@ def _module_hook(path: str, watch: Callable[[LayerCall], None]) -> Callable[...,
 def _graph_hook(watch: Callable[[LayerCall], None], ours: set[str]) -> Callable[..., None]:
     class Watcher(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
+            if n.target is separable_conv2d and n.meta.get(PATH) in ours:
+                return self.run_separable(n)
             output = super().run_node(n)
             if n.target is depthwise_conv2d and n.meta.get(PATH) in ours:
                 (x, weight, bias), given = self.fetch_args_kwargs_from_env(n)
@@ -97,6 +107,17 @@ def _graph_hook(watch: Callable[[LayerCall], None], ours: set[str]) -> Callable[
                 geometry = tuple(given[name] for name in names)
                 absorbed = {name: given[name] for name in given.keys() - set(names)}
                 watch(LayerCall(n.meta[PATH], x, weight, bias, geometry, output, **absorbed))
+            return output
+
+        def run_separable(self, n: fx.Node) -> Any:
+            (x, weight, bias, *point), given = self.fetch_args_kwargs_from_env(n)
+            # The call may change the residual.
+            copies = (None if value is None else value.clone() for value in point)
+            absorbed: dict[str, Any] = dict(zip(_POINTWISE, copies, strict=True))
+            output = super().run_node(n)
+            absorbed |= {name: given[name] for name in given.keys() - {"stride", "padding"}}
+            geometry = (given["stride"], given["padding"], 1, weight.shape[0])
+            watch(LayerCall(n.meta[PATH], x, weight, bias, geometry, output, **absorbed))
             return output
 
     def hook(module: fx.GraphModule, args: Any, kwargs: Any, output: Any) -> None:

@@ -116,7 +116,10 @@ def _run_original(model: nn.Module, arguments: Arguments, how: str) -> Any:
 
 
 def _compare_layer(call: LayerCall) -> LayerErrors:
-    tensors = (call.input, call.weight, call.bias, call.input_bias)
+    tensors = (
+        *(call.input, call.weight, call.bias, call.input_bias),
+        *(call.point_weight, call.point_bias, call.residual),
+    )
     theirs = _composite(call, *tensors)
     exact = _composite(call, *(None if t is None else t.double() for t in tensors))
     return compare(call.output, theirs, exact)
@@ -128,12 +131,18 @@ def _composite(
     weight: Any,
     bias: Tensor | None,
     input_bias: Tensor | None,
+    point_weight: Tensor | None,
+    point_bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     """What the operator means, on PyTorch's own."""
     hidden = input if input_bias is None else input + input_bias[:, None, None]
     hidden = ACTIVATIONS[call.input_activation].forward(hidden)
     output = F.conv2d(hidden, weight, bias, *call.geometry)
-    return ACTIVATIONS[call.activation].forward(output)
+    output = ACTIVATIONS[call.activation].forward(output)
+    if point_weight is not None:
+        output = F.conv2d(output, point_weight, point_bias)
+    return output if residual is None else residual + output
 
 
 def _pooled_errors(

@@ -36,6 +36,14 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t first,
 }
 #endif
 
+// The transpose of an 8 x 8 matrix of 16-bit elements, of which lane 4 i + j has the elements 2 j
+// and 2 j + 1 of row i.
+__device__ __forceinline__ uint32_t transposed(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // sums += a b: a is 16 x 16 by rows, b 16 x 8 by columns, sums 16 x 8 in float32.
 template <typename T>
 __device__ __forceinline__ void multiply_add(float* sums, const uint32_t (&a)[4],

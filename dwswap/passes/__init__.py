@@ -17,6 +17,7 @@ from dwswap.passes.context import Context, GraphPass
 from dwswap.passes.fold_batchnorm import fold_batchnorm
 from dwswap.passes.fold_pointwise import fold_pointwise
 from dwswap.passes.fold_scale import fold_scale
+from dwswap.passes.fuse_separable import fuse_separable
 from dwswap.passes.lay_out_linear import lay_out_linear
 from dwswap.passes.memory_format import set_memory_format
 from dwswap.passes.pointwise_product import multiply_pointwise
@@ -58,6 +59,7 @@ INFERENCE_PASSES: tuple[GraphPass, ...] = (
     fuse_residual,
     multiply_pointwise,
     swap_layer_norm,
+    fuse_separable,
     swap_stem,
     lay_out_linear,
     fuse_pooled_linear,

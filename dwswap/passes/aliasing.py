@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from dwswap.passes.affine_call import value_of
+from dwswap.pointwise import pointwise_residual
 
 __all__ = ["changed_tensors", "changes_between", "is_in_place"]
 
@@ -34,6 +35,8 @@ def is_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
+    if target is pointwise_residual:
+        return True
     if getattr(target, "__module__", "") == "_operator":
         return target in _OPERATORS
     return _is_in_place_name(getattr(target, "__name__", "")) or _asks_for_it(target, node)

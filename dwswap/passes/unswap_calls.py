@@ -1,7 +1,8 @@
 """The inverse of the swap of calls, for ``restore`` and for layers that fail ``verify``.
 
 Pattern:
-    ``call_function`` of ``dwswap.depthwise_conv2d`` or ``torch.ops.dwswap.depthwise_conv2d``.
+    ``call_function`` of ``dwswap.depthwise_conv2d`` or ``torch.ops.dwswap.depthwise_conv2d``, or of
+    what ``fuse_separable`` made of one.
 Reason:
     Without dwswap the same graph runs on ``torch.conv2d``.
 Limits:
@@ -20,6 +21,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from dwswap.convolution_call import OPERATOR, bind
+from dwswap.ops import depthwise_conv2d
+from dwswap.passes.context import PATH
+from dwswap.pointwise import pointwise_product, pointwise_residual
+from dwswap.separable import separable_conv2d
 
 __all__ = ["swapped_calls", "unswap_call"]
 
@@ -40,7 +45,7 @@ _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation")
 def swapped_calls(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
     """The nodes that call the dwswap operator."""
     for node in graph_module.graph.nodes:
-        if node.op == "call_function" and node.target in OPERATOR:
+        if node.op == "call_function" and node.target in (*OPERATOR, separable_conv2d):
             yield node
 
 
@@ -53,6 +58,8 @@ def unswap_call(graph_module: fx.GraphModule, node: fx.Node, *, expand: bool = F
     Raises:
         ValueError: without ``expand``, the call has absorbed an activation or an input bias.
     """
+    if node.target is separable_conv2d:
+        node = _apart(graph_module.graph, node)
     given = {**_NEUTRAL, **bind(node)}
     absorbed = [name for name, value in _NEUTRAL.items() if given[name] != value]
     if absorbed and not expand:
@@ -77,6 +84,23 @@ def unswap_call(graph_module: fx.GraphModule, node: fx.Node, *, expand: bool = F
             new.meta["val"] = conv.meta["val"]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _apart(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Make two calls of one of ``separable_conv2d``; the depthwise convolution."""
+    input, weight, bias, point_weight, point_bias, residual = node.args
+    options = {"dilation": 1, "groups": None, **node.kwargs}
+    with graph.inserting_before(node):
+        depthwise = graph.call_function(depthwise_conv2d, (input, weight, bias), options)
+        if residual is None:
+            new = graph.call_function(pointwise_product, (depthwise, point_weight, point_bias))
+        else:
+            new = graph.call_function(pointwise_residual, (depthwise, point_weight, residual))
+    depthwise.meta = dict(node.meta)
+    new.meta = {key: value for key, value in node.meta.items() if key != PATH}
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return depthwise
 
 
 def _activated(graph: fx.Graph, value: fx.Node, activation: str) -> fx.Node:

@@ -1,0 +1,6 @@
+#include "separable_conv2d/kernel.cuh"
+
+namespace dwswap::separable {
+template cudaError_t launch_typed<__nv_bfloat16>(const SeparableConv2dParams&, const Device&,
+                                                 cudaStream_t);
+}

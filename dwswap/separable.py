@@ -1,0 +1,224 @@
+"""A depthwise convolution and the pointwise one behind it, as one kernel where pixels are few.
+
+| dispatch key              | kernel of ``_separable_conv2d``                                   |
+| ------------------------- | ----------------------------------------------------------------- |
+| CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library      |
+| CompositeExplicitAutograd | the operator for depthwise convolutions, and aten                 |
+| Meta (fake tensors)       | the same                                                          |
+| Autograd                  | none: what is differentiated, traced or compiled is the second    |
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwswap import build
+from dwswap.activations import PAIRS, pair_of
+from dwswap.layouts import memory_format
+from dwswap.ops import depthwise_conv2d
+from dwswap.plain import is_plain, needs_gradient
+from dwswap.pointwise import pointwise_product, pointwise_residual, suits
+from dwswap.schema import library
+from dwswap.schema import separable_conv2d as operator
+
+__all__ = ["Cut", "choose_cut", "fits", "separable_conv2d"]
+
+KERNELS = (3, 5)
+STRIDES = (1, 2)
+MOST_SLICES = 8
+# Of a block: channels of pixels, and of outputs, of which 32 take the time of one pixel; elements
+# of pointwise weights, which lie in shared memory.
+_MOST_WORK = 4000
+_MOST_WEIGHTS = 1 << 16
+
+
+class Cut(NamedTuple):
+    """How the kernel cuts a problem.
+
+    Attributes:
+        pixels: of a block.
+        slices: of the channels; a block has one, and those of a cluster have all of them.
+    """
+
+    pixels: int
+    slices: int
+
+
+def separable_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    point_weight: Tensor,
+    point_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    input_bias: Tensor | None = None,
+    input_activation: str = "none",
+    activation: str = "none",
+) -> Tensor:
+    """``residual + conv2d(h, point_weight, point_bias)`` with ``h = depthwise_conv2d(input, ...)``;
+    may change ``residual``.
+
+    On CUDA in half precision and channels_last, and where :func:`choose_cut` finds it faster, one
+    kernel of our own: ``h`` is rounded, as the operator rounds it, and the sums are float32.
+    Otherwise the two layers.
+
+    Args:
+        input: ``(N, C, H, W)``.
+        weight: ``(C, 1, k, k)``.
+        bias: ``(C,)``, optional, of the input's dtype, as ``input_bias``, ``(C,)``.
+        point_weight: ``(K, C, 1, 1)``.
+        point_bias: ``(K,)``, optional; none where there is a residual.
+        residual: ``(N, K, H_out, W_out)``, of other memory than ``input``, optional.
+        stride, padding: of the depthwise convolution, for height and width.
+        input_activation, activation: names in ``dwswap.activations.ACTIVATIONS``, in front of the
+            depthwise convolution and behind it.
+
+    Returns:
+        ``(N, K, H_out, W_out)``.
+
+    Raises:
+        RuntimeError, ValueError: an argument does not fit, as aten or the CUDA operator finds; it
+            says which.
+    """
+    at_once = (
+        is_plain(input, weight, bias, input_bias)
+        and is_plain(point_weight, point_weight, point_bias, residual)
+        and not needs_gradient(input, weight, bias, input_bias, point_weight, point_bias, residual)
+    )
+    if at_once and suits(input) and memory_format(input) is torch.channels_last:
+        cut = choose_cut(
+            tuple(input.shape),
+            point_weight.shape[0],
+            weight.shape[-1],
+            stride,
+            padding,
+            _multiprocessors(input.get_device()),
+        )
+        if cut is not None and build.load():
+            return operator(
+                input,
+                weight,
+                bias,
+                input_bias,
+                stride,
+                padding,
+                PAIRS[input_activation, activation],
+                point_weight,
+                point_bias,
+                residual,
+                *cut,
+            )
+    hidden = depthwise_conv2d(
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        input_bias=input_bias,
+        input_activation=input_activation,
+        activation=activation,
+    )
+    if residual is not None:
+        return pointwise_residual(hidden, point_weight, residual)
+    if point_bias is not None:
+        return pointwise_product(hidden, point_weight, point_bias)
+    return F.conv2d(hidden, point_weight)
+
+
+def fits(weight: Tensor, point_weight: Tensor) -> bool:
+    """Whether the kernel takes weights of these shapes."""
+    channels, multiplicity, *kernel = weight.shape
+    outputs, inputs = point_weight.shape[:2]
+    is_depthwise = multiplicity == 1 and kernel[0] == kernel[1] and kernel[0] in KERNELS
+    return is_depthwise and inputs == channels and channels % 8 == 0 and outputs % 8 == 0
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_cut(
+    shape: tuple[int, ...],
+    outputs: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    multiprocessors: int,
+) -> Cut | None:
+    """How to cut the problem; None where a kernel for each convolution is known to be faster.
+
+    All blocks run at once, as many as there are multiprocessors for. So few pixels to a block that
+    these are busy with half of the tiles, if they can be; and the fewest slices of those that leave
+    a block the fewest channels. A block must not have more to do than two kernels take; measured on
+    an H200 with the layers of MobileNets and MNASNet.
+
+    Args:
+        shape: of the input, in channels_last.
+        outputs: of the pointwise convolution.
+        kernel, stride, padding: of the depthwise convolution.
+    """
+    batch, channels, *size = shape
+    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
+    # Pixels of a row are taken by pairs.
+    pixels = batch * height * math.ceil(width / 2) * 2
+
+    def tiles(each: int) -> int:
+        return math.ceil(pixels / each)
+
+    def padded(slices: int) -> int:  # to what two matrix instructions multiply
+        return math.ceil(math.ceil(channels / 8 / slices) * 8 / 32) * 32
+
+    each = next((few for few in (8, 16) if 2 * tiles(few) <= multiprocessors), 32)
+    most = min(MOST_SLICES, multiprocessors // tiles(each)) if pixels > 0 else 0
+    if most == 0:
+        return None
+    slices = min(range(1, most + 1), key=padded)
+    share = padded(slices)
+    if share * (each + outputs / 32) > _MOST_WORK or share * outputs > _MOST_WEIGHTS:
+        return None
+    return Cut(each, slices)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _separable_conv2d_apart(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_bias: Tensor | None,
+    stride: int,
+    padding: int,
+    activations: int,
+    point_weight: Tensor,
+    point_bias: Tensor | None,
+    residual: Tensor | None,
+    pixels: int,
+    slices: int,
+) -> Tensor:
+    before, behind = pair_of(activations)
+    hidden = depthwise_conv2d(
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        input_bias=input_bias,
+        input_activation=before,
+        activation=behind,
+    )
+    output = F.conv2d(hidden, point_weight, point_bias)
+    return output if residual is None else residual + output
+
+
+for _name in ("_separable_conv2d", "_separable_conv2d_apart"):
+    library.impl(_name, _separable_conv2d_apart, "CompositeExplicitAutograd")
+    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
