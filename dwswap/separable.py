@@ -27,10 +27,11 @@ from dwswap.pointwise import pointwise_product, pointwise_residual, suits
 from dwswap.schema import library
 from dwswap.schema import separable_conv2d as operator
 
-__all__ = ["Cut", "choose_cut", "fits", "separable_conv2d"]
+__all__ = ["CLAMPS", "STRIDES", "Cut", "choose_cut", "fits", "separable_conv2d"]
 
 KERNELS = (3, 5)
 STRIDES = (1, 2)
+CLAMPS = ("none", "relu", "relu6")
 MOST_SLICES = 8
 # Of a block: channels of pixels, and of outputs, of which 32 take the time of one pixel; elements
 # of pointwise weights, which lie in shared memory.
@@ -67,9 +68,9 @@ def separable_conv2d(
     """``residual + conv2d(h, point_weight, point_bias)`` with ``h = depthwise_conv2d(input, ...)``;
     may change ``residual``.
 
-    On CUDA in half precision and channels_last, and where :func:`choose_cut` finds it faster, one
-    kernel of our own: ``h`` is rounded, as the operator rounds it, and the sums are float32.
-    Otherwise the two layers.
+    On CUDA in half precision and channels_last, with activations of :data:`CLAMPS`, and where
+    :func:`choose_cut` finds it faster, one kernel of our own: ``h`` is rounded, as the operator
+    rounds it, and the sums are float32. Otherwise the two layers.
 
     Args:
         input: ``(N, C, H, W)``.

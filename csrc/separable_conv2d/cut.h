@@ -40,7 +40,7 @@ struct Cut {
   // Of dynamic shared memory.
   int64_t bytes(int64_t outputs, int64_t taps) const {
     constexpr int64_t kUnitBytes = 4 * kRows * kColumns;
-    return 2 * (channels * (taps + 2) + (outputs + pixels) * pitch()) +
+    return 2 * (channels * taps + (outputs + pixels) * pitch()) +
            kUnitBytes * slices * parts(outputs) * share(outputs);
   }
 };

@@ -33,13 +33,11 @@ constexpr int kWarp = 32, kThreads = kWarps * kWarp;
 constexpr int kChannels = 4;  // of a thread
 constexpr int kVector = 8;    // elements, 16 bytes
 
-template <typename T_, int KERNEL_, int STRIDE_, Form FORM_>
+template <typename T_, int KERNEL_, int STRIDE_>
 struct Traits {
   using T = T_;
-  static constexpr int kKernel = KERNEL_, kTaps = KERNEL_ * KERNEL_;
-  static constexpr int kStride = STRIDE_;
+  static constexpr int kKernel = KERNEL_, kStride = STRIDE_;
   static constexpr int kInputColumns = (kPair - 1) * STRIDE_ + KERNEL_;
-  static constexpr Form kForm = FORM_;  // kClamp or kAny
 };
 
 struct Arguments {
@@ -54,10 +52,12 @@ struct Arguments {
   Activation input_activation, activation;
 };
 
-// What a thread reads for its pair of pixels: four channels of each.
+// What a thread reads for its pair of pixels: four channels of each, and their biases.
 template <typename Traits>
 struct Window {
-  Words<typename Traits::T, kChannels> x[Traits::kKernel][Traits::kInputColumns];
+  using Channels = Words<typename Traits::T, kChannels>;
+  Channels x[Traits::kKernel][Traits::kInputColumns];
+  Channels bias, input_bias;
   uint32_t rows, columns;  // bit i: row or column i lies in the image
 };
 
@@ -82,23 +82,25 @@ __device__ __forceinline__ void fetch(const Arguments& a, int pair, int channel,
       load_where((inside >> j & 1) != 0, row + j * a.channels, window.x[i][j]);
     row += a.in_w * a.channels;
   }
+  window.bias = window.input_bias = {};
+  load_where(a.bias != nullptr, static_cast<const T*>(a.bias) + channel, window.bias);
+  load_where(a.input_bias != nullptr, static_cast<const T*>(a.input_bias) + channel,
+             window.input_bias);
 }
 
 // The depthwise convolution of four channels of a pair of pixels.
 template <typename Traits, typename T>
 __device__ __forceinline__ void convolve(const Arguments& a, const Window<Traits>& window,
-                                         const T* taps, const T* biases, const T* input_biases,
-                                         Words<T, kChannels> (&y)[kPair]) {
+                                         const T* taps, Words<T, kChannels> (&y)[kPair]) {
   constexpr int K = Traits::kKernel, COLUMNS = Traits::kInputColumns;
-  constexpr Form FORM = Traits::kForm;
   float bias[kChannels], input_bias[kChannels];
-  load(biases, bias), load(input_biases, input_bias);
-  const InputForm<FORM, T, kChannels> input_form(input_bias, a.input_activation);
+  widen_all(window.bias, bias), widen_all(window.input_bias, input_bias);
+  const InputForm<Form::kClamp, T, kChannels> input_form(input_bias, a.input_activation);
   // Widened row by row: all of 5 x 5 taps would need 100 registers.
-  Words<T, kChannels> packed[Traits::kTaps];
+  Words<T, kChannels> packed[K * K];
 #pragma unroll
-  for (int i = 0; i < Traits::kTaps; ++i) packed[i] = load_words<kChannels>(taps + i * kChannels);
-  float sums[kPair * kChannels] = {};
+  for (int i = 0; i < K * K; ++i) packed[i] = load_words<kChannels>(taps + i * kChannels);
+  float sums[kPair][kChannels] = {};
 #pragma unroll
   for (int i = 0; i < K; ++i) {
     float w[kChannels][K];
@@ -106,13 +108,13 @@ __device__ __forceinline__ void convolve(const Arguments& a, const Window<Traits
     for (int c = 0; c < kChannels; ++c) {
 #pragma unroll
       for (int j = 0; j < K; ++j) {
-        const int tap = c * Traits::kTaps + i * K + j;
+        const int tap = c * K * K + i * K + j;
         const float2 both = widen_pair<T>(packed[tap / kChannels].data[tap % kChannels / 2]);
         w[c][j] = tap % 2 == 0 ? both.x : both.y;
       }
       const float start = input_form.start(c, i == 0 ? bias[c] : 0.0f, w[c]);
 #pragma unroll
-      for (int pixel = 0; pixel < kPair; ++pixel) sums[pixel * kChannels + c] += start;
+      for (int pixel = 0; pixel < kPair; ++pixel) sums[pixel][c] += start;
     }
     float x[COLUMNS * kChannels];
     input_form.template apply<COLUMNS, true>([&](int j) { return window.x[i][j]; },
@@ -124,19 +126,13 @@ __device__ __forceinline__ void convolve(const Arguments& a, const Window<Traits
       for (int j = 0; j < K; ++j) {
 #pragma unroll
         for (int c = 0; c < kChannels; ++c)
-          sums[pixel * kChannels + c] += x[(pixel * Traits::kStride + j) * kChannels + c] * w[c][j];
+          sums[pixel][c] += x[(pixel * Traits::kStride + j) * kChannels + c] * w[c][j];
       }
     }
   }
-  if constexpr (FORM == Form::kAny) activate(sums, a.activation);
-  const OutputForm<FORM, T, kChannels> output_form(a.activation);
+  const OutputForm<Form::kClamp, T, kChannels> output_form(a.activation);
 #pragma unroll
-  for (int pixel = 0; pixel < kPair; ++pixel) {
-    float one[kChannels];
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) one[c] = sums[pixel * kChannels + c];
-    y[pixel] = output_form.apply(one);
-  }
+  for (int pixel = 0; pixel < kPair; ++pixel) y[pixel] = output_form.apply(sums[pixel]);
 }
 
 // What a lane loads and stores of a unit: two outputs of a pixel in the upper half of its rows, and
@@ -159,35 +155,35 @@ __device__ __forceinline__ Place place_of(const Arguments& a, int unit, int firs
   place.has[1] = place.has[0] && place.output + kRows / 2 < a.outputs;
   return place;
 }
-template <typename T>
-__device__ __forceinline__ void fetch(const Arguments& a, const Place& place,
-                                      Words<T, 2> (&residual)[2]) {
-  const T* const source = static_cast<const T*>(a.residual) + place.offset;
-#pragma unroll
-  for (int h = 0; h < 2; ++h)
-    load_where(a.residual != nullptr && place.has[h], source + h * (kRows / 2), residual[h]);
-}
 
-// `count` elements, a multiple of 8; zeros where there are none.
+// The slice of the pointwise weights, with zeros behind its channels.
 template <typename T>
-__device__ __forceinline__ void copy_vector(T* target, const void* source, int first, int count) {
-  const T* const own = static_cast<const T*>(source) + (source == nullptr ? 0 : first);
-  for (int i = static_cast<int>(threadIdx.x) * kVector; i < count; i += kThreads * kVector)
-    copy_async<kVectorBytes>(target + i, own + i, source == nullptr ? 0 : kVectorBytes);
+__device__ __forceinline__ void copy_weights(const Arguments& a, T* weights, int first_channel,
+                                             int channels) {
+  uint32_t vector;
+  const auto row = static_cast<int>(a.by_vectors.divide(threadIdx.x, &vector));
+  const int channel = static_cast<int>(vector) * kVector;
+  const bool inside = channel < channels;
+  const T* const source =
+      static_cast<const T*>(a.point_weight) + first_channel + (inside ? channel : 0);
+  const int rows = kThreads / static_cast<int>(a.by_vectors.value);
+  if (row >= rows) return;
+#pragma unroll 1
+  for (int output = row; output < a.outputs; output += rows)
+    copy_async<kVectorBytes>(weights + output * a.pitch + channel, source + output * a.channels,
+                             inside ? kVectorBytes : 0);
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     separable_conv2d_kernel(const __grid_constant__ Arguments a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   using T = typename Traits::T;
-  constexpr int kTaps = Traits::kTaps;
+  constexpr int kTaps = Traits::kKernel * Traits::kKernel;
   extern __shared__ __align__(kVectorBytes) unsigned char shared[];
   T* const taps = reinterpret_cast<T*>(shared);
-  T* const biases = taps + a.slice * kTaps;
-  T* const input_biases = biases + a.slice;
-  T* const weights = input_biases + a.slice;
+  T* const weights = taps + a.slice * kTaps;
   T* const hidden = weights + a.outputs * a.pitch;
   float4* const sums = reinterpret_cast<float4*>(hidden + a.pixels * a.pitch);
 
@@ -198,57 +194,43 @@ __global__ void __launch_bounds__(kThreads)
   const int channels = min(a.slice, a.channels - first_channel);
   const int first_pair = static_cast<int>(blockIdx.x) / a.slices * (a.pixels / kPair);
 
-  copy_vector(taps, a.weight, first_channel * kTaps, channels * kTaps);
-  copy_vector(biases, a.bias, first_channel, channels);
-  copy_vector(input_biases, a.input_bias, first_channel, channels);
+  const T* const own_taps = static_cast<const T*>(a.weight) + first_channel * kTaps;
+#pragma unroll 1
+  for (int i = thread * kVector; i < channels * kTaps; i += kThreads * kVector)
+    copy_async<kVectorBytes>(taps + i, own_taps + i, kVectorBytes);
   commit_copies();
 
   const int tasks = a.pixels / kPair * (a.padded / kChannels);
-  Window<Traits> window;
-  int pair = 0, channel = 0;
-  const auto fetch_task = [&](int task) {
+#pragma unroll 1
+  for (int begin = 0; begin < tasks; begin += kThreads) {
     uint32_t rest;
-    pair = static_cast<int>(a.by_channels.divide(static_cast<uint32_t>(task), &rest));
-    channel = static_cast<int>(rest) * kChannels;
+    const int task = begin + thread;
+    const auto pair = static_cast<int>(a.by_channels.divide(static_cast<uint32_t>(task), &rest));
+    const int channel = static_cast<int>(rest) * kChannels;
+    const bool computes = task < tasks && channel < channels;
+    Window<Traits> window;
     // Pixels behind the last one are computed and not written.
-    if (task < tasks && channel < channels)
-      fetch(a, min(first_pair + pair, a.pairs - 1), first_channel + channel, window);
-  };
-  fetch_task(thread);
-
-  uint32_t vector;
-  const auto row = static_cast<int>(a.by_vectors.divide(threadIdx.x, &vector));
-  const int weight_channel = static_cast<int>(vector) * kVector;
-  const bool inside = weight_channel < channels;
-  const T* const own_weights =
-      static_cast<const T*>(a.point_weight) + first_channel + (inside ? weight_channel : 0);
-  const int rows = kThreads / static_cast<int>(a.by_vectors.value);
-  if (row < rows) {
-    for (int output = row; output < a.outputs; output += rows)
-      copy_async<kVectorBytes>(weights + output * a.pitch + weight_channel,
-                               own_weights + output * a.channels, inside ? kVectorBytes : 0);
-  }
-  commit_copies();
-
-  wait_for_groups<1>();
-  __syncthreads();
-  for (int task = thread; task < tasks; task += kThreads) {
+    if (computes) fetch(a, min(first_pair + pair, a.pairs - 1), first_channel + channel, window);
+    if (begin == 0) {
+      // Behind the loads that the convolution waits for.
+      copy_weights(a, weights, first_channel, channels);
+      commit_copies();
+      wait_for_groups<1>();
+      __syncthreads();
+    }
     Words<T, kChannels> words[kPair] = {};
-    if (channel < channels)
-      convolve(a, window, taps + channel * kTaps, biases + channel, input_biases + channel, words);
+    if (computes) convolve(a, window, taps + channel * kTaps, words);
 #pragma unroll
-    for (int i = 0; i < kPair; ++i)
-      store_words(hidden + (pair * kPair + i) * a.pitch + channel, words[i]);
-    fetch_task(task + kThreads);
+    for (int i = 0; i < kPair; ++i) {
+      if (task < tasks) store_words(hidden + (pair * kPair + i) * a.pitch + channel, words[i]);
+    }
   }
   wait_for_copies();
   __syncthreads();
   cluster.barrier_wait();  // until all blocks have begun, and have shared memory
 
   const int lane = thread % kWarp, warp = thread / kWarp, t = lane % 4;
-  Place at = place_of(a, warp * a.slices + rank, first_pair);
-  Words<T, 2> residual[2] = {};
-  fetch(a, at, residual);
+#pragma unroll 1
   for (int i = warp; i < a.units * a.parts; i += kWarps) {
     const int unit = a.parts == 1 ? i : i % a.units, part = a.parts == 1 ? 0 : i / a.units;
     uint32_t block;
@@ -261,6 +243,7 @@ __global__ void __launch_bounds__(kThreads)
     const T* const pixel_row = hidden + (column * kColumns + lane / 4) * a.pitch + t * kVector;
     float even[4] = {}, odd[4] = {};
     const int end = min(a.padded, (part + 1) * a.part);
+#pragma unroll 1
     for (int c = part * a.part; c < end; c += kStep) {
       const auto up = load_words<kVector>(upper_row + c), low = load_words<kVector>(lower_row + c);
       const auto x = load_words<kVector>(pixel_row + c);
@@ -275,14 +258,24 @@ __global__ void __launch_bounds__(kThreads)
                            ((rank * a.parts + part) * a.share + place) * kWarp + lane;
     *target = {even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]};
   }
-  cluster.sync();
 
-  for (int i = warp; i < a.share && i * a.slices + rank < a.units; i += kWarps) {
-    if (i != warp) at = place_of(a, i * a.slices + rank, first_pair), fetch(a, at, residual);
+#pragma unroll 1
+  for (int i = warp; i == warp || i < a.share; i += kWarps) {
+    const Place at = place_of(a, i * a.slices + rank, first_pair);
+    Words<T, 2> residual[2] = {};
+    const T* const source = static_cast<const T*>(a.residual) + at.offset;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      load_where(a.residual != nullptr && at.has[h], source + h * (kRows / 2), residual[h]);
+    // The loads of the first ones do not wait for the sums.
+    if (i == warp) cluster.sync();
     float total[4] = {};
-    for (int source = 0; source < a.slices * a.parts; ++source) {
-      const float4 x = sums[(source * a.share + i) * kWarp + lane];
-      total[0] += x.x, total[1] += x.y, total[2] += x.z, total[3] += x.w;
+    if (i < a.share) {
+#pragma unroll 4
+      for (int from = 0; from < a.slices * a.parts; ++from) {
+        const float4 x = sums[(from * a.share + i) * kWarp + lane];
+        total[0] += x.x, total[1] += x.y, total[2] += x.z, total[3] += x.w;
+      }
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -333,7 +326,8 @@ cudaError_t launch(const SeparableConv2dParams& p, const Device& device, cudaStr
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(cut.tiles * cut.slices));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(cut.bytes(p.outputs, Traits::kTaps));
+  config.dynamicSmemBytes =
+      static_cast<size_t>(cut.bytes(p.outputs, Traits::kKernel * Traits::kKernel));
   config.stream = stream;
   config.attrs = &cluster, config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, function, a);
@@ -344,11 +338,8 @@ template <typename T>
 cudaError_t launch_typed(const SeparableConv2dParams& p, const Device& device,
                          cudaStream_t stream) {
   const DepthwiseConv2dParams& d = p.depthwise;
-#define DWSWAP_CASE(K, S)                                                 \
-  if (d.kernel_h == K && d.stride_h == S)                                 \
-    return clamps(form_of(d)) || form_of(d) == Form::kPlain               \
-               ? launch<Traits<T, K, S, Form::kClamp>>(p, device, stream) \
-               : launch<Traits<T, K, S, Form::kAny>>(p, device, stream);
+#define DWSWAP_CASE(K, S) \
+  if (d.kernel_h == K && d.stride_h == S) return launch<Traits<T, K, S>>(p, device, stream);
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)
   DWSWAP_CASE(5, 1)

@@ -17,6 +17,7 @@ bool covers_separable_conv2d(const SeparableConv2dParams& p, const Device& devic
   if (!has_clusters || !is_half) return false;
   if (d.in_layout != Layout::kChannelsLast || d.multiplier != 1 || d.channels % 8 != 0)
     return false;
+  if (d.input_activation > Activation::kRelu6 || d.activation > Activation::kRelu6) return false;
   if (p.outputs <= 0 || p.outputs % 8 != 0) return false;
   if (d.kernel_h != d.kernel_w || (d.kernel_h != 3 && d.kernel_h != 5)) return false;
   if (d.stride_h != d.stride_w || d.stride_h > 2 || d.dilation_h != 1 || d.dilation_w != 1)
@@ -43,5 +44,7 @@ cudaError_t launch_separable_conv2d(const SeparableConv2dParams& p, const Device
              ? separable::launch_typed<__half>(p, device, stream)
              : separable::launch_typed<__nv_bfloat16>(p, device, stream);
 }
+
+static_assert(Activation::kNone < Activation::kRelu && Activation::kRelu < Activation::kRelu6);
 
 }  // namespace dwswap

@@ -8,9 +8,10 @@ Reason:
     them, where one takes 4 (H200); and what is between them is neither written nor read. Larger
     problems run the two of them: the call decides by the shape of its input.
 Limits:
-    In half precision on CUDA and in channels_last, weights of the kernel's shapes. Not where the
-    weights are computed, or what the first reads may change before the second. Graphs of exported
-    programs stay, as they compute with aten.
+    In half precision on CUDA and in channels_last, weights of the kernel's shapes, no activations
+    but ReLU and ReLU6: with others the kernel took as long as the two. Not where the weights are
+    computed, or what the first reads may change before the second. Graphs of exported programs
+    stay, as they compute with aten.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dwswap.passes.aliasing import changes_between
 from dwswap.passes.context import Context
 from dwswap.passes.pointwise_call import bias_fits, product_weight
 from dwswap.pointwise import pointwise_product, pointwise_residual, suits
-from dwswap.separable import STRIDES, fits, separable_conv2d
+from dwswap.separable import CLAMPS, STRIDES, fits, separable_conv2d
 
 __all__ = ["fuse_separable"]
 
@@ -79,6 +80,8 @@ def _pointwise(graph_module: fx.GraphModule, node: fx.Node) -> _Pointwise | None
 
 def _fits(graph_module: fx.GraphModule, call: AffineCall, point: Tensor) -> bool:
     if not call.depthwise or call.refusal is not None:
+        return False
+    if any(call.option(name) not in CLAMPS for name in ("input_activation", "activation")):
         return False
     weight = value_of(graph_module, call.weight)
     if weight is None or not suits(weight) or weight.dtype != point.dtype:
