@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +27,14 @@ from dwswap.pointwise import pointwise_product, pointwise_residual, suits
 from dwswap.schema import library
 from dwswap.schema import separable_conv2d as operator
 
-__all__ = ["CLAMPS", "STRIDES", "Cut", "choose_cut", "fits", "separable_conv2d"]
+__all__ = ["CLAMPS", "STRIDES", "Cut", "choose_cut", "fits", "separable_conv2d", "shared_bytes"]
 
 KERNELS = (3, 5)
 STRIDES = (1, 2)
 CLAMPS = ("none", "relu", "relu6")
 MOST_SLICES = 8
-# Of a block: channels of pixels, and of outputs, of which 32 take the time of one pixel; elements
-# of pointwise weights, which lie in shared memory.
+# Channels of a block times its pixels, or its outputs, of which 32 take the time of one pixel.
 _MOST_WORK = 4000
-_MOST_WEIGHTS = 1 << 16
 
 
 class Cut(NamedTuple):
@@ -102,7 +100,7 @@ def separable_conv2d(
             weight.shape[-1],
             stride,
             padding,
-            _multiprocessors(input.get_device()),
+            *_device(input.get_device()),
         )
         if cut is not None and build.load():
             return operator(
@@ -151,6 +149,7 @@ def choose_cut(
     stride: int,
     padding: int,
     multiprocessors: int,
+    shared: int,
 ) -> Cut | None:
     """How to cut the problem; None where a kernel for each convolution is known to be faster.
 
@@ -163,6 +162,7 @@ def choose_cut(
         shape: of the input, in channels_last.
         outputs: of the pointwise convolution.
         kernel, stride, padding: of the depthwise convolution.
+        shared: bytes of shared memory that a block may have.
     """
     batch, channels, *size = shape
     height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
@@ -172,23 +172,41 @@ def choose_cut(
     def tiles(each: int) -> int:
         return math.ceil(pixels / each)
 
-    def padded(slices: int) -> int:  # to what two matrix instructions multiply
-        return math.ceil(math.ceil(channels / 8 / slices) * 8 / 32) * 32
+    def padded(slices: int) -> int:
+        return _padded(math.ceil(channels / 8 / slices) * 8)
 
     each = next((few for few in (8, 16) if 2 * tiles(few) <= multiprocessors), 32)
     most = min(MOST_SLICES, multiprocessors // tiles(each)) if pixels > 0 else 0
     if most == 0:
         return None
-    slices = min(range(1, most + 1), key=padded)
-    share = padded(slices)
-    if share * (each + outputs / 32) > _MOST_WORK or share * outputs > _MOST_WEIGHTS:
-        return None
-    return Cut(each, slices)
+    cut = Cut(each, min(range(1, most + 1), key=padded))
+    work = padded(cut.slices) * (each + outputs / 32)
+    fits = shared_bytes(cut, channels, outputs, kernel) <= shared
+    return cut if fits and work <= _MOST_WORK else None
+
+
+def shared_bytes(cut: Cut, channels: int, outputs: int, kernel: int) -> int:
+    """Of a block, as ``csrc/separable_conv2d/cut.h`` has them: half precision, and sums in
+    float32."""
+    share = math.ceil(channels / 8 / cut.slices) * 8
+    padded = _padded(share)
+    pitch = padded + 32 if padded % 64 == 0 else padded
+    units = math.ceil(outputs / 16) * (cut.pixels // 8)
+    parts = max(1, min(8 // units, padded // 32))
+    sums = 512 * cut.slices * parts * math.ceil(units / cut.slices)
+    return 2 * (share * kernel * kernel + (outputs + cut.pixels) * pitch) + sums
+
+
+def _padded(channels: int) -> int:
+    """To a number that two matrix instructions multiply."""
+    return math.ceil(channels / 32) * 32
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _device(index: int) -> tuple[int, int]:
+    """Its multiprocessors, and the bytes of shared memory that a block may have."""
+    found: Any = torch.cuda.get_device_properties(index)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
 def _separable_conv2d_apart(

@@ -28,12 +28,14 @@ import torch
 import torch.nn.functional as F
 
 from dwswap import build, depthwise_conv2d
+from dwswap.activations import PAIRS
 from dwswap.classifiers import pooled_linear
 from dwswap.means import channel_means
 from dwswap.norms import channel_norm
 from dwswap.ops import squeeze_excitation
 from dwswap.registration import kernel_family
 from dwswap.schema import depthwise_conv2d_backward
+from dwswap.schema import separable_conv2d as separable_operator
 from dwswap.shuffling import interleaved
 from dwswap.stems import stem_conv2d
 
@@ -263,6 +265,29 @@ def classifiers() -> Iterator[Classifier]:
         yield Classifier(dtype, (1, *size), outputs, ("none", "relu6", "silu")[i % 3])
 
 
+class Separable(NamedTuple):
+    """A problem of the kernel of a depthwise convolution and the pointwise one behind it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    kernel: int
+    stride: int
+    outputs: int
+    pixels: int
+    slices: int
+
+
+def separables() -> Iterator[Separable]:
+    """Pixels that no block divides, rows of odd length, slices of which the last has fewer channels,
+    outputs that no matrix instruction divides."""
+    shapes = ((1, 8, 1, 1), (2, 40, 9, 7), (1, 136, 5, 14), (3, 384, 7, 7))
+    cuts = itertools.cycle(itertools.product((8, 16, 32), (1, 3, 8)))
+    for dtype, kernel, stride, shape, outputs in itertools.product(
+        HALVES, (3, 5), (1, 2), shapes, (8, 24, 160)
+    ):
+        yield Separable(dtype, shape, kernel, stride, outputs, *next(cuts))
+
+
 class Interleaving(NamedTuple):
     """A problem of the kernel that interleaves the channels of two images."""
 
@@ -461,6 +486,37 @@ def check_classifier(problem: Classifier) -> str | None:
     return difference(result, F.linear(means, weight.double().t(), bias.double()), problem.dtype)
 
 
+def check_separable(problem: Separable) -> str | None:
+    """Run one problem of a depthwise and a pointwise convolution; returns what is wrong with it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        image = torch.randn(shape, generator=generator).to(problem.dtype)
+        return image.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else image
+
+    kernel, stride, padding = problem.kernel, problem.stride, problem.kernel // 2
+    channels, outputs = problem.shape[1], problem.outputs
+    x, weight, bias = drawn(*problem.shape), drawn(channels, 1, kernel, kernel), drawn(channels)
+    input_bias = drawn(channels)
+    point_weight, point_bias = drawn(outputs, channels, 1, 1) / channels**0.5, drawn(outputs)
+    height, width = ((side - 1) // stride + 1 for side in problem.shape[2:])
+    residual = drawn(problem.shape[0], outputs, height, width)
+    os.environ["DWSWAP_PORTABLE"] = "0"
+    ours = separable_operator(
+        *(t.cuda() for t in (x, weight, bias, input_bias)),
+        *(stride, padding, PAIRS["relu6", "relu"]),
+        *(t.cuda() for t in (point_weight, point_bias, residual)),
+        *(problem.pixels, problem.slices),
+    )
+    # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
+    result = (ours * 1).cpu().double()
+    hidden = F.relu6(x.double() + input_bias.double()[:, None, None])
+    taps = weight.double(), bias.double()
+    hidden = F.conv2d(hidden, *taps, stride, padding, 1, channels).relu()
+    exact = F.conv2d(hidden, point_weight.double(), point_bias.double()) + residual.double()
+    return difference(result, exact, problem.dtype)
+
+
 def check_interleaving(problem: Interleaving) -> str | None:
     """Run one problem of the interleaving kernel; returns what is wrong with its result."""
     generator = torch.Generator().manual_seed(0)
@@ -513,6 +569,7 @@ def main(arguments: list[str]) -> int:
     checks += [functools.partial(check_norm, problem) for problem in norms()]
     checks += [functools.partial(check_stem, problem) for problem in stems()]
     checks += [functools.partial(check_classifier, problem) for problem in classifiers()]
+    checks += [functools.partial(check_separable, problem) for problem in separables()]
     with torch.no_grad():
         for run_one in checks:
             wrong = run_one()

@@ -22,6 +22,8 @@ NAMES = {
     DEPTHWISE: [
         "void dwswap::channel_tiles::kernel<dwswap::channel_tiles::Traits<__half, 3, 1> >"
         "(CUtensorMap, dwswap::channel_tiles::Arguments)",
+        "void dwswap::separable::separable_conv2d_kernel<dwswap::separable::Traits<__half, 3, 1> >"
+        "(dwswap::separable::Arguments)",
         "void dwswap::(anonymous namespace)::general_kernel<float>(dwswap::DepthwiseConv2dParams)",
         "void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel<1, float, int>",
         "void conv2d_c1_k1_nhwc_kernel_specialized<__half, __half, __half, float, float, 5, 1, 8>",

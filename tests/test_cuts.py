@@ -17,6 +17,7 @@ import torch
 
 from dwswap.bench.shapes import torchvision_shapes
 from dwswap.compilation import csrc_dir
+from dwswap.separable import Cut, choose_cut, shared_bytes
 from dwswap.toolkit import BuildError, find_cudart, find_host_compiler, find_nvcc
 
 FOLDER = csrc_dir() / "depthwise_conv2d"
@@ -350,3 +351,39 @@ def test_stem_conv2d_covers_every_output(cuts):
     )
     assert one[:2] == [1, 4]
     assert many[:2] == [4, 7]
+
+
+def test_separable_conv2d_can_be_launched(cuts):
+    """What the choice in Python finds faster is a cut that the kernel has, and has memory for."""
+    runs, devices = [], []
+    for batch, channels, side, kernel, stride, outputs, device in itertools.product(
+        (1, 2, 5),
+        (8, 24, 72, 120, 200, 384, 576, 960, 1152, 3840),
+        (1, 4, 7, 14, 29, 56),
+        (3, 5),
+        (1, 2),
+        (8, 24, 40, 160, 320, 1000),
+        DEVICES,
+    ):
+        multiprocessors, _, shared = device
+        shape = (batch, channels, side, side)
+        cut = choose_cut(shape, outputs, kernel, stride, kernel // 2, multiprocessors, shared)
+        if cut is not None:
+            problem = Problem(batch, channels, side, side, kernel, outputs, stride, 2)
+            runs.append((problem, (*cut, shared)))
+            devices.append(device)
+    assert len(runs) > 1000
+    found = zip(runs, devices, cuts("separable_conv2d", runs), strict=True)
+    for (problem, (pixels, slices, shared)), (multiprocessors, *_), cut in found:
+        tiles, made, share, padded, pitch, needed = cut
+        what = f"{problem}, {pixels} pixels and {slices} slices: {cut}"
+        assert made == slices, what
+        assert tiles * slices <= multiprocessors, what
+        assert (slices - 1) * share < problem.channels <= slices * share, what
+        assert share <= padded < share + 32, what
+        assert pitch % 64 == 32, what
+        assert pitch >= padded, what
+        told = shared_bytes(
+            Cut(pixels, slices), problem.channels, problem.kernel_w, problem.kernel_h
+        )
+        assert needed == told <= shared, what

@@ -26,7 +26,7 @@ from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.aliasing import changes_between
 from dwswap.passes.context import Context
 from dwswap.passes.pointwise_call import bias_fits, product_weight
-from dwswap.pointwise import pointwise_product, pointwise_residual, suits
+from dwswap.pointwise import pointwise_product, pointwise_residual
 from dwswap.separable import CLAMPS, STRIDES, fits, separable_conv2d
 
 __all__ = ["fuse_separable"]
@@ -84,9 +84,9 @@ def _fits(graph_module: fx.GraphModule, call: AffineCall, point: Tensor) -> bool
     if any(call.option(name) not in CLAMPS for name in ("input_activation", "activation")):
         return False
     weight = value_of(graph_module, call.weight)
-    if weight is None or not suits(weight) or weight.dtype != point.dtype:
+    if weight is None or weight.dtype != point.dtype or not fits(weight, point):
         return False
-    if not fits(weight, point) or not call.is_size("dilation", 1):
+    if not call.is_size("dilation", 1) or call.option("groups") != len(weight):
         return False
     return any(call.is_size("stride", stride) for stride in STRIDES) and any(
         call.is_size("padding", padding) for padding in range(weight.shape[-1])

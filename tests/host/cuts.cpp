@@ -3,6 +3,8 @@
 //   multiprocessors shared_per_multiprocessor shared_per_block
 // with padding kernel / 2, and prints a line for each, with the microseconds that the search took.
 // squeeze_excitation takes kernel_h for its hidden units, and channels_last for stride 1.
+// separable_conv2d takes kernel_w for its outputs, and multiprocessors and
+// shared_per_multiprocessor for the pixels of a block and the slices.
 #include <chrono>
 #include <cstdio>
 #include <iostream>
@@ -13,6 +15,7 @@
 #include "depthwise_conv2d/plane_bands_cut.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
 #include "depthwise_conv2d/toeplitz_cut.h"
+#include "separable_conv2d/cut.h"
 #include "squeeze_excitation/params.h"
 #include "stem_conv2d/cut.h"
 
@@ -63,6 +66,17 @@ int main() {
       std::printf("%d %d %d %d %d %d %d %d %d %d\n", covers_squeeze_excitation(q), cut.slice,
                   cut.slices, cut.chunk, cut.chunks, cut.samples, cut.lanes, cut.wide,
                   cut.wide_weights, prefers_products(q, device.multiprocessors));
+    } else if (family == "separable_conv2d") {
+      SeparableConv2dParams q{};
+      q.outputs = p.kernel_w, q.pixels = device.multiprocessors;
+      q.slices = device.shared_per_multiprocessor;
+      p.padding_w = p.kernel_h / 2;
+      p.out_w = (p.in_w + 2 * p.padding_w - p.kernel_h) / p.stride_w + 1;
+      q.depthwise = p;
+      const auto cut = separable::cut_of(q);
+      std::printf("%lld %d %d %d %d %lld\n", static_cast<long long>(cut.tiles), cut.slices,
+                  cut.channels, cut.padded(), cut.pitch(),
+                  static_cast<long long>(cut.bytes(q.outputs, p.kernel_h * p.kernel_h)));
     } else if (family == "stem_conv2d") {
       StemConv2dParams q{};
       q.batch = p.batch, q.channels = p.channels, q.height = p.in_h, q.width = p.in_w;
