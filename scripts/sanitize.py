@@ -278,8 +278,8 @@ class Separable(NamedTuple):
 
 
 def separables() -> Iterator[Separable]:
-    """Pixels that no block divides, rows of odd length, slices of which the last has fewer channels,
-    outputs that no matrix instruction divides."""
+    """Pixels that no block divides, rows of odd length, slices of which the last has fewer
+    channels, outputs that no matrix instruction divides."""
     shapes = ((1, 8, 1, 1), (2, 40, 9, 7), (1, 136, 5, 14), (3, 384, 7, 7))
     cuts = itertools.cycle(itertools.product((8, 16, 32), (1, 3, 8)))
     for dtype, kernel, stride, shape, outputs in itertools.product(

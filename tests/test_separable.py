@@ -511,4 +511,5 @@ def test_torchvision(name: str, count: int) -> None:
     randomize(model, images)
     fast = optimize(model)
     assert len(calls(fast)) == count
-    torch.testing.assert_close(fast(images), model(images), rtol=1e-9, atol=1e-9)
+    expected = model(images)
+    assert (fast(images) - expected).abs().max() <= 1e-9 * expected.abs().max()
