@@ -88,8 +88,10 @@ class Problem:
         return NAMED(*options[:5], self.padding, *options[6:])
 
     def expected(self, given: Given) -> Tensor:
+        """Without cuDNN, which takes seconds to choose and build kernels for so many shapes."""
         table = WIDE_ACTIVATIONS if given.input.dtype == torch.float64 else ACTIVATIONS
-        return theirs(given, self.stride, self.before, self.behind, table, self.padding)
+        with torch.backends.cudnn.flags(enabled=False):
+            return theirs(given, self.stride, self.before, self.behind, table, self.padding)
 
 
 def problems(count: int, seed: int = 0) -> Iterator[Problem]:
@@ -129,7 +131,7 @@ def of_networks() -> Iterator[Problem]:
 @torch.no_grad()
 def test_values(dtype: torch.dtype) -> None:
     judge = Judge()
-    for case, problem in enumerate([*problems(300), *of_networks()]):
+    for case, problem in enumerate([*problems(180), *of_networks()]):
         given = problem.draw(dtype, case)
         usual = problem.expected(given)
         poison(usual)
