@@ -204,8 +204,11 @@ def _padded(channels: int) -> int:
 
 @functools.cache
 def _device(index: int) -> tuple[int, int]:
-    """Its multiprocessors, and the bytes of shared memory that a block may have."""
+    """Its multiprocessors, and the bytes of shared memory that a block may have; none of a GPU
+    without clusters, for which there is no kernel."""
     found: Any = torch.cuda.get_device_properties(index)
+    if found.major < 9:
+        return 0, 0
     return found.multi_processor_count, found.shared_memory_per_block_optin
 
 

@@ -165,6 +165,10 @@ def test_cut(
     assert choose_cut(shape, outputs, kernel, stride, kernel // 2, *H200) == cut
 
 
+def test_no_cut_without_clusters() -> None:
+    assert choose_cut((1, 384, 14, 14), 64, 3, 1, 1, 0, 0) is None
+
+
 def test_cuts_are_of_one_wave() -> None:
     found = 0
     for batch, channels, side, outputs, kernel, stride, device in itertools.product(

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <optional>
 
 #include "channel_means/params.h"
@@ -16,14 +15,7 @@ namespace {
 constexpr const char* kOperator = "dwswap._channel_means";
 
 Tensor call_aten(const Tensor& input, const std::optional<Tensor>& bias, int64_t activations) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(input), from(bias), from(activations)};
-  DWSWAP_CHECK_IN(kOperator,
-                  torch_call_dispatcher("dwswap::_channel_means_aten", "", stack.data(),
-                                        TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                  "aten, which computes what has no kernel here, failed for shape ",
-                  shape_string(input));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_instead(kOperator, "dwswap::_channel_means_aten", "aten", input, bias, activations);
 }
 
 // `activations`: the index of that behind the bias, as the second of two.

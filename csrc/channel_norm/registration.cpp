@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <vector>
 
@@ -18,14 +17,8 @@ constexpr const char* kOperator = "dwswap._channel_norm";
 
 Tensor call_aten(const Tensor& input, const std::optional<Tensor>& weight,
                  const std::optional<Tensor>& bias, double eps, bool last) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 5> stack{from(input), from(weight), from(bias), from(eps), from(last)};
-  DWSWAP_CHECK_IN(kOperator,
-                  torch_call_dispatcher("dwswap::_channel_norm_aten", "", stack.data(),
-                                        TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                  "aten, which computes what has no kernel here, failed for shape ",
-                  shape_string(input));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_instead(kOperator, "dwswap::_channel_norm_aten", "aten", input, weight, bias, eps,
+                      last);
 }
 
 // Rows and channels, where the channels of a pixel are side by side and pixels have no gaps.

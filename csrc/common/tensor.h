@@ -161,6 +161,26 @@ inline void check_launch(const char* op, cudaError_t status, const char* family)
                   " kernel failed: ", cudaGetErrorString(status));
 }
 
+inline void add_shape(std::string& shapes, const Tensor& tensor) {
+  shapes += (shapes.empty() ? "" : ", ") + shape_string(tensor);
+}
+template <typename Other>
+void add_shape(std::string&, const Other&) {}
+
+// The result of the operator `name` with the same arguments, which computes what has no kernel
+// here, by means that the message names.
+template <typename... Given>
+Tensor call_instead(const char* op, const char* name, const char* means, const Given&... given) {
+  std::array<StableIValue, sizeof...(Given)> stack{torch::stable::detail::from(given)...};
+  const bool succeeded =
+      torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS;
+  std::string shapes;
+  if (!succeeded) (add_shape(shapes, given), ...);
+  DWSWAP_CHECK_IN(op, succeeded, "what has no kernel here is computed by ", means,
+                  ", which failed for shapes ", shapes);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 inline std::optional<Tensor> checked_vector(const char* op, const char* name,
                                             const std::optional<Tensor>& tensor, int64_t length,
                                             const Tensor& input) {

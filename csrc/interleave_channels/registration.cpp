@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <optional>
 #include <tuple>
 
@@ -19,15 +18,8 @@ constexpr const char* kOperator = "dwswap._interleave_channels";
 Tensor call_aten(const Tensor& first, const Tensor& second, const std::optional<Tensor>& first_bias,
                  const std::optional<Tensor>& second_bias, int64_t activations,
                  bool channels_last) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(first),       from(second),      from(first_bias),
-                                    from(second_bias), from(activations), from(channels_last)};
-  DWSWAP_CHECK_IN(kOperator,
-                  torch_call_dispatcher("dwswap::_interleave_channels_aten", "", stack.data(),
-                                        TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                  "aten, which computes what has no kernel here, failed for shapes ",
-                  shape_string(first), " and ", shape_string(second));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_instead(kOperator, "dwswap::_interleave_channels_aten", "aten", first, second,
+                      first_bias, second_bias, activations, channels_last);
 }
 
 // Elements from row to row of an image whose rows are one after another; nothing where they are

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <optional>
 #include <tuple>
 
@@ -15,20 +14,6 @@ namespace dwswap {
 namespace {
 
 constexpr const char* kOperator = "dwswap._pooled_linear";
-
-Tensor call_apart(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                  const std::optional<Tensor>& input_bias, int64_t activations) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 5> stack{from(input), from(weight), from(bias), from(input_bias),
-                                    from(activations)};
-  DWSWAP_CHECK_IN(kOperator,
-                  torch_call_dispatcher("dwswap::_pooled_linear_apart", "", stack.data(),
-                                        TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                  "a mean and aten's linear, which compute what has no kernel here, failed for "
-                  "shapes ",
-                  shape_string(input), " and ", shape_string(weight));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // Whether there are a kernel and tensors as it takes them.
 bool describe(PooledLinearParams& p, const Tensor& input, const Tensor& weight,
@@ -58,7 +43,8 @@ Tensor pooled_linear(const Tensor& input, const Tensor& weight, const std::optio
   const torch::stable::accelerator::DeviceGuard guard(device);
   PooledLinearParams p{};
   if (!describe(p, input, weight, input_bias))
-    return call_apart(input, weight, bias, input_bias, activations);
+    return call_instead(kOperator, "dwswap::_pooled_linear_apart", "a mean and aten's linear",
+                        input, weight, bias, input_bias, activations);
   std::tie(p.input_activation, p.activation) = parse_activations(kOperator, activations);
   check_same(kOperator, "weight", weight, input);
   const auto vector = [&](const char* name, const std::optional<Tensor>& given, int64_t length) {

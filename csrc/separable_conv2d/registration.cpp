@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <optional>
 #include <tuple>
 
@@ -75,21 +74,10 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& weight,
     if (residual.has_value()) p.residual = residual->const_data_ptr();
     is_covered = covers_separable_conv2d(p, current_device());
   }
-  if (!is_covered) {
-    using torch::stable::detail::from;
-    std::array<StableIValue, 12> stack{from(input),       from(weight),       from(bias),
-                                       from(input_bias),  from(stride),       from(padding),
-                                       from(activations), from(point_weight), from(point_bias),
-                                       from(residual),    from(pixels),       from(slices)};
-    DWSWAP_CHECK_IN(kSeparable,
-                    torch_call_dispatcher("dwswap::_separable_conv2d_apart", "", stack.data(),
-                                          TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                    "the two convolutions, which compute what has no kernel here, failed for "
-                    "shapes ",
-                    shape_string(input), ", ", shape_string(weight), " and ",
-                    shape_string(point_weight));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  }
+  if (!is_covered)
+    return call_instead(kSeparable, "dwswap::_separable_conv2d_apart", "two convolutions", input,
+                        weight, bias, input_bias, stride, padding, activations, point_weight,
+                        point_bias, residual, pixels, slices);
 
   const Strides strides = dense_strides(p.outputs, d.out_h, d.out_w, Layout::kChannelsLast);
   const Tensor output =

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <optional>
 
 #include "common/device.h"
@@ -14,18 +13,6 @@ namespace dwswap {
 namespace {
 
 constexpr const char* kOperator = "dwswap._stem_conv2d";
-
-Tensor call_aten(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                 int64_t activations) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(input), from(weight), from(bias), from(activations)};
-  DWSWAP_CHECK_IN(kOperator,
-                  torch_call_dispatcher("dwswap::_stem_conv2d_aten", "", stack.data(),
-                                        TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-                  "aten, which computes what has no kernel here, failed for shapes ",
-                  shape_string(input), " and ", shape_string(weight));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // Whether there are a kernel and tensors as it takes them.
 bool describe(StemConv2dParams& p, const Tensor& input, const Tensor& weight) {
@@ -51,7 +38,9 @@ Tensor stem_conv2d(const Tensor& input, const Tensor& weight, const std::optiona
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   StemConv2dParams p{};
-  if (!describe(p, input, weight)) return call_aten(input, weight, bias, activations);
+  if (!describe(p, input, weight))
+    return call_instead(kOperator, "dwswap::_stem_conv2d_aten", "aten", input, weight, bias,
+                        activations);
   p.activation = parse_activations(kOperator, activations).second;
   check_same(kOperator, "weight", weight, input);
   const std::optional<Tensor> added = checked_vector(kOperator, "bias", bias, p.channels, input);
