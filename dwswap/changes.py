@@ -18,7 +18,7 @@ CHANGE_REASONS: dict[str, str] = {
     "product": "a matrix product: cuDNN may be slow where {channels} channels are no multiple of 8",
     "rows": "a kernel of dwswap that normalizes many pixels at once",
     "stem": "a kernel of dwswap for 3 x 3 taps on 3 channels",
-    "separable": "one kernel of dwswap where pixels are few",
+    "separable": "one kernel of dwswap where pixels are few, on GPUs with clusters",
     # stays: BatchNorm
     "train_mode": "it is in train mode",
     "no_statistics": "it normalizes by the statistics of each batch",

@@ -13,9 +13,11 @@ from dwswap import registration
 from dwswap.eligibility import DTYPES
 from dwswap.ops import depthwise_conv2d
 from dwswap.report import REASONS, Layer, dtype_name
+from dwswap.separable import separable_conv2d
 
 __all__ = [
     "OPERATOR",
+    "SWAPPED",
     "ConvolutionCall",
     "Shapes",
     "bind",
@@ -40,6 +42,8 @@ OPERATOR: tuple[Any, ...] = (
     registration.depthwise_conv2d,
     registration.depthwise_conv2d.overloadpacket,
 )
+# What has a swapped layer as a part as well.
+SWAPPED: tuple[Any, ...] = (*OPERATOR, separable_conv2d)
 _CONV2D: tuple[Any, ...] = (torch.conv2d, aten.conv2d, aten.conv2d.default, aten.conv2d.padding)
 _GENERAL: tuple[Any, ...] = (
     *(torch.convolution, aten.convolution, aten.convolution.default),
@@ -59,6 +63,7 @@ _TRANSPOSED: tuple[Any, ...] = (
 _SIGNATURES: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((*_CONV2D, *_OTHER), _CONV),
     **dict.fromkeys(OPERATOR, (*_CONV[:6], "input_bias", "input_activation", "activation")),
+    separable_conv2d: (*_CONV[:3], "point_weight", "point_bias", "residual"),
     **dict.fromkeys(_GENERAL, _CONVOLUTION),
     **dict.fromkeys(_DEPTHWISE2D, _DEPTHWISE),
     **dict.fromkeys(_TRANSPOSED, (*_CONV[:5], "output_padding", "groups", "dilation")),
@@ -127,7 +132,7 @@ def bind(node: fx.Node) -> dict[str, Any]:
     names = _SIGNATURES[node.target]
     given = dict(zip(names, node.args, strict=False))
     given |= {_NAMES.get(name, name): value for name, value in node.kwargs.items()}
-    inferred = node.target in (*OPERATOR, *_DEPTHWISE2D)
+    inferred = node.target in (*SWAPPED, *_DEPTHWISE2D)
     return {**_DEFAULTS, "groups": None if inferred else 1, **given}
 
 
@@ -178,7 +183,7 @@ def _describe(
 
 
 def _judge(node: fx.Node, arguments: dict[str, Any], layer: Layer) -> tuple[str, dict[str, Any]]:
-    if node.target in OPERATOR:
+    if node.target in SWAPPED:
         return "already_swapped", {}
     if node.target in _TRANSPOSED or arguments.get("transposed", False) is not False:
         return "transposed", {}

@@ -5,7 +5,7 @@
 | CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library      |
 | CompositeExplicitAutograd | the operator for depthwise convolutions, and aten                 |
 | Meta (fake tensors)       | the same                                                          |
-| Autograd                  | none: what is differentiated, traced or compiled is the second    |
+| Autograd                  | none: what is differentiated, traced or compiled are two calls    |
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dwswap import build
 from dwswap.activations import PAIRS, pair_of
-from dwswap.layouts import memory_format
 from dwswap.ops import depthwise_conv2d
 from dwswap.plain import is_plain, needs_gradient
 from dwswap.pointwise import pointwise_product, pointwise_residual, suits
@@ -71,29 +70,32 @@ def separable_conv2d(
     rounds it, and the sums are float32. Otherwise the two layers.
 
     Args:
-        input: ``(N, C, H, W)``.
+        input: ``(N, C, H, W)`` or ``(C, H, W)``.
         weight: ``(C, 1, k, k)``.
         bias: ``(C,)``, optional, of the input's dtype, as ``input_bias``, ``(C,)``.
         point_weight: ``(K, C, 1, 1)``.
         point_bias: ``(K,)``, optional; none where there is a residual.
-        residual: ``(N, K, H_out, W_out)``, of other memory than ``input``, optional.
+        residual: ``(N, K, H_out, W_out)``, optional; also the input itself.
         stride, padding: of the depthwise convolution, for height and width.
         input_activation, activation: names in ``dwswap.activations.ACTIVATIONS``, in front of the
             depthwise convolution and behind it.
 
     Returns:
-        ``(N, K, H_out, W_out)``.
+        ``(N, K, H_out, W_out)``, or without N.
 
     Raises:
+        ValueError: both a bias and a residual.
         RuntimeError, ValueError: an argument does not fit, as aten or the CUDA operator finds; it
             says which.
     """
+    if point_bias is not None and residual is not None:
+        raise ValueError("separable_conv2d: point_bias must be None where there is a residual")
     at_once = (
         is_plain(input, weight, bias, input_bias)
         and is_plain(point_weight, point_weight, point_bias, residual)
         and not needs_gradient(input, weight, bias, input_bias, point_weight, point_bias, residual)
     )
-    if at_once and suits(input) and memory_format(input) is torch.channels_last:
+    if at_once and suits(input) and _is_dense(input) and build.load():
         cut = choose_cut(
             tuple(input.shape),
             point_weight.shape[0],
@@ -102,7 +104,7 @@ def separable_conv2d(
             padding,
             *_device(input.get_device()),
         )
-        if cut is not None and build.load():
+        if cut is not None:
             return operator(
                 input,
                 weight,
@@ -153,10 +155,10 @@ def choose_cut(
 ) -> Cut | None:
     """How to cut the problem; None where a kernel for each convolution is known to be faster.
 
-    All blocks run at once, as many as there are multiprocessors for. So few pixels to a block that
-    these are busy with half of the tiles, if they can be; and the fewest slices of those that leave
-    a block the fewest channels. A block must not have more to do than two kernels take; measured on
-    an H200 with the layers of MobileNets and MNASNet.
+    No more blocks than multiprocessors. As few pixels to a block as leave half of these a tile, if
+    8 or 16 do; and the fewest slices of those that leave a block the fewest channels. A block must
+    not have more to do than two kernels take; measured on an H200 with the layers of MobileNets and
+    MNASNet.
 
     Args:
         shape: of the input, in channels_last.
@@ -181,8 +183,8 @@ def choose_cut(
         return None
     cut = Cut(each, min(range(1, most + 1), key=padded))
     work = padded(cut.slices) * (each + outputs / 32)
-    fits = shared_bytes(cut, channels, outputs, kernel) <= shared
-    return cut if fits and work <= _MOST_WORK else None
+    enough = shared_bytes(cut, channels, outputs, kernel) <= shared
+    return cut if enough and work <= _MOST_WORK else None
 
 
 def shared_bytes(cut: Cut, channels: int, outputs: int, kernel: int) -> int:
@@ -200,6 +202,11 @@ def shared_bytes(cut: Cut, channels: int, outputs: int, kernel: int) -> int:
 def _padded(channels: int) -> int:
     """To a number that two matrix instructions multiply."""
     return math.ceil(channels / 32) * 32
+
+
+def _is_dense(image: Tensor) -> bool:
+    """Whether a batch in channels_last has no gaps."""
+    return image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache

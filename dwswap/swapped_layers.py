@@ -111,9 +111,10 @@ def _graph_hook(watch: Callable[[LayerCall], None], ours: set[str]) -> Callable[
 
         def run_separable(self, n: fx.Node) -> Any:
             (x, weight, bias, *point), given = self.fetch_args_kwargs_from_env(n)
-            # The call may change the residual.
-            copies = (None if value is None else value.clone() for value in point)
-            absorbed: dict[str, Any] = dict(zip(_POINTWISE, copies, strict=True))
+            absorbed: dict[str, Any] = dict(zip(_POINTWISE, point, strict=True))
+            if absorbed["residual"] is not None:
+                # The call may change the residual, which may be the input.
+                x, absorbed["residual"] = x.clone(), absorbed["residual"].clone()
             output = super().run_node(n)
             absorbed |= {name: given[name] for name in given.keys() - {"stride", "padding"}}
             geometry = (given["stride"], given["padding"], 1, weight.shape[0])

@@ -73,7 +73,8 @@ for dtype in float32 float16 bfloat16 float64; do
   tests "gradients-$dtype" 1 tests/gpu/test_gradient_kernels.py -k "$chosen"
 done
 tests small-kernels 1 tests/gpu/test_classifier_kernels.py tests/gpu/test_excitation_kernels.py tests/gpu/test_interleave_kernels.py \
-  tests/gpu/test_mean_kernels.py tests/gpu/test_norm_kernels.py tests/gpu/test_stem_kernels.py
+  tests/gpu/test_mean_kernels.py tests/gpu/test_norm_kernels.py tests/gpu/test_separable_kernels.py \
+  tests/gpu/test_stem_kernels.py
 tests fuzz-other 1 tests/gpu/test_fuzz.py -k "not forward and not gradients"
 tests kernels-other 1 tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64"
 tests pointwise 1 tests/gpu/test_gpu_pointwise.py

@@ -44,7 +44,7 @@ def run(*arguments: str, **environment: str) -> str:
         timeout=500,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 

@@ -164,6 +164,9 @@ inline void check_launch(const char* op, cudaError_t status, const char* family)
 inline void add_shape(std::string& shapes, const Tensor& tensor) {
   shapes += (shapes.empty() ? "" : ", ") + shape_string(tensor);
 }
+inline void add_shape(std::string& shapes, const std::optional<Tensor>& tensor) {
+  if (tensor.has_value()) add_shape(shapes, *tensor);
+}
 template <typename Other>
 void add_shape(std::string&, const Other&) {}
 

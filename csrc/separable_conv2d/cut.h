@@ -4,19 +4,19 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/device.h"
 #include "common/integer.h"
 #include "separable_conv2d/params.h"
 
 namespace dwswap {
 namespace separable {
 
-constexpr int kWarps = 8;       // of a block
-constexpr int kRows = 16;       // outputs of a matrix instruction
-constexpr int kColumns = 8;     // pixels of one
-constexpr int kStep = 32;       // channels, of two matrix instructions; 64 bytes
-constexpr int kPair = 2;        // pixels of a thread, side by side
-constexpr int kMostSlices = 8;  // blocks of a cluster on every GPU that has clusters
+constexpr int kWarps = 8;            // of a block
+constexpr int kRows = 16;            // outputs of a matrix instruction
+constexpr int kColumns = 8;          // pixels of one
+constexpr int kStep = 32;            // channels, of two matrix instructions; 64 bytes
+constexpr int kPair = 2;             // pixels of a thread, side by side
+constexpr int kMostChannels = 2048;  // of a slice, padded: a vector of 8 for each thread
+constexpr int kMostSlices = 8;       // blocks of a cluster on every GPU that has clusters
 
 // What follows from the pixels of a block and the number of slices.
 struct Cut {

@@ -35,6 +35,7 @@ namespace separable {
 constexpr int kWarp = 32, kThreads = kWarps * kWarp;
 constexpr int kChannels = 4;  // of a thread
 constexpr int kVector = 8;    // elements, 16 bytes
+static_assert(kMostChannels == kThreads * kVector);
 
 template <typename T_, int KERNEL_, int STRIDE_>
 struct Traits {
@@ -51,7 +52,7 @@ struct Arguments {
   int pixels, slice, padded, pitch, slices, share;  // as Cut has them
   int units;                                        // products of kRows x kColumns
   int parts, part;                                  // of the channels of a unit, for warps each
-  Divisor by_pairs, by_out_h, by_channels, by_vectors, by_rows, by_slices;
+  Divisor by_row_pairs, by_out_h, by_channels, by_vectors, by_row_blocks, by_slices;
   Activation input_activation, activation;
 };
 
@@ -70,7 +71,7 @@ __device__ __forceinline__ void fetch(const Arguments& a, int pair, int channel,
   using T = typename Traits::T;
   uint32_t oh, half;
   const auto n = static_cast<int>(
-      a.by_out_h.divide(a.by_pairs.divide(static_cast<uint32_t>(pair), &half), &oh));
+      a.by_out_h.divide(a.by_row_pairs.divide(static_cast<uint32_t>(pair), &half), &oh));
   const int ih = static_cast<int>(oh) * Traits::kStride - a.padding_h;
   const int iw = static_cast<int>(half) * kPair * Traits::kStride - a.padding_w;
   const T* row =
@@ -147,9 +148,9 @@ struct Place {
 __device__ __forceinline__ Place place_of(const Arguments& a, int unit, int first_pair) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   uint32_t block, half;
-  const auto column = static_cast<int>(a.by_rows.divide(static_cast<uint32_t>(unit), &block));
+  const auto column = static_cast<int>(a.by_row_blocks.divide(static_cast<uint32_t>(unit), &block));
   const int pixel = column * kColumns + lane / 4, pair = first_pair + pixel / kPair;
-  const auto row = static_cast<int>(a.by_pairs.divide(static_cast<uint32_t>(pair), &half));
+  const auto row = static_cast<int>(a.by_row_pairs.divide(static_cast<uint32_t>(pair), &half));
   const int ow = static_cast<int>(half) * kPair + pixel % kPair;
   Place place{};
   place.output = static_cast<int>(block) * kRows + lane % 4 * 2;
@@ -237,7 +238,8 @@ __global__ void __launch_bounds__(kThreads, 1)  // all registers: blocks are few
   for (int i = warp; i < a.units * a.parts; i += kWarps) {
     const int unit = a.parts == 1 ? i : i % a.units, part = a.parts == 1 ? 0 : i / a.units;
     uint32_t block;
-    const auto column = static_cast<int>(a.by_rows.divide(static_cast<uint32_t>(unit), &block));
+    const auto column =
+        static_cast<int>(a.by_row_blocks.divide(static_cast<uint32_t>(unit), &block));
     const int upper = static_cast<int>(block) * kRows + lane / 4;
     // The outputs are a multiple of 8: the lower half of the last rows may be none of them.
     const int lower = min(upper + kRows / 2, a.outputs - 1);
@@ -313,9 +315,9 @@ cudaError_t launch(const SeparableConv2dParams& p, const Device& device, cudaStr
   a.padded = cut.padded(), a.pitch = cut.pitch(), a.share = cut.share(p.outputs);
   a.units = cut.units(p.outputs), a.parts = cut.parts(p.outputs);
   a.part = static_cast<int>(ceil_div(a.padded / kStep, a.parts)) * kStep;
-  a.by_pairs = number(ceil_div(d.out_w, kPair)), a.by_out_h = number(d.out_h);
+  a.by_row_pairs = number(ceil_div(d.out_w, kPair)), a.by_out_h = number(d.out_h);
   a.by_channels = number(a.padded / kChannels), a.by_vectors = number(a.padded / kVector);
-  a.by_rows = number(ceil_div(p.outputs, kRows)), a.by_slices = number(a.slices);
+  a.by_row_blocks = number(ceil_div(p.outputs, kRows)), a.by_slices = number(a.slices);
   a.input_activation = d.input_activation, a.activation = d.activation;
 
   const auto function = separable_conv2d_kernel<Traits>;

@@ -15,8 +15,7 @@ bool covers_separable_conv2d(const SeparableConv2dParams& p, const Device& devic
   const bool has_clusters = device.major >= 9 && !portable_only();
   const bool is_half = d.dtype == DataType::kFloat16 || d.dtype == DataType::kBFloat16;
   if (!has_clusters || !is_half) return false;
-  if (d.in_layout != Layout::kChannelsLast || d.multiplier != 1 || d.channels % 8 != 0)
-    return false;
+  if (d.multiplier != 1 || d.channels % 8 != 0) return false;
   if (d.input_activation > Activation::kRelu6 || d.activation > Activation::kRelu6) return false;
   if (p.outputs <= 0 || p.outputs % 8 != 0) return false;
   if (d.kernel_h != d.kernel_w || (d.kernel_h != 3 && d.kernel_h != 5)) return false;
@@ -34,7 +33,7 @@ bool covers_separable_conv2d(const SeparableConv2dParams& p, const Device& devic
   if (d.batch > kMost / d.out_h / (d.out_w + 1) / p.outputs) return false;
   if (p.outputs > kMost / d.channels) return false;
   const separable::Cut cut = separable::cut_of(p);
-  return cut.tiles * cut.slices <= kMost &&
+  return cut.tiles * cut.slices <= kMost && cut.padded() <= separable::kMostChannels &&
          cut.bytes(p.outputs, d.kernel_h * d.kernel_w) <= device.shared_per_block;
 }
 

@@ -65,7 +65,7 @@ Tensor separable_conv2d(const Tensor& input, const Tensor& weight,
   bool is_covered = dtype.has_value() && input.dim() == 4 && Image(input).channels_last() &&
                     (!residual.has_value() || is_result(*residual, p));
   if (is_covered) {
-    d.dtype = *dtype, d.in_layout = Layout::kChannelsLast;
+    d.dtype = *dtype;
     d.input = input.const_data_ptr(), d.weight = taps.const_data_ptr();
     p.point_weight = points.const_data_ptr();
     if (added.has_value()) d.bias = added->const_data_ptr();

@@ -12,14 +12,17 @@ from torch import fx
 
 from dwswap.passes.affine_call import value_of
 from dwswap.pointwise import pointwise_residual
+from dwswap.separable import separable_conv2d
 
-__all__ = ["changed_tensors", "changes_between", "is_in_place"]
+__all__ = ["changed_operand", "changed_tensors", "changes_between", "is_in_place"]
 
 _OPERATORS = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
     *(operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor),
     *(operator.ilshift, operator.irshift, operator.setitem, operator.delitem),
 )
+# Function of ours -> where its argument ``residual`` is, which it may change.
+_RESIDUALS: tuple[tuple[Any, int], ...] = ((pointwise_residual, 2), (separable_conv2d, 5))
 
 
 def is_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -35,11 +38,17 @@ def is_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
-    if target is pointwise_residual:
+    if _residual(node) is not None:
         return True
     if getattr(target, "__module__", "") == "_operator":
         return target in _OPERATORS
     return _is_in_place_name(getattr(target, "__name__", "")) or _asks_for_it(target, node)
+
+
+def changed_operand(node: fx.Node) -> Any:
+    """What ``node`` changes, where it is in place: its first argument, or its residual."""
+    residual = _residual(node)
+    return residual if residual is not None or not node.args else node.args[0]
 
 
 def changes_between(graph_module: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
@@ -56,13 +65,17 @@ def changed_tensors(graph_module: fx.GraphModule) -> set[int]:
     """``id`` of every parameter and buffer that an in-place operation of the graph is given."""
     changed = set()
     for node in graph_module.graph.nodes:
-        subject: Any = node if is_in_place(graph_module, node) else None
+        subject = changed_operand(node) if is_in_place(graph_module, node) else None
         while isinstance(subject, fx.Node) and subject.op != "get_attr":
             # Through views, which take what they view as the first argument.
             subject = subject.args[0] if subject.args else None
         if isinstance(subject, fx.Node):
             changed.add(id(value_of(graph_module, subject)))
     return changed
+
+
+def _residual(node: fx.Node) -> Any:
+    return next((node.args[i] for function, i in _RESIDUALS if node.target is function), None)
 
 
 def _is_in_place_name(name: str) -> bool:

@@ -29,7 +29,10 @@ from dwswap.passes.pointwise_call import bias_fits, product_weight
 from dwswap.pointwise import pointwise_product, pointwise_residual
 from dwswap.separable import CLAMPS, STRIDES, fits, separable_conv2d
 
-__all__ = ["fuse_separable"]
+__all__ = ["POINTWISE", "fuse_separable"]
+
+POINTWISE = "dwswap_pointwise"
+"""Key in ``Node.meta``: the ``meta`` of the pointwise convolution that is part of the call."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,10 @@ def _fuse(context: Context, node: fx.Node, call: AffineCall, point: _Pointwise) 
     ):
         if call.option(name) != neutral:
             options[name] = call.option(name)
+    behind = dict(node.meta)
     new = context.substitute(node, separable_conv2d, given, options)
     # As a layer it is the swapped one.
+    new.meta = {**call.node.meta, POINTWISE: behind, "is_wrapped": True}
     context.keep_path(new, path)
     call.node.graph.erase_node(call.node)
     context.release(call.node)

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from dwswap.passes.activation_call import activation_call
 from dwswap.passes.affine_call import affine_call
-from dwswap.passes.aliasing import is_in_place
+from dwswap.passes.aliasing import changed_operand, is_in_place
 from dwswap.passes.channel_shuffle import shuffle_input
 from dwswap.passes.count_calls import does_nothing
 from dwswap.passes.norm_call import norm_call
@@ -146,9 +146,9 @@ def name_of(node: fx.Node) -> str:
 
 def root_of(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The node that made the tensor that ``node`` may share its memory with."""
-    while node.op.startswith("call") and node.args and isinstance(node.args[0], fx.Node):
+    while node.op.startswith("call") and isinstance(changed_operand(node), fx.Node):
         shares = name_of(node) in _VIEWS or is_in_place(graph_module, node)
         if not shares and not does_nothing(graph_module, node):
             break
-        node = node.args[0]
+        node = changed_operand(node)
     return node

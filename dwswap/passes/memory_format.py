@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from dwswap.layouts import memory_format, restored, to_layout
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
-from dwswap.passes.aliasing import is_in_place
+from dwswap.passes.aliasing import changed_operand, is_in_place
 from dwswap.passes.channel_shuffle import keep_layout
 from dwswap.passes.context import Context
 from dwswap.passes.layout_kinds import CONSTANT, IMAGE, PLAIN, SAME, LayoutKinds, name_of, root_of
@@ -150,7 +150,10 @@ def _refusal(graph_module: fx.GraphModule, images: set[fx.Node]) -> str | None:
         if seen in _SEES_LAYOUT:
             return f"{node.name} depends on the layout"
         if is_in_place(graph_module, node) and node.all_input_nodes:
-            root = root_of(graph_module, node.all_input_nodes[0])
+            changed = changed_operand(node)
+            if not isinstance(changed, fx.Node):
+                changed = node.all_input_nodes[0]
+            root = root_of(graph_module, changed)
             if root in images or root in held:
                 return f"{node.name} changes an input or a view in place"
         if _is_view(node):

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from dwswap.convolution_call import OPERATOR, bind
+from dwswap.convolution_call import SWAPPED, bind
 from dwswap.ops import depthwise_conv2d
-from dwswap.passes.context import PATH
+from dwswap.passes.affine_call import value_of
+from dwswap.passes.fuse_separable import POINTWISE
 from dwswap.pointwise import pointwise_product, pointwise_residual
 from dwswap.separable import separable_conv2d
 
@@ -45,7 +46,7 @@ _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation")
 def swapped_calls(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
     """The nodes that call the dwswap operator."""
     for node in graph_module.graph.nodes:
-        if node.op == "call_function" and node.target in (*OPERATOR, separable_conv2d):
+        if node.op == "call_function" and node.target in SWAPPED:
             yield node
 
 
@@ -59,7 +60,7 @@ def unswap_call(graph_module: fx.GraphModule, node: fx.Node, *, expand: bool = F
         ValueError: without ``expand``, the call has absorbed an activation or an input bias.
     """
     if node.target is separable_conv2d:
-        node = _apart(graph_module.graph, node)
+        node = _apart(graph_module, node)
     given = {**_NEUTRAL, **bind(node)}
     absorbed = [name for name, value in _NEUTRAL.items() if given[name] != value]
     if absorbed and not expand:
@@ -86,18 +87,26 @@ def unswap_call(graph_module: fx.GraphModule, node: fx.Node, *, expand: bool = F
     graph.erase_node(node)
 
 
-def _apart(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _apart(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Make two calls of one of ``separable_conv2d``; the depthwise convolution."""
+    graph = graph_module.graph
     input, weight, bias, point_weight, point_bias, residual = node.args
-    options = {"dilation": 1, "groups": None, **node.kwargs}
+    value = value_of(graph_module, weight)
+    assert value is not None
+    options = {"dilation": 1, "groups": len(value), **node.kwargs}
     with graph.inserting_before(node):
         depthwise = graph.call_function(depthwise_conv2d, (input, weight, bias), options)
-        if residual is None:
+        if residual is not None:
+            new = graph.call_function(pointwise_residual, (depthwise, point_weight, residual))
+        elif point_bias is not None:
             new = graph.call_function(pointwise_product, (depthwise, point_weight, point_bias))
         else:
-            new = graph.call_function(pointwise_residual, (depthwise, point_weight, residual))
-    depthwise.meta = dict(node.meta)
-    new.meta = {key: value for key, value in node.meta.items() if key != PATH}
+            new = graph.call_function(torch.conv2d, (depthwise, point_weight))
+    meta = {key: value for key, value in node.meta.items() if key != POINTWISE}
+    # A graph from a file has no such key.
+    depthwise.meta, new.meta = meta, dict(node.meta.get(POINTWISE, {}))
+    if residual is not None or point_bias is not None:
+        new.meta["is_wrapped"] = True
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return depthwise

@@ -16,7 +16,7 @@ from export_models import build_model
 from numerics import ACTIVATIONS, WIDE_ACTIVATIONS, Judge, poison
 from test_interleave_kernels import draw
 from test_separable import Given, arguments, ours, theirs
-from torch import Tensor
+from torch import Tensor, nn
 
 import dwswap
 from dwswap import separable
@@ -29,6 +29,7 @@ pytestmark = [] if DEVICE == "cpu" else [pytest.mark.gpu]
 NAMED = torch.ops.dwswap._separable_conv2d.default
 HALVES = (torch.float16, torch.bfloat16)
 EACH = pytest.mark.parametrize("dtype", HALVES, ids=str)
+ADDED = ("residual", "bias", "nothing")
 # Of networks: channels, side, kernel, stride, outputs.
 LAYERS = (
     (96, 112, 3, 2, 24),
@@ -58,27 +59,24 @@ class Problem:
     slices: int
     before: str = "none"
     behind: str = "none"
+    added: str = "residual"  # or "bias", or "nothing"
+    biases: tuple[bool, bool] = (True, True)  # of the depthwise convolution: behind, before
 
     def draw(self, dtype: torch.dtype, case: int) -> Given:
-        """The biases and the residual also none."""
         height, width = (
             (side + 2 * self.padding - self.kernel) // self.stride + 1 for side in self.size
         )
         scale = 1 / (3 * self.channels**0.5)
-        drawn = Given(
-            draw((self.batch, self.channels, *self.size), dtype, case),
+        image = draw((self.batch, self.channels, *self.size), dtype, case)
+        residual = draw((self.batch, self.outputs, height, width), dtype, case + 6)
+        return Given(
+            place(image, "channels_last"),
             draw((self.channels, 1, self.kernel, self.kernel), dtype, case + 1),
-            draw((self.channels,), dtype, case + 2) if case % 3 else None,
-            draw((self.channels,), dtype, case + 3) if case % 5 else None,
+            draw((self.channels,), dtype, case + 2) if self.biases[0] else None,
+            draw((self.channels,), dtype, case + 3) if self.biases[1] else None,
             draw((self.outputs, self.channels, 1, 1), dtype, case + 4) * scale,
-            draw((self.outputs,), dtype, case + 5) if case % 4 == 1 else None,
-            draw((self.batch, self.outputs, height, width), dtype, case + 6) if case % 2 else None,
-        )
-        residual = drawn.residual
-        return dataclasses.replace(
-            drawn,
-            input=place(drawn.input, "channels_last"),
-            residual=None if residual is None else place(residual, "channels_last"),
+            draw((self.outputs,), dtype, case + 5) if self.added == "bias" else None,
+            place(residual, "channels_last") if self.added == "residual" else None,
         )
 
     def run(self, given: Given) -> Tensor:
@@ -111,6 +109,8 @@ def problems(count: int, seed: int = 0) -> Iterator[Problem]:
             slices,
             dice.choice(CLAMPS),
             dice.choice(CLAMPS),
+            dice.choice(ADDED),
+            (dice.random() < 0.7, dice.random() < 0.7),
         )
 
 
@@ -124,6 +124,7 @@ def of_networks() -> Iterator[Problem]:
             *cut,
             CLAMPS[case % 3],
             CLAMPS[case // 3 % 3],
+            ADDED[case % 3],
         )
 
 
@@ -210,6 +211,11 @@ def test_what_has_no_kernel_runs_apart(dtype: torch.dtype) -> None:
         result = problem.run(form)
         error = (result.double() - exact).abs().max() / exact.abs().max()
         assert error < 8 * torch.finfo(dtype).eps
+    # More channels than a slice may have.
+    wide = Problem(1, 2056, (3, 4), 3, 1, 1, 24, 8, 1)
+    inputs = wide.draw(dtype, 1)
+    error = (wide.run(inputs).double() - wide.expected(inputs.map(Tensor.double))).abs().max()
+    assert error < 64 * torch.finfo(dtype).eps
     silu = dataclasses.replace(problem, before="silu")
     error = silu.run(given).double() - silu.expected(given.map(Tensor.double))
     assert error.abs().max() < 8 * torch.finfo(dtype).eps * exact.abs().max()
@@ -258,6 +264,44 @@ def test_one_kernel_where_pixels_are_few() -> None:
         if count == 1:
             assert rows[0].family == DEPTHWISE
             assert "separable_conv2d" in rows[0].largest
+
+
+class Block(nn.Module):
+    """``x`` plus a depthwise and a pointwise convolution of it, several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act = nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU6()
+        self.depths = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1, groups=32) for _ in range(2))
+        self.points = nn.ModuleList(nn.Conv2d(32, 32, 1, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for depth, point in zip(self.depths, self.points, strict=True):
+            x = x + point(self.act(depth(x)))
+        return x
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_graph_whatever_it_is_given() -> None:
+    """One image, many, one without a batch; verified, optimized again, under autocast."""
+    torch.manual_seed(0)
+    model = Block().eval().cuda()
+    half = copy.deepcopy(model).half()
+    images = [draw((n, 3, 40, 40), torch.float16, n) for n in (1, 64)]
+    for x in images:
+        fast = dwswap.optimize(half, example_inputs=x, verify=True)
+        assert all(layer.reason != "verify_failed" for layer in dwswap.report(fast).layers)
+        assert len(fast.graph.find_nodes(op="call_function", target=separable_conv2d)) == 2
+    judge = Judge()
+    for each in (fast, dwswap.optimize(fast), copy.deepcopy(fast)):
+        for x in (*images, images[0][0]):
+            judge.add("graph", each(x), half(x), copy.deepcopy(model).double()(x.double()))
+    judge.check()
+    with torch.autocast("cuda", torch.float16):
+        for x in images:
+            torch.testing.assert_close(fast(x), half(x), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu
