@@ -214,8 +214,9 @@ def test_what_has_no_kernel_runs_apart(dtype: torch.dtype) -> None:
     # More channels than a slice may have.
     wide = Problem(1, 2056, (3, 4), 3, 1, 1, 24, 8, 1)
     inputs = wide.draw(dtype, 1)
-    error = (wide.run(inputs).double() - wide.expected(inputs.map(Tensor.double))).abs().max()
-    assert error < 64 * torch.finfo(dtype).eps
+    usual = wide.expected(inputs.map(Tensor.double))
+    error = (wide.run(inputs).double() - usual).abs().max() / usual.abs().max()
+    assert error < 8 * torch.finfo(dtype).eps
     silu = dataclasses.replace(problem, before="silu")
     error = silu.run(given).double() - silu.expected(given.map(Tensor.double))
     assert error.abs().max() < 8 * torch.finfo(dtype).eps * exact.abs().max()
@@ -287,8 +288,8 @@ class Block(nn.Module):
 def test_a_graph_whatever_it_is_given() -> None:
     """One image, many, one without a batch; verified, optimized again, under autocast."""
     torch.manual_seed(0)
-    model = Block().eval().cuda()
-    half = copy.deepcopy(model).half()
+    half = Block().eval().cuda().half()
+    exact = copy.deepcopy(half).double()
     images = [draw((n, 3, 40, 40), torch.float16, n) for n in (1, 64)]
     for x in images:
         fast = dwswap.optimize(half, example_inputs=x, verify=True)
@@ -297,7 +298,7 @@ def test_a_graph_whatever_it_is_given() -> None:
     judge = Judge()
     for each in (fast, dwswap.optimize(fast), copy.deepcopy(fast)):
         for x in (*images, images[0][0]):
-            judge.add("graph", each(x), half(x), copy.deepcopy(model).double()(x.double()))
+            judge.add("graph", each(x), half(x), exact(x.double()))
     judge.check()
     with torch.autocast("cuda", torch.float16):
         for x in images:
