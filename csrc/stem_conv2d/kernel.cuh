@@ -58,8 +58,8 @@ struct Traits {
   static constexpr bool kStaged = kTiles % 2 == 1 && kTiles > 1;
   // Of a multiprocessor: 65536 / (8 x 128) = 64 registers for a thread, or 80, or 128. What loads
   // pixels of planes has 24 of them in flight, next to 4 for each tile.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-  // 6 x 14 KiB of shared memory are all that sm_120 has.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+  // 6 x 14 KiB of shared memory are all that sm_120 has; on sm_80 more blocks spill.
   static constexpr int kBlocks = kTiles <= 6 ? 6 : 4;
 #else
   static constexpr int kBlocks = kTiles <= 4 ? 8 : kTiles <= 6 ? 6 : 4;
