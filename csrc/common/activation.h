@@ -14,5 +14,7 @@ enum class Activation : int {
   kHardsigmoid,
   kSigmoid,
 };
+// Kernels ask for "at most kRelu" and "at most kRelu6".
+static_assert(Activation::kNone < Activation::kRelu && Activation::kRelu < Activation::kRelu6);
 
 }  // namespace dwswap

@@ -21,7 +21,6 @@ inline Form form_of(const DepthwiseConv2dParams& p) {
   if (most == Activation::kHardswish) return Form::kHardswish;
   return most == Activation::kSilu ? Form::kSilu : Form::kAny;
 }
-static_assert(Activation::kNone < Activation::kRelu && Activation::kRelu < Activation::kRelu6);
 
 // visit(std::integral_constant<Form, FORM>()) for a run-time form.
 template <typename Visit>

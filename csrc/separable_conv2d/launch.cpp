@@ -44,6 +44,4 @@ cudaError_t launch_separable_conv2d(const SeparableConv2dParams& p, const Device
              : separable::launch_typed<__nv_bfloat16>(p, device, stream);
 }
 
-static_assert(Activation::kNone < Activation::kRelu && Activation::kRelu < Activation::kRelu6);
-
 }  // namespace dwswap

@@ -240,7 +240,6 @@ cudaError_t launch_typed(const StemConv2dParams& p, const Device& device, cudaSt
   }
 #undef DWSWAP_CASE
 }
-static_assert(Activation::kNone < Activation::kRelu && Activation::kRelu < Activation::kRelu6);
 
 }  // namespace stem
 }  // namespace dwswap

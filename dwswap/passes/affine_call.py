@@ -111,6 +111,11 @@ class AffineCall:
         """Whether it runs the operator of dwswap."""
         return self.function is depthwise_conv2d
 
+    @property
+    def absorbed(self) -> dict[str, Any]:
+        """The options by which a depthwise call has absorbed its neighbours."""
+        return {n: self.option(n) for n in _ABSORBED if self.option(n) != _NEUTRAL[n]}
+
     def option(self, name: str) -> Any:
         return (self.options or {}).get(name, _NEUTRAL.get(name))
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from dwswap.checks import pair
 from dwswap.convolution_call import example_of
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.aliasing import changes_between
@@ -100,14 +101,8 @@ def _fuse(context: Context, node: fx.Node, call: AffineCall, point: _Pointwise) 
     path = context.path_of(call.node)
     context.note(call.node, "separable", node, "separable")
     given = (call.input, call.weight, call.bias, point.weight, point.bias, point.residual)
-    options: dict[str, Any] = {name: _first(call.option(name)) for name in ("stride", "padding")}
-    for name, neutral in (
-        ("input_bias", None),
-        ("input_activation", "none"),
-        ("activation", "none"),
-    ):
-        if call.option(name) != neutral:
-            options[name] = call.option(name)
+    sizes = {name: pair(name, call.option(name), 0)[0] for name in ("stride", "padding")}
+    options = {**sizes, **call.absorbed}
     behind = dict(node.meta)
     new = context.substitute(node, separable_conv2d, given, options)
     # As a layer it is the swapped one.
@@ -115,7 +110,3 @@ def _fuse(context: Context, node: fx.Node, call: AffineCall, point: _Pointwise) 
     context.keep_path(new, path)
     call.node.graph.erase_node(call.node)
     context.release(call.node)
-
-
-def _first(size: Any) -> int:
-    return int(size[0] if isinstance(size, (list, tuple)) else size)
