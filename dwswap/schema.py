@@ -12,6 +12,8 @@ __all__ = [
     "direct",
     "interleave_channels",
     "library",
+    "pointwise_product",
+    "pointwise_residual_",
     "pooled_linear",
     "separable_conv2d",
     "squeeze_excitation",
@@ -104,12 +106,22 @@ for _name in ("_separable_conv2d", "_separable_conv2d_apart"):
         tags=_tags,
     )
 
+# What has no product the first sends to the second.
+for _name in ("_pointwise_product", "_pointwise_product_aten"):
+    library.define(f"{_name}(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags=_tags)
+
+# Whether the residual is the sum now; if not, it is as it was. No tags: what changes an argument
+# and returns no tensor cannot be made functional.
+library.define("_pointwise_residual_(Tensor input, Tensor weight, Tensor(a!) residual) -> bool")
+
 channel_means = torch.ops.dwswap._channel_means.default
 channel_norm = torch.ops.dwswap._channel_norm.default
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default
 interleave_channels = torch.ops.dwswap._interleave_channels.default
+pointwise_product = torch.ops.dwswap._pointwise_product.default
+pointwise_residual_ = torch.ops.dwswap._pointwise_residual_.default
 pooled_linear = torch.ops.dwswap._pooled_linear.default
 separable_conv2d = torch.ops.dwswap._separable_conv2d.default
 squeeze_excitation = torch.ops.dwswap.squeeze_excitation.default
