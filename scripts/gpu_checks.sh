@@ -77,7 +77,7 @@ tests small-kernels 1 tests/gpu/test_classifier_kernels.py tests/gpu/test_excita
   tests/gpu/test_stem_kernels.py
 tests fuzz-other 1 tests/gpu/test_fuzz.py -k "not forward and not gradients"
 tests kernels-other 1 tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64"
-tests pointwise 1 tests/gpu/test_gpu_pointwise.py
+tests pointwise 1 tests/gpu/test_gpu_pointwise.py tests/gpu/test_gpu_pointwise_operators.py
 tests reliability 1 tests/gpu/test_reliability.py
 tests training 1 tests/gpu/test_training.py
 tests operator 1 -m gpu tests/test_operator.py tests/test_operator_autograd.py
@@ -85,7 +85,7 @@ tests registration 1 -m gpu tests/test_operator_registration.py tests/test_opera
 tests selection 1 tests/gpu/test_gpu_selection.py
 if [ ${#gpus[@]} -gt 1 ]; then
   several=(tests/gpu/test_reliability.py tests/test_composition.py tests/test_side_by_side.py)
-  several+=(tests/test_examples_training.py -m gpu -k "two_ or not_the_current")
+  several+=(tests/gpu/test_gpu_pointwise_operators.py tests/test_examples_training.py -m gpu -k "two_ or not_the_current")
   part several-gpus "${pytest[@]}" "${several[@]}" & # with all of them visible
 fi
 wait
