@@ -13,6 +13,7 @@ from torch.fx.graph import PythonCode
 
 from dwswap.cuda_graphs import CudaGraphOptions, CudaGraphs
 from dwswap.inference_graph import InferenceGraph
+from dwswap.passes.substitution import replace_modules
 from dwswap.report import Report
 from dwswap.weight_guard import trains
 
@@ -99,21 +100,27 @@ class CudaGraphModule(InferenceGraph):
 
 
 def with_cuda_graphs(model: nn.Module, report: Report, options: CudaGraphOptions) -> nn.Module:
-    """``model``, a result of optimizing, with CUDA graphs where it is one graph.
+    """``model``, a result of optimizing, with CUDA graphs of itself or of the graphs inside.
 
     The code of a graph does nothing but compute its result, so a replay can stand for a call. The
-    forward of any other model may do what a replay would leave out, so such a model is returned as
-    it is; ``report`` says so.
+    forward of any other module may do what a replay would leave out, so it runs as it is;
+    ``report`` says so.
     """
-    if not isinstance(model, fx.GraphModule) or report.mode != "graph":
+    if not report.traced:
         why = report.not_traced or "nothing was swapped"
         report.cuda_graph = f"off: the model is no graph of dwswap ({why})"
         return model
-    if any(map(trains, model.modules())):
-        report.cuda_graph = "off: the model is in train mode"
-        return model
-    report.cuda_graph = f"on: at most {options.max_signatures} signatures"
-    return CudaGraphModule.from_graph_module(model, options)
+    new: dict[nn.Module, nn.Module] = {}
+    for path in report.traced:
+        graph_module = model.get_submodule(path)
+        assert isinstance(graph_module, fx.GraphModule)
+        if any(map(trains, graph_module.modules())):
+            report.cuda_graph = "off: the model is in train mode"
+            return model
+        new[graph_module] = CudaGraphModule.from_graph_module(graph_module, options)
+    where = "" if report.mode == "graph" else f" in {', '.join(report.traced)}"
+    report.cuda_graph = f"on{where}: at most {options.max_signatures} signatures"
+    return replace_modules(model, new)
 
 
 def disable_cuda_graphs(model: nn.Module) -> None:

@@ -30,14 +30,22 @@ def fuse(
     if folded:
         graph_module.meta[FOLDED] = folded
     layers = [
-        dataclasses.replace(layer, changes=tuple(context.changes.pop(layer.path, ())))
+        dataclasses.replace(layer, changes=(*layer.changes, *context.changes.pop(layer.path, ())))
         for layer in report.layers
     ]
     elsewhere = {path: tuple(changes) for path, changes in context.changes.items()}
     return dataclasses.replace(
         report,
         layers=layers,
-        elsewhere=elsewhere,
-        calls_after=count_calls(graph_module),
-        memory_format=context.layout,
+        elsewhere=report.elsewhere | elsewhere,
+        calls_after=(report.calls_after or 0) + count_calls(graph_module),
+        memory_format=_joined(report, context),
     )
+
+
+def _joined(report: Report, context: Context) -> str:
+    """The memory formats of all graphs so far."""
+    if not context.prefix:
+        return context.layout
+    known = [] if report.calls_after is None else [report.memory_format]
+    return "; ".join([*known, f"{context.prefix}: {context.layout}"])

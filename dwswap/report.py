@@ -166,14 +166,14 @@ class Report:
     Attributes:
         model: class name of the model.
         mode: ``"graph"`` (an FX graph: inference only), ``"substitution"`` (modules replaced,
-            the model's own class) or ``"unchanged"``.
+            some by graphs, the model's own class) or ``"unchanged"``.
         layers: one per convolution, in the model's order.
         traced: paths of the submodules that became graphs (``""`` is the model itself).
         not_traced: why the model as a whole did not become a graph; None where it did.
         verification: result of ``verify=True``.
         kernels: which implementation of the operator runs.
         elsewhere: changes to and around what is no convolution, by its path.
-        calls_before: operations that launch kernels in a forward of the graph, before any pass
+        calls_before: operations that launch kernels in a forward of the graphs, before any pass
             (``dwswap.passes.count_calls`` says what counts); None without a graph.
         calls_after: the same of the result.
         memory_format: in which the result runs, ``"preserve"`` for that of its inputs and weights,

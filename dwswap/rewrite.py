@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import Any, Literal, TypeVar, cast, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from dwswap.convolution_call import ConvolutionCall, find_calls
 from dwswap.copying import commit, copy_model, modules_by_path, shell_model
 from dwswap.cuda_graph_module import with_cuda_graphs
 from dwswap.cuda_graphs import CudaGraphOptions
@@ -19,12 +19,13 @@ from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
 from dwswap.exported_program import flat_inputs, lift, unlift
 from dwswap.fusion import fuse as fuse_graph
 from dwswap.inference_graph import InferenceGraph
+from dwswap.inner_graphs import rewrite_submodules
 from dwswap.kernels_in_use import kernels_in_use
 from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
 from dwswap.passes.count_calls import count_calls
 from dwswap.passes.inplace_activations import out_of_place
 from dwswap.passes.memory_format import MemoryFormat, set_memory_format
-from dwswap.passes.substitution import replace_modules, swap_modules
+from dwswap.passes.substitution import swap_modules
 from dwswap.report import Report, attach
 from dwswap.selection import select_faster
 from dwswap.tracing import (
@@ -33,7 +34,6 @@ from dwswap.tracing import (
     check_not_compiled,
     is_training,
     one_line,
-    traceable_submodules,
 )
 from dwswap.verify import verify_result
 
@@ -62,8 +62,10 @@ def optimize(
     In eval mode the result is a ``torch.fx.GraphModule`` for inference, where the model can be
     traced: BatchNorm is folded into the layers before it, and the activations and biases beside
     the depthwise convolutions become part of these. Folded weights are new parameters under new
-    keys (``conv_folded.weight``), and a checkpoint of the original is refused. In train mode, with
-    ``fuse=False``, or where it cannot be traced, modules are replaced: the result has the model's
+    keys (``conv_folded.weight``), and a checkpoint of the original is refused. Where only the model
+    as a whole cannot be traced, as a detection model, it keeps its class, and the submodules that
+    can be and that its code does nothing with but call them become such graphs. In train mode, with
+    ``fuse=False``, and in all that is no graph, modules are replaced: the result has the model's
     class, ``state_dict`` keys, attributes and hooks, shares nothing else, and trains. In train mode
     activations such as ``nn.ReLU6(inplace=True)``, whose input autograd copies first, get
     ``inplace=False`` behind a convolution or normalization in an ``nn.Sequential``. What cannot be
@@ -86,7 +88,8 @@ def optimize(
         skip: ``skip(module, path)`` is asked about every convolution that would be swapped; true
             keeps it as it is. For a functional call it gets the module that makes it.
         verify: compare every swapped layer and the whole model with a float64 run of the original
-            on ``example_inputs``; put back what has more than twice PyTorch's own error.
+            on ``example_inputs``; put back what has more than twice PyTorch's own error. A model
+            with graphs inside that fails is swapped without them.
         select: ``"always"`` swaps what can be swapped. ``"measured"`` times every layer's forward
             on the GPU, as ``example_inputs`` reach it and without what it may absorb, and puts
             back where PyTorch's kernel is more than 3 % faster. The times are cached on disk, so
@@ -98,8 +101,8 @@ def optimize(
             inputs with the strides that it was exported with). Where that is not safe the layout
             stays.
         cuda_graph: capture a CUDA graph per input signature, for the small batches at which
-            launching kernels takes longer than running them. Only a model that became one graph
-            gets it; ``dwswap.report`` tells. A :class:`CudaGraphOptions` chooses more.
+            launching kernels takes longer than running them. What became a graph gets it, the
+            model or submodules; ``dwswap.report`` tells. A :class:`CudaGraphOptions` chooses more.
 
     Returns:
         The rewritten model, in the mode of ``model``. Without a depthwise convolution, the model
@@ -130,22 +133,12 @@ def optimize(
         raise ValueError("verify=True needs example_inputs, got None")
     if select == "measured" and arguments is None:
         raise ValueError('select="measured" needs example_inputs, got None')
-    workspace = shell_model(subject) if inplace else copy_model(subject)
-    before = modules_by_path(workspace)
-    result, report, context = _rewrite(subject, workspace, arguments, fuse, skip)
-    context.memory_format = memory_format
-    report.kernels = kernels_in_use(_tensors(subject), load=bool(report.swapped))
-    changed = report.mode != "unchanged"
-    if arguments is not None and changed and select == "measured":
-        if fuse:
-            _lay_out(subject, result, report, context)
-        # A layer that goes back to PyTorch's kernel is none that could absorb anything.
-        result, report = select_faster(result, report, arguments)
-    if fuse:
-        report = _fuse(subject, result, report, context)
-    if arguments is not None and changed and verify:
-        result, report = verify_result(subject, result, report, arguments)
-    failed = report.verification is not None and not report.verification.passed
+    how = _How(arguments, fuse, skip, verify, select, memory_format)
+    attempt = _attempt(subject, inplace, how)
+    if _failed(attempt.report) and attempt.report.mode == "substitution" and attempt.report.traced:
+        attempt = _attempt_swap(subject, inplace, how, attempt.report)
+    workspace, before, result, report = attempt
+    failed = _failed(report)
     if fuse and report.swapped and not failed:
         _spare_copies(result, report)
     if failed or not report.swapped:
@@ -181,13 +174,77 @@ def explain(
     Arguments and errors are those of :func:`optimize`. Models on the meta device are fine.
     """
     subject, arguments = _check(model, example_inputs)
-    result, report, context = _rewrite(subject, shell_model(subject), arguments, fuse, skip)
+    result, report, contexts = _rewrite(subject, shell_model(subject), arguments, fuse, skip)
     report.kernels = kernels_in_use(_tensors(subject), load=False)
     if fuse:
-        context.values = False
-        report = _fuse(subject, result, report, context)
+        for context in contexts:
+            context.values = False
+        report = _fuse(subject, result, report, contexts)
         _spare_copies(result, report)
     return report
+
+
+@dataclass(frozen=True)
+class _How:
+    """What :func:`optimize` was asked, of what decides over the rewriting."""
+
+    arguments: Arguments | None
+    fuse: bool
+    skip: Skip | None
+    verify: bool
+    select: Select
+    memory_format: MemoryFormat
+
+
+class _Attempt(NamedTuple):
+    """A copy that was worked on, its modules as they were, what became of it, and the report."""
+
+    workspace: nn.Module
+    before: dict[str, nn.Module]
+    result: nn.Module
+    report: Report
+
+
+def _attempt(subject: nn.Module, inplace: bool, how: _How) -> _Attempt:
+    workspace = shell_model(subject) if inplace else copy_model(subject)
+    before = modules_by_path(workspace)
+    result, report, contexts = _rewrite(subject, workspace, how.arguments, how.fuse, how.skip)
+    for context in contexts:
+        context.memory_format = how.memory_format
+    report.kernels = kernels_in_use(_tensors(subject), load=bool(report.swapped))
+    changed = report.mode != "unchanged"
+    if how.arguments is not None and changed and how.select == "measured":
+        if how.fuse:
+            _lay_out(subject, result, report, contexts)
+        # A layer that goes back to PyTorch's kernel is none that could absorb anything.
+        result, report = select_faster(result, report, how.arguments)
+    if how.fuse:
+        report = _fuse(subject, result, report, contexts, how.memory_format)
+    if how.arguments is not None and changed and how.verify:
+        result, report = verify_result(subject, result, report, how.arguments)
+    return _Attempt(workspace, before, result, report)
+
+
+def _attempt_swap(subject: nn.Module, inplace: bool, how: _How, fused: Report) -> _Attempt:
+    """Again without graphs, where a model with some (``fused``) has failed to be verified.
+
+    What a detection model decides may hang on a rounding. A swap alone rounds as PyTorch does.
+    """
+    attempt = _attempt(subject, inplace, dataclasses.replace(how, fuse=False))
+    report = attempt.report
+    assert report.verification is not None
+    assert fused.verification is not None
+    failed = sum(not found.passed for found in fused.verification.outputs.values())
+    parts = ", ".join(fused.traced)
+    note = f"with graphs in {parts} {failed} outputs failed: layers were swapped only"
+    notes = (*report.verification.notes, note)
+    report.verification = dataclasses.replace(report.verification, notes=notes)
+    report.not_traced = fused.not_traced
+    return attempt
+
+
+def _failed(report: Report) -> bool:
+    return report.verification is not None and not report.verification.passed
 
 
 def _check(model: Any, example_inputs: Any) -> tuple[nn.Module, Arguments | None]:
@@ -217,8 +274,12 @@ def _rewrite(
     arguments: Arguments | None,
     fuse: bool,
     skip: Skip | None,
-) -> tuple[nn.Module, Report, Context]:
-    """Swap in ``workspace``, a copy of ``model``; ``model`` itself is only read."""
+) -> tuple[nn.Module, Report, list[Context]]:
+    """Swap in ``workspace``, a copy of ``model``, which itself is only read.
+
+    Returns:
+        The rewritten model, its report, and a context for every graph in it.
+    """
     report = Report(model=type(model).__name__)
     layers = inspect_modules(model, skip)
     context = Context(layers)
@@ -239,39 +300,55 @@ def _rewrite(
         seen = observe_shapes(graph_module or model, arguments)
     context.shapes = seen.nodes
     if graph_module is not None:
-        report.calls_before = count_calls(graph_module)
         run_passes(graph_module, context, EXACT_PASSES)
-        result, report.traced = graph_module, ("",)
+        result, contexts = graph_module, [context]
     else:
-        result = swap_modules(workspace, layers)
+        result, contexts = swap_modules(workspace, layers), []
         if inference and report.not_traced is not None:
-            report.traced = tuple(_rewrite_submodules(workspace, context))
+            contexts = list(rewrite_submodules(workspace, model, context))
     report.layers = [
         dataclasses.replace(layer, input_shape=layer.input_shape or seen.modules.get(layer.path))
         for layer in layers.values()
     ]
+    if contexts:
+        report.calls_before = sum(count_calls(_graph_at(result, c.prefix)) for c in contexts)
     if not report.swapped:
-        return workspace, dataclasses.replace(report, traced=()), context
+        return workspace, report, []
+    report.traced = tuple(c.prefix for c in contexts)
     report.mode = "graph" if graph_module is not None else "substitution"
-    return result, report, context
+    return result, report, contexts
 
 
-def _lay_out(model: nn.Module, result: nn.Module, report: Report, context: Context) -> None:
+def _lay_out(model: nn.Module, result: nn.Module, report: Report, contexts: list[Context]) -> None:
     """Set the memory format before the other passes, so that layers are timed in it."""
-    if report.mode == "graph" and report.swapped and not is_training(model):
-        assert isinstance(result, fx.GraphModule)
-        run_passes(result, context, (set_memory_format,))
-        context.memory_format = "preserve"
+    if report.swapped and not is_training(model):
+        for context in contexts:
+            run_passes(_graph_at(result, context.prefix), context, (set_memory_format,))
+            context.memory_format = "preserve"
 
 
-def _fuse(model: nn.Module, result: nn.Module, report: Report, context: Context) -> Report:
-    """Run the passes for inference over ``result``, where it is a graph of ``model`` in eval."""
-    if report.mode != "graph" or not report.swapped or is_training(model):
-        if context.memory_format in ("channels_last", "contiguous"):
+def _fuse(
+    model: nn.Module,
+    result: nn.Module,
+    report: Report,
+    contexts: list[Context],
+    memory_format: MemoryFormat = "auto",
+) -> Report:
+    """Run the passes for inference over the graphs in ``result``, where ``model`` is in eval."""
+    if not contexts or not report.swapped or is_training(model):
+        if memory_format in ("channels_last", "contiguous"):
             report.memory_format = "preserve (the result is no graph for inference)"
         return report
-    assert isinstance(result, fx.GraphModule)
-    return fuse_graph(result, report, context, INFERENCE_PASSES)
+    for context in contexts:
+        graph_module = _graph_at(result, context.prefix)
+        report = fuse_graph(graph_module, report, context, INFERENCE_PASSES)
+    return report
+
+
+def _graph_at(model: nn.Module, path: str) -> fx.GraphModule:
+    graph_module = model.get_submodule(path)
+    assert isinstance(graph_module, fx.GraphModule)
+    return graph_module
 
 
 def _spare_copies(result: nn.Module, report: Report) -> None:
@@ -300,43 +377,3 @@ def _traced(workspace: nn.Module, model: nn.Module, fuse: bool) -> InferenceGrap
     if is_training(model):
         raise NotTraceable("the model is in train mode")
     return build_graph_module(workspace)
-
-
-def _rewrite_submodules(workspace: nn.Module, context: Context) -> Iterator[str]:
-    """Replace submodules by graphs where a functional call can be swapped; yields their paths.
-
-    A graph has no methods and cannot be indexed, which a parent may do with its child. So it
-    replaces the smallest module around the call that can be traced, and nothing else.
-    """
-    for path, graph_module in list(traceable_submodules(workspace)):
-        calls = list(find_calls(graph_module, prefix=path, skip=context.skip))
-        chosen: dict[str, InferenceGraph] = {}
-        for call in calls:
-            if call.layer.reason == "depthwise":
-                where, graph = _smallest_graph(workspace, call, path, graph_module)
-                chosen[where] = graph
-        chosen = {p: g for p, g in chosen.items() if not _inside(p, chosen.keys() - {p})}
-        for call in calls:
-            if not _inside(call.owner, chosen.keys()):
-                context.layers.pop(call.owner, None)
-                context.layers[call.layer.path] = call.layer
-        for where, graph in chosen.items():
-            run_passes(graph, dataclasses.replace(context, prefix=where), EXACT_PASSES)
-            replace_modules(workspace, {workspace.get_submodule(where): graph})
-            yield where
-
-
-def _smallest_graph(
-    workspace: nn.Module, call: ConvolutionCall, largest: str, graph_module: InferenceGraph
-) -> tuple[str, InferenceGraph]:
-    where = call.owner
-    while where != largest and _inside(where, {largest}):
-        try:
-            return where, build_graph_module(workspace.get_submodule(where))
-        except NotTraceable:
-            where = where.rpartition(".")[0]
-    return largest, graph_module
-
-
-def _inside(path: str, others: Any) -> bool:
-    return any(path == other or path.startswith(f"{other}.") for other in others)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import builtins
-import dis
 import math
 import random
-import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from dwswap.convolution_call import has_depthwise_call
 from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
+from dwswap.forward_code import called_functions, global_names, names_in, package_of
 from dwswap.frozen_norm import is_frozen_norm
 from dwswap.guarded_proxy import GuardingTracer, NotTraceable
 from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph
@@ -41,8 +39,6 @@ _GLOBAL_HOOKS = (
 # that it answers once and for all.
 _NOT_RECORDED = {"autocast", "no_grad", "enable_grad", "set_grad_enabled", "inference_mode"}
 _NOT_RECORDED |= {"is_grad_enabled", "is_autocast_enabled", "is_tensor"}
-# Code that no model brings along; what it does to proxies, the proxies themselves refuse.
-_NOT_THE_MODELS = {"torch", *sys.stdlib_module_names}
 _CONTAINERS = (dict, list, immutable_dict, immutable_list)
 _SAVING = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
 _VARIADIC = 0x04 | 0x08  # inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
@@ -143,7 +139,7 @@ def build_graph_module(model: nn.Module) -> InferenceGraph:
     check_not_compiled(model)
     graph, constants = trace(model)
     read = {
-        n for f in _called_functions(type(model), type(model).forward) for n in _names(f.__code__)
+        n for f in called_functions(type(model), type(model).forward) for n in names_in(f.__code__)
     }
     result = InferenceGraph.from_trace(model, graph, constants, read)
     for path, module in model.named_modules():
@@ -208,16 +204,16 @@ def check_inlined(module: nn.Module, path: str) -> None:
     forward = getattr(module.forward, "__func__", module.forward)
     if hasattr(forward, "__wrapped__"):
         raise NotTraceable(f"the forward of {name} is decorated")
-    for function in _called_functions(type(module), forward):
+    for function in called_functions(type(module), forward):
         where = f"{function.__name__} of {name}"
         wrapper = str(function.__globals__.get("__name__"))
-        if _root(wrapper) == "torch":
+        if package_of(wrapper) == "torch":
             raise NotTraceable(f"{where} has a decorator of {wrapper}, which a graph omits")
-        names = _names(function.__code__)
+        names = names_in(function.__code__)
         if names & _NOT_RECORDED:
             used = ", ".join(sorted(names & _NOT_RECORDED))
             raise NotTraceable(f"{where} uses {used}, which a graph omits")
-        for asked in _global_names(function.__code__):
+        for asked in global_names(function.__code__):
             value = function.__globals__.get(asked, getattr(builtins, asked, None))
             if value is type or value is callable:
                 raise NotTraceable(f"{where} calls {asked}, which a proxy in a trace deceives")
@@ -255,7 +251,7 @@ def _check_saving(module: nn.Module, path: str) -> None:
             continue
         # The one of torchvision is MNASNet's. It converts files of its first version, which a
         # graph refuses by their shapes.
-        if own and _root(cls.__module__) != "torchvision":
+        if own and package_of(cls.__module__) != "torchvision":
             raise NotTraceable(f"{_named(module, path)} overrides {name}")
     for attribute, code in HOOKS.items():
         if code == "state_dict_hook" and getattr(module, attribute, None):
@@ -298,70 +294,6 @@ def _restore_random_states(states: tuple[Any, Tensor, list[Tensor]]) -> bool:
         if states[2]:
             torch.cuda.set_rng_state_all(states[2])
     return not same
-
-
-def _called_functions(cls: type, forward: object) -> list[FunctionType]:
-    """``forward`` and the methods and functions that it names, and what these name or wrap."""
-    found: list[FunctionType] = []
-    pending = [forward]
-    while pending:
-        function = pending.pop()
-        if isinstance(function, (staticmethod, classmethod)):
-            function = function.__func__
-        elif isinstance(function, property):
-            function = function.fget
-        if not isinstance(function, FunctionType) or function in found:
-            continue
-        if _root(function.__module__ or "") in _NOT_THE_MODELS or _is_fx_leaf(function):
-            continue
-        found.append(function)
-        pending.append(getattr(function, "__wrapped__", None))
-        pending += map(_content, function.__closure__ or ())
-        names = _names(function.__code__)
-        spaces = [*map(vars, cls.__mro__), function.__globals__]
-        for value in [function.__globals__.get(name) for name in names]:
-            if isinstance(value, ModuleType) and _root(value.__name__) not in _NOT_THE_MODELS:
-                spaces.append(vars(value))
-        pending += [space.get(name) for space in spaces for name in names]
-    return found
-
-
-def _is_fx_leaf(function: FunctionType) -> bool:
-    """Whether ``torch.fx.wrap`` made a call of the graph of it; so it looks during a trace."""
-    return function.__globals__.get("__name__") == fx.Tracer.__module__
-
-
-def _content(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
-def _root(module: str) -> str:
-    return module.partition(".")[0]
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """``code`` and what is defined inside: lambdas, comprehensions, local functions."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _names(code: CodeType) -> set[str]:
-    return {name for inner in _codes(code) for name in inner.co_names}
-
-
-def _global_names(code: CodeType) -> set[str]:
-    """Names that are looked up by themselves, not as attributes: ``type``, not ``x.type``."""
-    return {
-        str(instruction.argval)
-        for inner in _codes(code)
-        for instruction in dis.get_instructions(inner)
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
 
 
 def _calls_depthwise(module: nn.Module) -> bool:

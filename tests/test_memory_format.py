@@ -363,6 +363,13 @@ def test_exported_program() -> None:
 
 def test_no_graph() -> None:
     model = ControlFlow().eval()
+    fast = dwswap.optimize(model, memory_format="channels_last", fuse=True)
+    assert dwswap.report(fast).memory_format == (
+        "block: channels_last (converted: 1 inputs, 1 outputs)"
+    )
+    same(fast(image()), model(image()))
+    assert fast(image()).is_contiguous()
+    model.register_forward_hook(lambda *_: None)
     fast = dwswap.optimize(model, memory_format="channels_last")
     assert "no graph" in dwswap.report(fast).memory_format
     same(fast(image()), model(image()))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import Block, ControlFlow, depthwise, image, snapshot
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import dwswap
 from dwswap import DepthwiseConv2d
@@ -35,15 +35,38 @@ def test_hooks_of_the_root_and_of_inlined_modules_rule_out_a_graph() -> None:
 
 def test_untraceable_model_is_substituted() -> None:
     model = ControlFlow().eval()
-    fast = dwswap.optimize(model)
-    report = dwswap.report(fast)
+    fast = dwswap.optimize(model, fuse=False)
     assert type(fast) is ControlFlow
     assert type(fast.block) is Block
     assert type(fast.block.depthwise) is DepthwiseConv2d
+    torch.testing.assert_close(fast(image()), model(image()))
+
+
+def test_submodules_of_an_untraceable_model_become_graphs() -> None:
+    model = ControlFlow().eval()
+    fast = dwswap.optimize(model)
+    report = dwswap.report(fast)
+    assert type(fast) is ControlFlow
+    assert isinstance(fast.block, fx.GraphModule)
+    assert (report.mode, report.traced) == ("substitution", ("block",))
+    assert [layer.path for layer in report.swapped] == ["block.depthwise"]
+    assert {change.kind for change in report.swapped[0].changes if change.done} == {
+        *("batchnorm", "activation", "input_bias")
+    }
+    assert report.calls_before == 4
+    assert report.calls_after == 2
     assert "control flow" in str(report.not_traced)
     assert "control flow" in str(report)
     assert "\n" not in str(report.not_traced)
-    torch.testing.assert_close(fast(image()), model(image()))
+    for again in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        torch.testing.assert_close(again(image()), model(image()), rtol=0, atol=1e-5)
+    again = dwswap.optimize(fast)
+    assert [layer.reason for layer in dwswap.report(again).swapped] == ["already_swapped"]
+    assert dwswap.report(again).swapped[0].path.startswith("block.")
+    with pytest.raises(ValueError, match="BatchNorm was folded"):
+        dwswap.restore(fast)
+    with pytest.raises(RuntimeError, match="optimized for inference"):
+        fast.train()
 
 
 class Optional_(Block):
@@ -380,7 +403,10 @@ def test_compiled_modules_rule_out_a_graph(inplace: bool) -> None:
         assert report.mode == "substitution"
         assert "compiled in place" in str(report.not_traced)
         assert (compiled(fast)._compiled_call_impl is not None) == inplace
-        assert type(fast.block.depthwise) is DepthwiseConv2d
+        if compiled(model) is model:
+            assert report.traced == ("block",)
+        else:
+            assert type(fast.block.depthwise) is DepthwiseConv2d
 
 
 def test_attributes_that_forward_read_cannot_be_set() -> None:

@@ -81,9 +81,10 @@ def test_failing_layer_is_put_back(wrong_layers: set[int]) -> None:
             assert bad.errors is not None
             assert bad.errors.ours > bad.errors.limit
             assert layers[prefix + "good"].decision == "swapped"
-            if isinstance(fast, fx.GraphModule):  # had absorbed the bias before it
-                assert torch.conv2d in [n.target for n in fast.graph.nodes]
-                assert dwswap.depthwise_conv2d not in [n.target for n in fast.graph.nodes]
+            graph = fast.block if prefix else fast
+            if isinstance(graph, fx.GraphModule):  # had absorbed the bias before it
+                assert torch.conv2d in [n.target for n in graph.graph.nodes]
+                assert dwswap.depthwise_conv2d not in [n.target for n in graph.graph.nodes]
             else:
                 assert type(fast.get_submodule(prefix + "bad")) is nn.Conv2d
             assert type(fast.get_submodule(prefix + "good")) is DepthwiseConv2d

@@ -7,6 +7,7 @@ import torch
 
 import dwswap
 from dwswap import build, selection
+from dwswap.passes.unswap_calls import swapped_calls
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -37,7 +38,8 @@ def test_mobilenet_v2_is_measured_once(tmp_path, monkeypatch):
     # The projection of the first block and the expansion of the second are one.
     folded = [name for name in fast.state_dict() if "_folded" in name and name.endswith("weight")]
     assert len(folded) == 51
-    assert sum(node.target is dwswap.depthwise_conv2d for node in fast.graph.nodes) == swapped
+    # With the projection behind it a layer may be one call.
+    assert len(list(swapped_calls(fast))) == swapped
 
     monkeypatch.setattr(selection, "measure", lambda *_: pytest.fail("measured again"))
     again = dwswap.optimize(model, x, select="measured")

@@ -1,0 +1,97 @@
+"""Whether a model does nothing with one of its modules but call it."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Iterator
+from types import CodeType
+
+from torch import nn
+
+from dwswap.copying import modules_by_path
+from dwswap.eligibility import HOOKS
+from dwswap.forward_code import called_functions, codes, global_names, package_of
+
+__all__ = ["only_called"]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# How a module is reached without its name in the code.
+_LOOKUPS = {"getattr", "vars"}
+_ALL_CHILDREN = {"children", "named_children", "modules", "named_modules", "get_submodule"}
+_ALL_CHILDREN |= {"_modules", "__dict__", "__getattr__"}
+_READS = ("LOAD_ATTR", "LOAD_METHOD")
+_LOAD_ATTR_LOADS_METHODS = sys.version_info >= (3, 12)
+
+
+def only_called(model: nn.Module, path: str) -> bool:
+    """Whether the modules above ``path`` only call the one there, so that another which can be
+    called may take its place.
+
+    Read off the bytecode of what their forwards may run: ``self.backbone(x)`` is a call,
+    ``self.backbone[0](x)``, ``for block in self.blocks`` and ``getattr(self, name)`` are not.
+    A module that is part of something outside, or shares tensors with it, does not qualify.
+    """
+    if _is_shared(model, path):
+        return False
+    names = path.split(".")
+    above = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+    return all(_only_calls(owner, names) for owner in above)
+
+
+def _only_calls(owner: nn.Module, names: list[str]) -> bool:
+    cls = type(owner)
+    if "forward" in owner.__dict__ or any(getattr(owner, name, None) for name in HOOKS):
+        return False
+    if type(owner) is nn.Sequential:
+        return True
+    if isinstance(owner, _CONTAINERS) or package_of(cls.__module__) == "torch":
+        return False
+    functions = called_functions(cls, cls.forward)
+    if cls.__call__ is not nn.Module.__call__:
+        functions += called_functions(cls, cls.__call__)
+    inner = [code for function in functions for code in codes(function.__code__)]
+    return bool(functions) and not any(_reaches(code, names) for code in inner)
+
+
+def _reaches(code: CodeType, names: list[str]) -> bool:
+    """Whether ``code`` may do something with the last of ``names`` that is no call."""
+    if not _LOOKUPS.isdisjoint(global_names(code)):
+        return True
+    instructions = list(dis.get_instructions(code))
+    following: Iterator[dis.Instruction | None] = iter([*instructions[1:], None])
+    for instruction, then in zip(instructions, following, strict=True):
+        if not instruction.opname.endswith(("_ATTR", "_METHOD")):
+            continue
+        name = instruction.argval
+        if name in _ALL_CHILDREN:
+            return True
+        if name not in names or _is_call(instruction):
+            continue
+        passes_by = name != names[-1] and instruction.opname in _READS
+        if not passes_by or then is None or then.opname not in _READS:
+            return True
+    return False
+
+
+def _is_call(instruction: dis.Instruction) -> bool:
+    """Whether the attribute that is loaded is called at once."""
+    if instruction.opname == "LOAD_ATTR":
+        return _LOAD_ATTR_LOADS_METHODS and bool((instruction.arg or 0) & 1)
+    return instruction.opname == "LOAD_METHOD"
+
+
+def _is_shared(model: nn.Module, path: str) -> bool:
+    """Whether modules or tensors of the one at ``path`` are part of others as well."""
+    inside = {id(part) for m in model.get_submodule(path).modules() for part in _parts(m)}
+    return any(
+        id(part) in inside
+        for where, module in modules_by_path(model).items()
+        if where != path and not where.startswith(f"{path}.")
+        for part in _parts(module)
+    )
+
+
+def _parts(module: nn.Module) -> list[object]:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [module, *(tensor for tensor in tensors if tensor is not None)]

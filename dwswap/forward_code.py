@@ -1,0 +1,79 @@
+"""The code behind a forward, read and not run."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Iterator
+from types import CellType, CodeType, FunctionType, ModuleType
+
+from torch import fx
+
+__all__ = ["called_functions", "codes", "global_names", "names_in", "package_of"]
+
+# Code that no model brings along; what it does to the proxies of a trace, these refuse themselves.
+_NOT_THE_MODELS = {"torch", *sys.stdlib_module_names}
+
+
+def called_functions(cls: type, forward: object) -> list[FunctionType]:
+    """``forward`` and the methods and functions that it names, and what these name or wrap."""
+    found: list[FunctionType] = []
+    pending = [forward]
+    while pending:
+        function = pending.pop()
+        if isinstance(function, (staticmethod, classmethod)):
+            function = function.__func__
+        elif isinstance(function, property):
+            function = function.fget
+        if not isinstance(function, FunctionType) or function in found:
+            continue
+        if package_of(function.__module__ or "") in _NOT_THE_MODELS or _is_fx_leaf(function):
+            continue
+        found.append(function)
+        pending.append(getattr(function, "__wrapped__", None))
+        pending += map(_content, function.__closure__ or ())
+        names = names_in(function.__code__)
+        spaces = [*map(vars, cls.__mro__), function.__globals__]
+        for value in [function.__globals__.get(name) for name in names]:
+            if isinstance(value, ModuleType) and package_of(value.__name__) not in _NOT_THE_MODELS:
+                spaces.append(vars(value))
+        pending += [space.get(name) for space in spaces for name in names]
+    return found
+
+
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def codes(code: CodeType) -> Iterator[CodeType]:
+    """``code`` and what is defined inside: lambdas, comprehensions, local functions."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes(constant)
+
+
+def names_in(code: CodeType) -> set[str]:
+    return {name for inner in codes(code) for name in inner.co_names}
+
+
+def global_names(code: CodeType) -> set[str]:
+    """Names that are looked up by themselves, not as attributes: ``type``, not ``x.type``."""
+    return {
+        str(instruction.argval)
+        for inner in codes(code)
+        for instruction in dis.get_instructions(inner)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+
+
+def _is_fx_leaf(function: FunctionType) -> bool:
+    """Whether ``torch.fx.wrap`` made a call of the graph of it; so it looks during a trace."""
+    return function.__globals__.get("__name__") == fx.Tracer.__module__
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None

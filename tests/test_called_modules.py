@@ -1,0 +1,163 @@
+"""Which modules the code around them only calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_models import Block
+from torch import Tensor, nn
+
+from dwswap.called_modules import only_called
+
+
+class Parent(nn.Module):
+    """A child that has children, and a forward that uses it in some way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Block(), nn.Identity())
+        self.head = nn.Identity()
+        self.scale = 2.0
+
+
+def parent(forward: Callable[..., Any]) -> nn.Module:
+    return type("Uses", (Parent,), {"forward": forward})()
+
+
+def call(self: Any, x: Tensor) -> Tensor:
+    return self.head(self.body(x)) * self.scale
+
+
+def call_by_keyword(self: Any, x: Tensor) -> Tensor:
+    return self.body(input=x)
+
+
+def helper(model: Any, x: Tensor) -> Tensor:
+    return model.body(x)
+
+
+def call_elsewhere(self: Any, x: Tensor) -> Tensor:
+    return helper(self, x)
+
+
+def index(self: Any, x: Tensor) -> Tensor:
+    return self.body[0](x)
+
+
+def iterate(self: Any, x: Tensor) -> Tensor:
+    for block in self.body:
+        x = block(x)
+    return x
+
+
+def name_it(self: Any, x: Tensor) -> Tensor:
+    body = self.body
+    return body(x)
+
+
+def look_it_up(self: Any, x: Tensor) -> Tensor:
+    return getattr(self, "bo" + "dy")(x)
+
+
+def all_children(self: Any, x: Tensor) -> Tensor:
+    for child in self.children():
+        x = child(x)
+    return x
+
+
+def through_modules(self: Any, x: Tensor) -> Tensor:
+    return self._modules["body"](x)
+
+
+def replace(self: Any, x: Tensor) -> Tensor:
+    self.body = nn.Identity()
+    return self.body(x)
+
+
+def read_an_attribute(self: Any, x: Tensor) -> Tensor:
+    return self.body(x) if self.body.training else x
+
+
+def in_a_lambda(self: Any, x: Tensor) -> Tensor:
+    return (lambda: self.body[0])()(x)
+
+
+def helper_that_indexes(model: Any, x: Tensor) -> Tensor:
+    return model.body[0](x)
+
+
+def index_elsewhere(self: Any, x: Tensor) -> Tensor:
+    return helper_that_indexes(self, x)
+
+
+@pytest.mark.parametrize("forward", [call, call_by_keyword, call_elsewhere])
+def test_called(forward: Callable[..., Any]) -> None:
+    assert only_called(parent(forward), "body")
+
+
+OTHERWISE = [index, iterate, name_it, look_it_up, all_children, through_modules, replace]
+OTHERWISE += [read_an_attribute, in_a_lambda, index_elsewhere]
+
+
+@pytest.mark.parametrize("forward", OTHERWISE)
+def test_used_otherwise(forward: Callable[..., Any]) -> None:
+    assert not only_called(parent(forward), "body")
+
+
+def test_every_module_above_counts() -> None:
+    model = nn.Sequential(parent(call))
+    assert only_called(model, "0.body")
+    assert only_called(model, "0")
+
+    def reach_in(self: Any, x: Tensor) -> Tensor:
+        return self.inner.body[0](x)
+
+    def pass_by(self: Any, x: Tensor) -> Tensor:
+        return self.inner.body(x)
+
+    for forward, expected in ((reach_in, False), (pass_by, True)):
+        outer = type("Outer", (nn.Module,), {"forward": forward})()
+        outer.inner = parent(call)
+        assert only_called(outer, "inner.body") == expected
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, lambda items: nn.ModuleDict({"0": items[0]})])
+def test_whoever_owns_a_container_may_do_anything_with_its_items(container: Any) -> None:
+    model = parent(call)
+    model.blocks = container([Block()])
+    assert not only_called(model, "blocks.0")
+
+
+def test_code_that_cannot_be_read() -> None:
+    assert not only_called(nn.DataParallel(Block()), "module")
+    model = parent(call)
+    model.register_forward_hook(lambda module, *_: print(module.body[0]))
+    assert not only_called(model, "body")
+    model = parent(call)
+    model.forward = lambda x: model.body[0](x)  # type: ignore[method-assign]
+    assert not only_called(model, "body")
+
+    class Called(Parent):
+        def __call__(self, x: Tensor) -> Any:
+            return SimpleNamespace(first=self.body[0], all=super().__call__(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    assert not only_called(Called(), "body")
+
+
+def test_shared_modules_and_tensors() -> None:
+    model = parent(call)
+    model.again = model.body
+    assert not only_called(model, "body")
+    model = parent(call)
+    model.inner = model.body[0].norm
+    assert not only_called(model, "body")
+    model = parent(call)
+    model.tied = Block()
+    model.tied.depthwise.weight = model.body[0].depthwise.weight
+    assert not only_called(model, "body")
