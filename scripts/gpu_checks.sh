@@ -78,6 +78,7 @@ tests small-kernels 1 tests/gpu/test_classifier_kernels.py tests/gpu/test_excita
 tests fuzz-other 1 tests/gpu/test_fuzz.py -k "not forward and not gradients"
 tests kernels-other 1 tests/gpu/test_kernels.py -k "not float32 and not float16 and not float64"
 tests pointwise 1 tests/gpu/test_gpu_pointwise.py tests/gpu/test_gpu_pointwise_operators.py
+tests inner-graphs 1 tests/gpu/test_gpu_inner_graphs.py
 tests reliability 1 tests/gpu/test_reliability.py
 tests training 1 tests/gpu/test_training.py
 tests operator 1 -m gpu tests/test_operator.py tests/test_operator_autograd.py
