@@ -16,7 +16,7 @@ from tiny_models import Block, ControlFlow, depthwise, image, snapshot
 from torch import Tensor, fx, nn
 
 import dwswap
-from dwswap import DepthwiseConv2d
+from dwswap import DepthwiseConv2d, rewrite
 
 
 def test_hooks_of_the_root_and_of_inlined_modules_rule_out_a_graph() -> None:
@@ -480,3 +480,26 @@ def test_ordered_dict_outputs_stay_ordered_dicts() -> None:
         assert type(output) is OrderedDict
         assert list(output) == ["b", "a"]
         torch.testing.assert_close(output, model(image()))
+
+
+def test_graphs_that_fail_leave_a_swap_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a detection may, where the order of two boxes hangs on a rounding."""
+
+    def round_otherwise(graph_module: fx.GraphModule, context: Any) -> None:
+        output = graph_module.graph.output_node()
+        with graph_module.graph.inserting_before(output):
+            output.args = (graph_module.graph.call_function(torch.add, (output.args[0], 1e-2)),)
+
+    monkeypatch.setattr(rewrite, "INFERENCE_PASSES", (*rewrite.INFERENCE_PASSES, round_otherwise))
+    model, x = ControlFlow().eval(), image()
+    for inplace in (False, True):
+        fast = dwswap.optimize(model, x, verify=True, inplace=inplace)
+        report = dwswap.report(fast)
+        assert report.verification is not None
+        assert report.verification.passed
+        assert report.traced == ()
+        assert "with graphs in block 1 outputs failed" in report.verification.notes[-1]
+        assert "control flow" in str(report.not_traced)
+        assert type(fast.block.depthwise) is DepthwiseConv2d
+        assert "block.norm.weight" in fast.state_dict()
+        assert (fast is model) == inplace
