@@ -92,7 +92,7 @@ def test_report() -> None:
     [
         (Block().train(), {}, "train mode"),
         (Block().eval(), {"fuse": False}, "fuse=False"),
-        (ControlFlow().eval(), {}, "control flow"),
+        (ControlFlow(depthwise(3)).eval(), {}, "control flow"),
         (nn.Sequential(nn.Conv2d(3, 3, 1)).eval(), {}, "nothing was swapped"),
         (fx.symbolic_trace(Block().eval()).train(), {}, "train mode"),
     ],
@@ -104,6 +104,13 @@ def test_models_that_get_none_say_why(model: nn.Module, options: Any, reason: st
     assert found is not None
     assert found.startswith("off: ")
     assert reason in found
+
+
+def test_graphs_inside_a_model_get_theirs() -> None:
+    fast = dwswap.optimize(ControlFlow().eval(), cuda_graph=True)
+    assert type(fast) is ControlFlow
+    assert isinstance(fast.block, CudaGraphModule)
+    assert dwswap.report(fast).cuda_graph == "on in block: at most 8 signatures"
 
 
 def test_wrong_options() -> None:
