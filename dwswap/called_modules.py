@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterator
+from itertools import pairwise
 from types import CodeType
 
 from torch import nn
@@ -50,17 +50,16 @@ def _only_calls(owner: nn.Module, names: list[str]) -> bool:
     functions = called_functions(cls, cls.forward)
     if cls.__call__ is not nn.Module.__call__:
         functions += called_functions(cls, cls.__call__)
+    if any(not _LOOKUPS.isdisjoint(global_names(f.__code__)) for f in functions):
+        return False
     inner = [code for function in functions for code in codes(function.__code__)]
     return bool(functions) and not any(_reaches(code, names) for code in inner)
 
 
 def _reaches(code: CodeType, names: list[str]) -> bool:
     """Whether ``code`` may do something with the last of ``names`` that is no call."""
-    if not _LOOKUPS.isdisjoint(global_names(code)):
-        return True
-    instructions = list(dis.get_instructions(code))
-    following: Iterator[dis.Instruction | None] = iter([*instructions[1:], None])
-    for instruction, then in zip(instructions, following, strict=True):
+    # The last instruction of all code returns or raises.
+    for instruction, then in pairwise(dis.get_instructions(code)):
         if not instruction.opname.endswith(("_ATTR", "_METHOD")):
             continue
         name = instruction.argval
@@ -69,7 +68,7 @@ def _reaches(code: CodeType, names: list[str]) -> bool:
         if name not in names or _is_call(instruction):
             continue
         passes_by = name != names[-1] and instruction.opname in _READS
-        if not passes_by or then is None or then.opname not in _READS:
+        if not passes_by or then.opname not in _READS:
             return True
     return False
 
