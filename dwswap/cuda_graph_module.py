@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from dwswap.cuda_graphs import CudaGraphOptions, CudaGraphs
-from dwswap.inference_graph import InferenceGraph
+from dwswap.inference_graph import InferenceGraph, graph_at
 from dwswap.passes.substitution import replace_modules
 from dwswap.report import Report
 from dwswap.weight_guard import trains
@@ -112,8 +112,7 @@ def with_cuda_graphs(model: nn.Module, report: Report, options: CudaGraphOptions
         return model
     new: dict[nn.Module, nn.Module] = {}
     for path in report.traced:
-        graph_module = model.get_submodule(path)
-        assert isinstance(graph_module, fx.GraphModule)
+        graph_module = graph_at(model, path)
         if any(map(trains, graph_module.modules())):
             report.cuda_graph = "off: the model is in train mode"
             return model

@@ -14,7 +14,7 @@ from torch.fx.graph_module import reduce_graph_module
 from dwswap.copying import complete_copy
 from dwswap.module_access import shortened
 
-__all__ = ["EXPORTED", "FOLDED", "InferenceGraph"]
+__all__ = ["EXPORTED", "FOLDED", "InferenceGraph", "graph_at"]
 
 EXPORTED = "dwswap_exported"
 """Key in ``GraphModule.meta`` of the graph of an exported program."""
@@ -130,6 +130,13 @@ class InferenceGraph(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         _, (state, imports) = super().__reduce__()
         return _rebuild, (state, imports, type(self).__name__)
+
+
+def graph_at(model: nn.Module, path: str) -> fx.GraphModule:
+    """The graph that ``model`` has become at ``path``; as a whole at ``""``."""
+    graph_module = model.get_submodule(path)
+    assert isinstance(graph_module, fx.GraphModule)
+    return graph_module
 
 
 def _rebuild(state: dict[str, Any], imports: str, name: str) -> InferenceGraph:

@@ -18,7 +18,7 @@ from dwswap.eligibility import Skip, inspect_modules, is_convolution, is_prepare
 from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
 from dwswap.exported_program import flat_inputs, lift, unlift
 from dwswap.fusion import fuse as fuse_graph
-from dwswap.inference_graph import InferenceGraph
+from dwswap.inference_graph import InferenceGraph, graph_at
 from dwswap.inner_graphs import rewrite_submodules
 from dwswap.kernels_in_use import kernels_in_use
 from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
@@ -311,7 +311,7 @@ def _rewrite(
         for layer in layers.values()
     ]
     if contexts:
-        report.calls_before = sum(count_calls(_graph_at(result, c.prefix)) for c in contexts)
+        report.calls_before = sum(count_calls(graph_at(result, c.prefix)) for c in contexts)
     if not report.swapped:
         return workspace, report, []
     report.traced = tuple(c.prefix for c in contexts)
@@ -323,7 +323,7 @@ def _lay_out(model: nn.Module, result: nn.Module, report: Report, contexts: list
     """Set the memory format before the other passes, so that layers are timed in it."""
     if report.swapped and not is_training(model):
         for context in contexts:
-            run_passes(_graph_at(result, context.prefix), context, (set_memory_format,))
+            run_passes(graph_at(result, context.prefix), context, (set_memory_format,))
             context.memory_format = "preserve"
 
 
@@ -340,15 +340,9 @@ def _fuse(
             report.memory_format = "preserve (the result is no graph for inference)"
         return report
     for context in contexts:
-        graph_module = _graph_at(result, context.prefix)
+        graph_module = graph_at(result, context.prefix)
         report = fuse_graph(graph_module, report, context, INFERENCE_PASSES)
     return report
-
-
-def _graph_at(model: nn.Module, path: str) -> fx.GraphModule:
-    graph_module = model.get_submodule(path)
-    assert isinstance(graph_module, fx.GraphModule)
-    return graph_module
 
 
 def _spare_copies(result: nn.Module, report: Report) -> None:

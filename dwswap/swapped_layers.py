@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from dwswap.copying import modules_by_path
 from dwswap.example_inputs import Arguments, run, runnable_copy
+from dwswap.inference_graph import graph_at
 from dwswap.modules import DepthwiseConv2d
 from dwswap.ops import depthwise_conv2d
 from dwswap.passes.context import PATH
@@ -66,8 +67,7 @@ def run_watched(
         if layer.reason == "depthwise" and isinstance(module, DepthwiseConv2d):
             module.register_forward_hook(_module_hook(layer.path, watch), with_kwargs=True)
     for prefix in report.traced:
-        graph_module = subject.get_submodule(prefix)
-        assert isinstance(graph_module, fx.GraphModule)
+        graph_module = graph_at(subject, prefix)
         ours = {layer.path for layer in report.layers if layer.reason == "depthwise"}
         if any(node.meta.get(PATH) in ours for node in swapped_calls(graph_module)):
             graph_module.register_forward_hook(_graph_hook(watch, ours), with_kwargs=True)
@@ -77,8 +77,7 @@ def run_watched(
 def put_back(model: nn.Module, traced: tuple[str, ...], paths: set[str]) -> nn.Module:
     """Undo the swaps of the layers at ``paths``; returns the new root."""
     for prefix in traced:
-        graph_module = model.get_submodule(prefix)
-        assert isinstance(graph_module, fx.GraphModule)
+        graph_module = graph_at(model, prefix)
         for node in list(swapped_calls(graph_module)):
             if node.meta.get(PATH) in paths:
                 unswap_call(graph_module, node, expand=True)

@@ -20,6 +20,7 @@ from dwswap.bench.model_cases import ACCEPTED, Case, choose, defaults, depthwise
 from dwswap.bench.model_peers import EAGER, OURS, RUNNERS, Runner, chosen_peers
 from dwswap.bench.model_record import ModelRecord
 from dwswap.bench.model_results import Measured, ModelResult
+from dwswap.bench.model_subject import Subject
 from dwswap.bench.model_summary import case_rows, markdown, profile_rows
 from dwswap.bench.model_targets import target
 from dwswap.bench.models import ModelBench
@@ -317,6 +318,26 @@ def test_weights_are_made_once_per_model():
     for name, batch in (("a", 1), ("a", 2), ("b", 1)):
         subject.measure(CASE._replace(model=name, batch=batch), [])
     assert made == ["a", "b"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "batches"), [(1, 8), (3, 3), (8, 1), (20, 1)])
+def test_eight_images_at_least_are_compared(batch, batches):
+    subject = Subject.make(small().eval(), CASE._replace(batch=batch), CPU)
+    assert [x.shape for x in subject.batches] == [(batch, 3, 16, 16)] * batches
+    assert len({float(x[0, 0, 0, 0]) for x in subject.batches}) == batches
+    assert 6 < len(subject.exact[0]) < 10
+    assert subject.deviations(subject.model) == (subject.eager_error, subject.eager_rms_error)
+    # An error in the last image of the last batch is found, in an output written over as well.
+    last, output = subject.batches[-1], torch.empty(batch, 5)
+
+    def forward(x):
+        output.copy_(subject.model(x))
+        if x is last:
+            output[-1] += 1
+        return output
+
+    assert subject.deviations(forward)[0] > 100 * subject.eager_error
 
 
 def raises(*args):

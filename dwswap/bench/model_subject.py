@@ -6,7 +6,7 @@ import copy
 import gc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,9 @@ from dwswap.bench.model_results import Measured
 __all__ = ["Run", "Subject", "collect", "detects"]
 
 CHECKED = 8
-"""Images of a batch whose outputs are compared with float64."""
+"""Images whose outputs are compared with float64. The error in a small output of one image, as the
+last feature map of SSD, is mostly chance: small batches are compared as often as makes so many.
+"""
 
 
 @dataclass
@@ -31,10 +33,11 @@ class Subject:
 
     Attributes:
         images: ``(batch, 3, size, size)``, in the dtype and the layout of the case.
-        exact: outputs for some of the images, in float64, of the weights as rounded to the dtype:
-            only the arithmetic counts as error.
+        exact: outputs for some of the images and of the probes, in float64, of the weights as
+            rounded to the dtype: only the arithmetic counts as error.
         eager_error: of the model as it is; see ``Measured.error``.
         eager_rms_error: see ``Measured.rms_error``.
+        probes: more batches like ``images``, to be compared only.
     """
 
     case: Case
@@ -43,23 +46,34 @@ class Subject:
     exact: list[Tensor]
     eager_error: float
     eager_rms_error: float | None = None
+    probes: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def make(cls, model: nn.Module, case: Case, device: torch.device) -> Subject:
         """Make up the images and compute the outputs; raises what the model raises."""
         generator = torch.Generator(device).manual_seed(case.batch)
         shape = (case.batch, 3, case.size, case.size)
-        images = torch.randn(shape, device=device, generator=generator).to(DTYPES[case.dtype])
-        images = images.contiguous(memory_format=LAYOUTS[case.layout])
-        subject = cls(case, model, images, [], 0.0)
+
+        def batch() -> Tensor:
+            images = torch.randn(shape, device=device, generator=generator).to(DTYPES[case.dtype])
+            return images.contiguous(memory_format=LAYOUTS[case.layout])
+
+        subject = cls(case, model, batch(), [], 0.0)
+        subject.probes = [batch() for _ in range(-(-CHECKED // case.batch) - 1)]
         # A detection model finds other boxes after every rounding: its features are compared.
         part = subject.compared(model)
         wide = copy.deepcopy(part).double()
-        subject.exact = subject._outputs(wide(images[subject.checked].double()))
+        few = torch.cat([images[subject.checked] for images in subject.batches])
+        subject.exact = subject._outputs(wide(few.double()))
         del wide
         collect(device)
-        subject.eager_error, subject.eager_rms_error = subject.deviations(part(images))
+        subject.eager_error, subject.eager_rms_error = subject.deviations(part)
         return subject
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """All that is compared, in the layout of the case."""
+        return [self.images, *self.probes]
 
     @property
     def detects(self) -> bool:
@@ -67,7 +81,7 @@ class Subject:
 
     @property
     def checked(self) -> slice:
-        """Some images, the last among them."""
+        """Some images of a batch, the last among them."""
         step = -(-self.case.batch // CHECKED)
         return slice((self.case.batch - 1) % step, None, step)
 
@@ -108,7 +122,7 @@ class Subject:
             runner: what it was built by.
             forward: what was built.
         """
-        errors = None if run.call is None else self.errors(forward, run.call)
+        errors = self.errors(runner, forward)
         if errors is not None:
             run.error, run.rms_error = errors
 
@@ -116,31 +130,35 @@ class Subject:
         """What is compared of a way to run the model: all of it, or the features."""
         return forward.backbone if self.detects else forward
 
-    def errors(
-        self, forward: Callable[[Any], Any], call: Callable[[], Any]
-    ) -> tuple[float, float] | None:
-        """The deviations of a way to run the model; None where its features cannot be had.
-
-        Args:
-            forward: what was built.
-            call: runs it on the images.
-        """
+    def errors(self, runner: Runner, forward: Callable[[Any], Any]) -> tuple[float, float] | None:
+        """The deviations of what ``runner`` built; None where its features cannot be had."""
         if not self.detects:
-            return self.deviations(call())
+            return self.deviations(forward, self.layout(runner))
         # A compiled model has the original's features as an attribute: not what it computes.
         compiled = type(forward).__module__.startswith("torch._dynamo")
         if compiled or not isinstance(getattr(forward, "backbone", None), nn.Module):
             return None
-        return self.deviations(self.compared(forward)(self.images))
+        return self.deviations(self.compared(forward))
 
-    def deviations(self, output: Any) -> tuple[float, float]:
+    def deviations(
+        self, forward: Callable[[Any], Any], layout: torch.memory_format | None = None
+    ) -> tuple[float, float]:
         """The largest deviation of any output, relative to that output's largest value; and the
         root mean square of an output's deviations, relative to that of its values, the largest.
+
+        Args:
+            forward: called with tensors of images.
+            layout: these are in; that of the case by default.
 
         Raises:
             ValueError: the outputs are of another number or shape, or not finite.
         """
-        found = [leaf[self.checked] for leaf in self._outputs(output)]
+        outputs = []
+        for images in self.batches:
+            output = forward(images if layout is None else images.contiguous(memory_format=layout))
+            # A copy: a CUDA graph writes the next output over this one.
+            outputs.append([leaf[self.checked].clone() for leaf in self._outputs(output)])
+        found = [torch.cat(leaves) for leaves in zip(*outputs, strict=True)]
         if [leaf.shape for leaf in found] != [leaf.shape for leaf in self.exact]:
             shapes = [tuple(leaf.shape) for leaf in found]
             raise ValueError(f"outputs of other shapes than the model's: {shapes}")
