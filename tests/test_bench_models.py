@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -169,13 +170,26 @@ def test_optimize_gets_what_it_takes(monkeypatch):
     model_peers.optimize_with("model", memory_format="auto")
     assert seen == [True, False, False]
     monkeypatch.setattr(model_peers, "optimize", lambda model: model)
-    monkeypatch.setattr(model_peers, "captured", lambda model, argument: f"{model} in a graph")
+    monkeypatch.setattr(model_peers, "Captured", lambda model, argument: f"{model} in a graph")
     assert RUNNERS["dwswap_graph"].build("model", None) == "model in a graph"
+
+
+def test_a_captured_model_lives_as_long_as_its_graph(monkeypatch):
+    class Graph:
+        replay = staticmethod(lambda: None)
+
+    monkeypatch.setattr(model_peers, "capture", lambda call: (Graph, call()))
+    model, images = small(), torch.rand(2, 3, 8, 8)
+    weight = weakref.ref(model.head.weight)
+    forward = model_peers.Captured(model, images)
+    del model
+    assert forward(images).shape == (2, 5)
+    assert weight() is not None
 
 
 def test_a_list_of_images_is_not_captured():
     with pytest.raises(TypeError, match="one tensor as input, got list"):
-        model_peers.captured(small(), [torch.rand(3, 8, 8)])
+        model_peers.Captured(small(), [torch.rand(3, 8, 8)])
 
 
 def test_random_layer_scales():
@@ -202,6 +216,11 @@ def test_time_stream(monkeypatch):
     calls.clear()
     assert time_stream(lambda: calls.append(1), "cpu", budget=0.5).samples == 1
     assert len(calls) == 1 + 1
+    # One that takes longer than anything needs to settle is called once.
+    calls.clear()
+    clock = iter(range(0, 1000, 3))
+    timing = time_stream(lambda: calls.append(1), "cpu", budget=0.5)
+    assert (timing.samples, timing.microseconds, len(calls)) == (1, 1.5e6, 1)
 
 
 def test_time_stream_records_no_graph():
@@ -212,7 +231,7 @@ def test_time_stream_records_no_graph():
     assert 0 < timing.fastest <= timing.microseconds <= timing.slowest
 
 
-def test_slow_calls_get_one_round(monkeypatch):
+def test_very_slow_calls_get_one_round(monkeypatch):
     rounds = []
     original = models.time_side_by_side
 
@@ -222,7 +241,7 @@ def test_slow_calls_get_one_round(monkeypatch):
 
     monkeypatch.setattr(models, "time_side_by_side", spy)
     bench().measure(CASE, ["eager_nchw"])
-    monkeypatch.setattr(models, "SLOW", 0.0)
+    monkeypatch.setattr(models, "VERY_SLOW", 0.0)
     bench().measure(CASE, ["eager_nchw"])
     assert rounds == [3, 1]
 

@@ -67,23 +67,25 @@ def optimize_with(model: nn.Module, **arguments: Any) -> nn.Module:
     return optimize(model, **{name: value for name, value in arguments.items() if takes(name)})
 
 
-def captured(model: Forward, argument: Any) -> Forward:
+class Captured:
     """``model`` in a CUDA graph; a call copies its argument in, and returns the graph's output.
 
     Raises:
         TypeError: the argument is no tensor.
     """
-    if not isinstance(argument, Tensor):
-        raise TypeError(f"a CUDA graph needs one tensor as input, got {type(argument).__name__}")
-    static = argument.clone()
-    graph, output = capture(lambda: model(static))
 
-    def replay(value: Tensor) -> Any:
-        static.copy_(value)
-        graph.replay()
-        return output
+    def __init__(self, model: Forward, argument: Any) -> None:
+        if not isinstance(argument, Tensor):
+            got = type(argument).__name__
+            raise TypeError(f"a CUDA graph needs one tensor as input, got {got}")
+        self._model = model  # a graph does not keep the weights that it reads
+        self._input = argument.clone()
+        self._graph, self._output = capture(lambda: model(self._input))
 
-    return replay
+    def __call__(self, argument: Tensor) -> Any:
+        self._input.copy_(argument)
+        self._graph.replay()
+        return self._output
 
 
 def eager(model: nn.Module, argument: Any) -> Forward:
@@ -109,7 +111,7 @@ def _ours(model: nn.Module, argument: Any) -> Forward:
 def _ours_in_graph(model: nn.Module, argument: Any) -> Forward:
     if takes("cuda_graph"):
         return optimize_with(model, cuda_graph=True)
-    return captured(optimize_with(model), argument)
+    return Captured(optimize_with(model), argument)
 
 
 def _ours_compiled(model: nn.Module, argument: Any) -> Forward:
@@ -124,7 +126,7 @@ RUNNERS: dict[str, Runner] = {
     "dwswap_graph": Runner("dwswap, cuda_graph", _ours_in_graph, cuda=True),
     "eager_nchw": Runner("eager NCHW", eager, layout="contiguous"),
     "eager_channels_last": Runner("eager channels_last", eager, layout="channels_last"),
-    "eager_graph": Runner("eager, CUDA graph", captured, cuda=True),
+    "eager_graph": Runner("eager, CUDA graph", Captured, cuda=True),
     "fx_fuse": Runner("fx fuse", _fused),
     "compile": Runner("compile", _compiled(None), compiled=True),
     "reduce_overhead": Runner(

@@ -28,11 +28,13 @@ STATISTICS_OF = 16
 """Random images whose statistics BatchNorm gets: enough where a feature map is one pixel."""
 
 ROUNDS = 3
-SLOW = 1.0
+VERY_SLOW = 5.0
 """Seconds of a call from which on one round must do: detection of many images loops in Python."""
 
 WARM_UP = 4
 """Calls after the first two. With ``reduce-overhead`` the second warms up, the third captures."""
+SLOW = 1.0
+"""Seconds of a call from which on the first two must do."""
 
 
 class ModelBench:
@@ -158,12 +160,12 @@ class ModelBench:
             called = time.perf_counter()
             peak = meter.peak(call)
             # A compiled model may capture its graphs in the second call.
-            slow = not runner.compiled and time.perf_counter() - called > SLOW
-            if self.device.type == "cuda" and not slow:
+            seconds = 0.0 if runner.compiled else time.perf_counter() - called
+            if self.device.type == "cuda" and seconds < SLOW:
                 for _ in range(WARM_UP):
                     call()
                 peak = meter.peak(call)
-            run = Run(name, call, built - start, called - built, peak, slow=slow)
+            run = Run(name, call, built - start, called - built, peak, slow=seconds > VERY_SLOW)
             subject.check(run, runner, forward)
         except Exception as error:
             return Run(name, reason=_reason(error))
