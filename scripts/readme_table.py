@@ -1,20 +1,21 @@
 """Fill the performance figures of README.md from the recorded results, or check that they are.
 
-    python scripts/readme_table.py            # rewrite both sections
+    python scripts/readme_table.py            # rewrite both sections, draw the pictures of models
     python scripts/readme_table.py --check    # exit code 1 where they are not what the files say
 
 Every figure between the markers comes from a file in benchmarks/results, written by `--json` of
 examples/kernelbench.py, by `dwswap bench` or by `dwswap demo`. Of several files of one kind and
 device the newest counts; those of `dwswap bench models` are merged case by case, with `--train` and
-without.
+without, and drawn anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def gradients_table(result: dict[str, Any]) -> list[str]:
 
 
 def models_table(result: dict[str, Any]) -> list[str]:
-    """The lines of the merged records of `dwswap bench models`, and the pictures next to them."""
+    """The lines of the merged records of `dwswap bench models`, and their pictures."""
     from dwswap.bench.model_results import ModelResult
     from dwswap.bench.model_summary import markdown
 
@@ -104,7 +105,7 @@ def models_table(result: dict[str, Any]) -> list[str]:
         "",
         *markdown([ModelResult.from_dict(**row) for row in result["results"]]),
     ]
-    return lines + pictures(result["paths"])
+    return lines + shown(pictures(result))
 
 
 def training_table(result: dict[str, Any]) -> list[str]:
@@ -118,33 +119,56 @@ def training_table(result: dict[str, Any]) -> list[str]:
         "",
         *training_markdown([TrainingResult.from_dict(**row) for row in result["results"]]),
     ]
-    return lines + pictures(result["paths"])
+    return lines + shown(pictures(result))
 
 
-def pictures(records: list[Path]) -> list[str]:
-    """The lines that show the pictures next to the records of whole models."""
-    found = [path.with_suffix(".png") for path in records if path.with_suffix(".png").exists()]
+def pictures(result: dict[str, Any]) -> dict[Path, list[ModelResult]]:
+    """What is drawn of a merged record: models next to many peers, and those next to eager only."""
+    from dwswap.bench.model_peers import EAGER
+    from dwswap.bench.model_results import ModelResult
+    from dwswap.bench.training_results import TrainingResult
+
+    cls = TrainingResult if result["kind"] == "training" else ModelResult
+    device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+    main = result["path"].with_name(f"{result['kind']}-{device}.png")
+    rows: dict[Path, list[ModelResult]] = {main: [], main.with_stem(f"{main.stem}-eager"): []}
+    for row in (cls.from_dict(**row) for row in result["results"]):
+        others = {run.name for run in row.runs} - {*EAGER, *row.ours}
+        rows[main if others else main.with_stem(f"{main.stem}-eager")].append(row)
+    return {path: found for path, found in rows.items() if found}
+
+
+def shown(paths: Iterable[Path]) -> list[str]:
+    """The lines that show pictures of whole models."""
     return [
         line
-        for picture in found
-        for line in ("", f"![Times faster than each peer](benchmarks/results/{picture.name})")
+        for path in paths
+        for line in ("", f"![Times faster than each peer](benchmarks/results/{path.name})")
     ]
+
+
+def draw(folder: Path) -> None:
+    """Draw what the lines for the merged records in ``folder`` show; needs matplotlib."""
+    from dwswap.bench.model_plot import plot
+
+    for (kind, device, _), result in newest_records(folder).items():
+        if kind in MERGED:
+            for path, rows in pictures(result).items():
+                plot(rows, path, f"dwswap on {device}")
 
 
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of all cases: of two rows of one case that with more peers, then the newer one."""
-    best: dict[tuple[Any, ...], tuple[int, str, dict[str, Any], Path]] = {}
+    best: dict[tuple[Any, ...], tuple[int, str, dict[str, Any]]] = {}
     for record in records:
         for row in record["results"]:
             case = tuple(row[name] for name in ("model", "batch", "dtype", "layout", "size"))
             ran = sum(run["us"] is not None for run in row["runs"])
-            found = (ran, record["recorded"], row, record["path"])
+            found = (ran, record["recorded"], row)
             if case not in best or best[case][:2] < found[:2]:
                 best[case] = found
     newest = max(records, key=lambda record: record["recorded"])
-    chosen = [best[case] for case in sorted(best, key=_place)]
-    paths = dict.fromkeys(path for _, _, _, path in chosen)
-    return {**newest, "results": [row for _, _, row, _ in chosen], "paths": list(paths)}
+    return {**newest, "results": [best[case][2] for case in sorted(best, key=_place)]}
 
 
 def _place(case: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -300,6 +324,7 @@ def main() -> int:
             print(f"{args.readme}: the results differ: run python scripts/readme_table.py")
             return 1
         return 0
+    draw(args.results)
     args.readme.write_text(after, encoding="utf-8")
     return 0
 

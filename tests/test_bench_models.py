@@ -565,14 +565,16 @@ def test_readme_merges_records(tmp_path, readme_table):
     two.add(result(run("eager_nchw", plain=7.0, graph=8.0)))
     two.add(result(run("eager_nchw"), run("reduce_overhead"), batch=1))
     two.finish()
-    (tmp_path / "two.png").touch()
     text = readme_table.section(tmp_path)
     assert text.count("`dwswap bench models`") == 1
     assert "1.95 / 2.05 (1.9) |" in text
     assert "2.00 / 2.50 (1.8) |" in text
     assert "7.00" not in text
-    assert "(benchmarks/results/two.png)" in text
-    assert "one.png" not in text
+    assert "(benchmarks/results/models-some-gpu.png)" in text
+    assert "eager.png" not in text
+    two.add(result(run("eager_nchw"), model="vgg"))
+    two.finish()
+    assert "(benchmarks/results/models-some-gpu-eager.png)" in readme_table.section(tmp_path)
     two.add(result(batch=32, passed=False))
     two.finish()
     with pytest.raises(ValueError, match="failed its check"):

@@ -28,6 +28,12 @@ TARGET = "#cc3311"
 LEGEND_INCHES = 2.4
 """Of the longest label."""
 
+PANEL_INCHES = 3.4
+CROWDED = 10
+"""The most models whose names fit side by side; of more they are slanted."""
+SLANTED_INCHES = 2.2
+"""That these names take below the panel."""
+
 
 def plot(results: Sequence[ModelResult], path: Path, title: str) -> Path:
     """Draw ``best_speedup`` over each peer, and save it as PNG.
@@ -60,7 +66,9 @@ def plot(results: Sequence[ModelResult], path: Path, title: str) -> Path:
         if name in kind.runners and any(r.best_speedup(name) is not None for r in results)
     ]
     bars = max(len(rows) for rows in panels.values()) * (len(peers) + 1)
-    figure = Figure(figsize=(max(8.0, 3 + 0.17 * bars), 1 + 3.4 * len(panels)))
+    slanted = sum(len(rows) > CROWDED for rows in panels.values())
+    height = 1 + PANEL_INCHES * len(panels) + SLANTED_INCHES * slanted
+    figure = Figure(figsize=(max(8.0, 3 + 0.17 * bars), height))
     figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False)
@@ -68,7 +76,8 @@ def plot(results: Sequence[ModelResult], path: Path, title: str) -> Path:
         _bars(panel, rows, peers)
         panel.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=13)
-    _legend(figure, kind, peers)
+    aims = any(result.goal(peer) is not None for result in results for peer in peers)
+    _legend(figure, kind, peers, aims=aims)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, format="png")
     return path
@@ -90,7 +99,7 @@ def _bars(panel: Any, rows: list[ModelResult], peers: list[str]) -> None:
     panel.axhline(1.0, color="black", linewidth=1.0)
     panel.set_ylabel("times faster")
     panel.margins(y=0.12)
-    crowded = len(rows) > 10
+    crowded = len(rows) > CROWDED
     panel.set_xticks(
         range(len(rows)),
         [r.model if r.by_batch else f"{r.model}, batch {r.batch}" for r in rows],
@@ -102,14 +111,15 @@ def _bars(panel: Any, rows: list[ModelResult], peers: list[str]) -> None:
     panel.set_axisbelow(True)
 
 
-def _legend(figure: Any, kind: type[ModelResult], peers: list[str]) -> None:
+def _legend(figure: Any, kind: type[ModelResult], peers: list[str], *, aims: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Any] = [
         Patch(color=COLOURS[peer], label=f"over {kind.runners[peer].title}") for peer in peers
     ]
-    handles.append(Line2D([], [], color=TARGET, label="target"))
+    if aims:
+        handles.append(Line2D([], [], color=TARGET, label="target"))
     figure.legend(
         handles=handles,
         loc="outside lower center",
