@@ -49,7 +49,11 @@ if [ "${ALL:-0}" = 1 ]; then
   # Whole models run on the CPU here, where one thread makes them slow.
   OMP_NUM_THREADS=2 tests no-gpu 16 tests -m "not gpu"
 fi
-OMP_NUM_THREADS=2 tests gpu-export 8 tests/gpu/test_gpu_export.py
+# To compile a model takes minutes.
+for model in mobilenet_v2 mobilenet_v3_large efficientnet_b0 shufflenet_v2_x1_0 convnext_tiny; do
+  OMP_NUM_THREADS=2 tests "gpu-export-$model" 1 tests/gpu/test_gpu_export.py -k "library_alone and $model"
+done
+OMP_NUM_THREADS=2 tests gpu-export 4 tests/gpu/test_gpu_export.py -k "not library_alone"
 tests others 1 -m gpu tests --ignore-glob "tests/gpu" --ignore-glob "tests/test_operator*"
 OMP_NUM_THREADS=2 tests gpu-composition 4 tests/gpu/test_gpu_composition.py
 OMP_NUM_THREADS=2 tests models 4 tests/gpu/test_gpu_models.py
