@@ -8,7 +8,7 @@ from torch import nn
 
 from dwswap.bench.latency import MemoryMeter, time_stream
 from dwswap.bench.model_cases import Case
-from dwswap.bench.model_peers import EAGER, OURS, captured
+from dwswap.bench.model_peers import EAGER, OURS, Captured
 from dwswap.bench.models import ModelBench
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +53,7 @@ def test_captured_reads_its_argument_at_every_call():
     model = small("").cuda().eval()
     with torch.no_grad():
         x, y = torch.rand(2, 2, 3, 32, 32, device="cuda").unbind()
-        replay = captured(model, x)
+        replay = Captured(model, x)
         torch.testing.assert_close(replay(y).clone(), model(y))
         torch.testing.assert_close(replay(x), model(x))
 
@@ -63,7 +63,7 @@ def test_peak_memory_of_a_call_and_of_a_graph():
     meter = MemoryMeter(x.device)
     assert meter.peak(lambda: (x + 1).exp()) == 2 * x.nbytes
     meter = MemoryMeter(x.device)
-    replay = captured(lambda t: (t + 1).exp(), x)
+    replay = Captured(lambda t: (t + 1).exp(), x)
     assert meter.peak(lambda: replay(x)) >= 3 * x.nbytes
 
 
