@@ -134,6 +134,11 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
             complete_copy(module, memo[id(module)], memo)
+    # A class with a copy of its own may lose the mode, as torchvision's feature extractors do.
+    for module in model.modules():
+        copied = memo.get(id(module))
+        if isinstance(copied, nn.Module) and not isinstance(copied, torch.jit.ScriptModule):
+            copied.training = module.training
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,8 @@ def inspect_modules(model: nn.Module, skip: Skip | None = None) -> dict[str, Lay
     """
     if skip is not None and not callable(skip):
         raise TypeError(f"skip must be callable as skip(module, path) -> bool, got {skip!r}")
+    if skip is not None:
+        _check_signature(skip)
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if is_convolution(module):
@@ -77,6 +80,19 @@ def inspect_modules(model: nn.Module, skip: Skip | None = None) -> dict[str, Lay
         decision = "swapped" if code in ("depthwise", "already_swapped") else "kept"
         layers[names[0]] = layer.decided(decision, code, **facts)
     return layers
+
+
+def _check_signature(skip: Skip) -> None:
+    try:
+        signature = inspect.signature(skip)
+    except ValueError:  # of a function in C
+        return
+    try:
+        signature.bind(nn.Identity(), "")
+    except TypeError as error:
+        raise TypeError(
+            f"skip must be callable as skip(module, path) -> bool, got one of {signature}: {error}"
+        ) from error
 
 
 def is_prepared(model: nn.Module) -> bool:

@@ -1,13 +1,16 @@
 """Proxies that refuse what torch.fx decides while it traces or leaves out of the graph.
 
 A plain ``torch.fx.Proxy`` answers ``isinstance(x, list)`` and ``hasattr(x, "mask")`` for itself,
-forgets ``x.data = ...``, and raises for control flow an error that a forward may swallow.
+forgets ``x.data = ...``, takes ``x += y`` for ``x = x + y``, and raises for control flow an error
+that a forward may swallow.
 """
 
 from __future__ import annotations
 
 import dis
+import operator
 import sys
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
@@ -21,6 +24,15 @@ _TRUSTED = {"torch", "dwswap", "copy", "inspect"}
 _TESTS_TYPES = ("torch.jit", "torch._jit_internal")
 _TYPE_TESTS = {"__instancecheck__", "__subclasscheck__"}
 _READS = {"LOAD_ATTR", "LOAD_METHOD"}
+# What is no tensor, which ``n += 1`` does not change.
+_NUMBERS = {"size", "shape", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "item"}
+_NUMBERS |= {"tolist", "storage_offset", "element_size"}
+_ON_NUMBERS = ("_operator", "builtins", "math")
+# Those that tensors have; ``@=`` is none of them.
+_IN_PLACE = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+)
 
 
 class NotTraceable(Exception):
@@ -113,6 +125,27 @@ class _Guarded(fx.Proxy):
 
     def __float__(self) -> float:
         self.tracer.refuse(f"its forward needs the value of {self.node.name} as a number")
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
+    def method(self: fx.Proxy, other: Any) -> Any:
+        if _is_number(self.node):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+for _name in _IN_PLACE:
+    setattr(_Guarded, f"__{_name}__", _in_place(_name))
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether it computes a number or numbers from sizes and the like."""
+    if node.op == "call_method" or node.target is getattr:
+        return (node.target if node.op == "call_method" else node.args[1]) in _NUMBERS
+    inputs, module = node.all_input_nodes, getattr(node.target, "__module__", None)
+    return bool(inputs) and module in _ON_NUMBERS and all(map(_is_number, inputs))
 
 
 class GuardedProxy(_Guarded):

@@ -58,8 +58,11 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def to_layout(value: Any, layout: torch.memory_format) -> Any:
-    """An input of a graph in the layout in which it runs; what is no 4-D float tensor as it is."""
+    """An input of a graph in the layout in which it runs; what is no 4-D float tensor as it is,
+    and so is one of ``torch.vmap``, which has a dimension more."""
     if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point():
+        return value
+    if _is_batched(value):
         return value
     return value.to(memory_format=layout)
 
@@ -69,11 +72,19 @@ def restored(output: Tensor, channels_last_weights: bool, *inputs: Any) -> Tenso
 
     That is channels_last where its weights or ``inputs`` are, contiguous otherwise.
     """
+    if _is_batched(output):
+        return output
     layout = restored_layout(channels_last_weights, *inputs)
     if output.dim() == 3:
         return laid_out(output, layout)
     # Not contiguous(), which keeps whatever strides dimensions of one element have.
     return output.to(memory_format=layout)
+
+
+def _is_batched(value: Tensor) -> bool:
+    """Whether ``torch.vmap`` made it."""
+    # Nobody compiles what asks for this.
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(value)
 
 
 def restored_layout(channels_last_weights: bool, *inputs: Any) -> torch.memory_format:

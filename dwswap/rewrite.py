@@ -109,7 +109,8 @@ def optimize(
         as it is (a copy, unless ``inplace``).
 
     Raises:
-        TypeError: ``model``, ``example_inputs``, ``skip`` or ``cuda_graph`` is of the wrong kind.
+        TypeError: ``model``, ``example_inputs``, ``skip``, ``cuda_graph`` or a flag is of the wrong
+            kind.
         ValueError: the model fails on ``example_inputs`` or cannot be copied; ``verify`` without
             or ``select="measured"`` without ``example_inputs``; an unknown ``select`` or
             ``memory_format``; ``cuda_graph`` for a program. ``model`` is unchanged whatever is
@@ -122,6 +123,9 @@ def optimize(
             'memory_format must be "auto", "preserve", "channels_last" or "contiguous", '
             f"got {memory_format!r}"
         )
+    for name, flag in (("inplace", inplace), ("fuse", fuse), ("verify", verify)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
     options = CudaGraphOptions.parse(cuda_graph)
     subject, arguments = _check(model, example_inputs)
     if isinstance(model, ExportedProgram) and options is not None:

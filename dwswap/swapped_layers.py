@@ -70,7 +70,7 @@ def run_watched(
         graph_module = graph_at(subject, prefix)
         ours = {layer.path for layer in report.layers if layer.reason == "depthwise"}
         if any(node.meta.get(PATH) in ours for node in swapped_calls(graph_module)):
-            graph_module.register_forward_hook(_graph_hook(watch, ours), with_kwargs=True)
+            graph_module.register_forward_pre_hook(_graph_hook(watch, ours), with_kwargs=True)
     return run(subject, arguments)
 
 
@@ -120,7 +120,9 @@ def _graph_hook(watch: Callable[[LayerCall], None], ours: set[str]) -> Callable[
             watch(LayerCall(n.meta[PATH], x, weight, bias, geometry, output, **absorbed))
             return output
 
-    def hook(module: fx.GraphModule, args: Any, kwargs: Any, output: Any) -> None:
-        Watcher(module).run(*Arguments(args, kwargs).positional(module.forward))
+    def hook(module: fx.GraphModule, args: Any, kwargs: Any) -> None:
+        # Of its own: what the forward returns may be an argument that it changes.
+        given = Arguments(args, kwargs).map(Tensor.clone)
+        Watcher(module).run(*given.positional(module.forward))
 
     return hook

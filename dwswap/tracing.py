@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.modules import module as module_globals
@@ -53,7 +54,7 @@ class Tracer(GuardingTracer):
     proxy_buffer_attributes = True
 
     def __init__(self, inlined: Collection[nn.Module] = ()) -> None:
-        """``inlined``: convolutions that are no leaves."""
+        """``inlined``: convolutions and norms that are no leaves."""
         super().__init__(autowrap_modules=(math,), autowrap_functions=(depthwise_conv2d,))
         self.inlined = inlined
 
@@ -96,7 +97,8 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     except ValueError as error:
         raise NotTraceable(one_line(error)) from error
     # Not during the trace: one trace cannot run inside another.
-    inlined = {m for m in subject.modules() if m is not subject and _calls_depthwise(m)}
+    inside = [m for m in subject.modules() if m is not subject]
+    inlined = {m for m in inside if _calls_depthwise(m) or _calls_batch_norm(m)}
     before = {path: _attributes(m) for path, m in subject.named_modules()}
     random_states = _random_states()
     tracer = Tracer(inlined)
@@ -178,7 +180,8 @@ def is_training(model: nn.Module) -> bool:
     if isinstance(model, fx.GraphModule):
         if any(_trains(node) for node in model.graph.nodes):
             return True
-        if "train" in model.__dict__ or EXPORTED in model.meta:
+        # A subclass may have no ``meta``: torchvision's feature extractors.
+        if "train" in model.__dict__ or EXPORTED in getattr(model, "meta", ()):
             return False
     return any(m.training for m in model.modules() if type(m) is not nn.Module)
 
@@ -246,7 +249,9 @@ def _check_saving(module: nn.Module, path: str) -> None:
     """Refuse to inline ``module`` where it saves or loads its state in a way of its own."""
     cls = type(module)
     for name in _SAVING:
-        own = name in module.__dict__ or getattr(cls, name) is not getattr(nn.Module, name)
+        # That of BatchNorm adds what files from before PyTorch 0.4.1 lack.
+        usual = (getattr(nn.Module, name), _NormBase._load_from_state_dict)
+        own = name in module.__dict__ or getattr(cls, name) not in usual
         if isinstance(module, InferenceGraph) and FOLDED not in module.meta:
             continue
         # The one of torchvision is MNASNet's. It converts files of its first version, which a
@@ -304,6 +309,20 @@ def _calls_depthwise(module: nn.Module) -> bool:
         return has_depthwise_call(build_graph_module(module))
     except NotTraceable:
         return False
+
+
+def _calls_batch_norm(module: nn.Module) -> bool:
+    """A subclass of BatchNorm in eval mode whose forward, traced, shows a call that can be folded:
+    timm's, which has an activation as well."""
+    if not isinstance(module, _NormBase) or module.training:
+        return False
+    if package_of(type(module).forward.__module__) == "torch":
+        return False
+    try:
+        nodes = build_graph_module(module).graph.nodes
+    except NotTraceable:
+        return False
+    return any(node.target is F.batch_norm for node in nodes)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, object]]:

@@ -229,6 +229,8 @@ def _compare_outputs(
             found[path] = LayerErrors(math.inf, 0.0, 0.0, "missing")
         else:
             found[path] = compare(own, value, reference, pooled.get(path, 0.0))
+            if not value.isfinite().any():
+                notes.append(f"{path} has no finite element, so hardly anything was compared")
     if not found:
         notes.append("no output could be compared, only the layers were")
     return found, tuple(notes)

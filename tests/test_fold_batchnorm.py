@@ -666,3 +666,20 @@ def test_a_frozen_norm_stays_in_training() -> None:
     fast = dwswap.optimize(model)
     assert set(fast.state_dict()) == set(model.state_dict())
     torch.testing.assert_close(fast(image(8)), model(image(8)))
+
+
+@torch.no_grad()
+def test_a_norm_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = depthwise(), nn.BatchNorm2d(8)
+            nn.init.uniform_(self.norm.running_mean, -1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=self.conv(x))
+
+    model = Named().eval()
+    fast = dwswap.optimize(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    torch.testing.assert_close(fast(image(8)), model(image(8)))

@@ -235,3 +235,33 @@ def test_copies_restore_as_well(copied: Any) -> None:
     fast = copied(dwswap.optimize(blocks(nn.ReLU6).train()))
     assert in_place(fast) == [False, False]
     assert in_place(dwswap.restore(fast)) == [True, True]
+
+
+class Parts(nn.Module):
+    """A Sequential of which the model takes parts."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layers = how, nn.Sequential(depthwise(), nn.BatchNorm2d(8), nn.ReLU6(True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "slices":
+            hidden = self.layers[:2](x)
+            return self.layers[2:](hidden) + hidden
+        if self.how == "loop":
+            seen = []
+            for layer in self.layers:
+                x = layer(x)
+                seen.append(x)
+            return seen[1] + seen[2]
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("how", ["slices", "loop", "call"])  # code that does not run counts
+def test_a_model_that_reads_what_the_activation_changes(how: str) -> None:
+    torch.manual_seed(0)
+    model = Parts(how).train()
+    fast = dwswap.optimize(copy.deepcopy(model))
+    assert in_place(fast) == [True]
+    for ours, theirs in zip(three_steps(fast), three_steps(model), strict=True):
+        torch.testing.assert_close(ours, theirs)

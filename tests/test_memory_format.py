@@ -410,3 +410,11 @@ def test_torchvision(name: str) -> None:
             for own, other in pairs:
                 assert own.stride() == other.stride()
                 assert float((own - other).abs().max() / other.abs().max()) < 1e-12
+
+
+@torch.no_grad()
+def test_vmap_over_a_graph_in_channels_last() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), depthwise(), nn.ReLU()).eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    x = torch.stack([image(), image() + 1])
+    torch.testing.assert_close(torch.vmap(fast)(x), torch.stack([model(each) for each in x]))

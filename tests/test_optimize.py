@@ -366,6 +366,11 @@ def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -
 def test_wrong_options() -> None:
     with pytest.raises(TypeError, match="skip must be callable"):
         dwswap.optimize(Block(), skip="features")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"skip must be callable as skip\(module, path\)"):
+        dwswap.optimize(Block(), skip=lambda module: True)  # type: ignore[arg-type,misc]
+    for name in ("inplace", "fuse", "verify"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+            dwswap.optimize(Block(), **{name: "no"})
     with pytest.raises(ValueError, match="verify=True needs example_inputs"):
         dwswap.optimize(Block(), verify=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import pickle
 import random
 import types
@@ -503,3 +504,56 @@ def test_graphs_that_fail_leave_a_swap_alone(monkeypatch: pytest.MonkeyPatch) ->
         assert type(fast.block.depthwise) is DepthwiseConv2d
         assert "block.norm.weight" in fast.state_dict()
         assert (fast is model) == inplace
+
+
+class Augmented(nn.Module):
+    """Augmented assignments, which change a tensor, and a number not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.second = kind, depthwise(), depthwise()
+
+    def forward(self, x: Tensor) -> Any:
+        if self.kind == "input":
+            x += x
+        y = self.first(x)
+        if self.kind == "view":
+            half = y[:, :4]
+            half += 1.0
+            half -= 0.5
+            half *= 2.0
+            half /= 3.0
+            half **= 2
+        if self.kind == "other name":
+            z = y
+            z += x
+            return self.second(z), y
+        if self.kind == "function":
+            operator.iadd(y[:, :4], 1.0)
+        if self.kind == "sizes":
+            height, rows = y.shape[2], y.size(2)
+            half_height = height
+            half_height //= 2
+            half_height += 1
+            rows *= 8
+            return self.second(y).reshape(-1, rows, height)[..., :half_height]
+        if self.kind == "product":
+            y @= y
+        z = self.second(y)
+        z += y
+        return z
+
+
+@pytest.mark.parametrize(
+    "kind", ["input", "view", "other name", "function", "sizes", "product", "sum"]
+)
+@torch.no_grad()
+def test_augmented_assignments_change_what_they_change(kind: str) -> None:
+    model = Augmented(kind).eval()
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == "graph"
+    given, ours = image(8), image(8)
+    expected = model(given)
+    torch.testing.assert_close(fast(ours), expected)
+    assert torch.equal(ours, given)
+    assert torch.equal(given, image(8)) == (kind != "input")

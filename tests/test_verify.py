@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 import dwswap
 from dwswap import DepthwiseConv2d, registration, verify
 from dwswap.activations import ACTIVATIONS
+from dwswap.bench.random_weights import randomize
 from dwswap.report import LayerErrors, Verification
 from dwswap.verify import compare
 
@@ -432,3 +433,51 @@ def test_integers_count() -> None:
     assert compare(exact, exact, exact).passed
     assert not compare(exact + 1, exact, exact).passed
     assert compare(exact, torch.tensor([1, 2, 3, 5]), exact).ours == 0
+
+
+def test_an_output_that_is_an_input_changed_in_place() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depthwise, self.act = depthwise(), nn.SiLU(inplace=True)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.relu(self.depthwise(x)), self.act(x)
+
+    fast, verification = verified(Both().eval(), image(8))
+    assert verification.passed
+    assert dwswap.report(fast).mode == "graph"
+
+
+@pytest.mark.parametrize("x", [image(8)[:0], image(8) * math.nan])
+def test_nothing_to_compare_is_told(x: Tensor) -> None:
+    _, verification = verified(depthwise().eval(), x)
+    assert verification.passed
+    assert "output has no finite element" in verification.notes[-1]
+
+
+@torch.no_grad()
+def test_a_feature_extractor_of_torchvision_keeps_its_mode() -> None:
+    models = pytest.importorskip("torchvision.models")
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    x = image(size=64)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = models.mobilenet_v3_small(weights=None)
+            randomize(whole, image(size=64))
+            self.features = extraction.create_feature_extractor(whole.eval(), {"flatten": "y"})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.features(x)["y"]
+
+    model = Wrapped().eval()
+    for subject in (model, model.features):
+        for options in ({}, {"fuse": False}, {"example_inputs": x, "verify": True}):
+            fast = dwswap.optimize(subject, **options)
+            assert dwswap.report(fast).swapped
+            assert not any(
+                module.training for module in fast.modules() if type(module) is not nn.Module
+            )
+            torch.testing.assert_close(fast(x), subject(x), rtol=1e-3, atol=1e-4)

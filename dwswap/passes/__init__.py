@@ -24,6 +24,7 @@ from dwswap.passes.pointwise_product import multiply_pointwise
 from dwswap.passes.pointwise_residual import fuse_residual
 from dwswap.passes.pooled_linear import fuse_pooled_linear
 from dwswap.passes.push_bias import push_bias
+from dwswap.passes.rank_checks import hoist_rank_checks
 from dwswap.passes.recompose_activation import recompose_activation
 from dwswap.passes.remove_identities import remove_identities
 from dwswap.passes.squeeze_excitation import fuse_squeeze_excitation
@@ -45,6 +46,7 @@ __all__ = [
 EXACT_PASSES: tuple[GraphPass, ...] = (swap_depthwise,)
 INFERENCE_PASSES: tuple[GraphPass, ...] = (
     remove_identities,
+    hoist_rank_checks,
     fold_batchnorm,
     fold_scale,
     fold_pointwise,

@@ -21,6 +21,11 @@ _OPERATORS = (
     *(operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor),
     *(operator.ilshift, operator.irshift, operator.setitem, operator.delitem),
 )
+# Their result is new memory.
+_ARITHMETIC = (
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg),
+    *(torch.add, torch.sub, torch.mul, torch.div),
+)
 # Function of ours -> where its argument ``residual`` is, which it may change.
 _RESIDUALS: tuple[tuple[Any, int], ...] = ((pointwise_residual, 2), (separable_conv2d, 5))
 
@@ -68,7 +73,8 @@ def changed_tensors(graph_module: fx.GraphModule) -> set[int]:
         subject = changed_operand(node) if is_in_place(graph_module, node) else None
         while isinstance(subject, fx.Node) and subject.op != "get_attr":
             # Through views, which take what they view as the first argument.
-            subject = subject.args[0] if subject.args else None
+            is_new = subject.target in _ARITHMETIC
+            subject = subject.args[0] if subject.args and not is_new else None
         if isinstance(subject, fx.Node):
             changed.add(id(value_of(graph_module, subject)))
     return changed

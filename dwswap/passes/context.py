@@ -29,6 +29,7 @@ class Context:
         layers: the report so far, by path in the whole model; decisions on modules are in it.
         prefix: path of the graph module inside the model.
         shapes: shapes of values, from ``example_inputs``.
+        ranks: numbers of dimensions of values, which the graph checks.
         skip: why a call stays, a reason code, given the path of the module that makes it.
         changes: what passes did to a layer and what they left, by the layer's path.
         released: paths of modules and tensors that the graph may not need any more.
@@ -43,6 +44,7 @@ class Context:
     layers: dict[str, Layer]
     prefix: str = ""
     shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    ranks: dict[fx.Node, int] = field(default_factory=dict)
     skip: Callable[[str], str | None] | None = None
     changes: dict[str, list[Change]] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
@@ -71,9 +73,12 @@ class Context:
         node.meta[PATH] = path
 
     def rank(self, node: fx.Node) -> int | None:
-        """Number of dimensions of a value, where ``example_inputs``, an export or Dynamo told."""
+        """Number of dimensions of a value, where ``example_inputs``, the graph, an export or Dynamo
+        told."""
         if node in self.shapes:
             return len(self.shapes[node])
+        if node in self.ranks:
+            return self.ranks[node]
         example = example_of(node)
         return example.dim() if isinstance(example, Tensor) else None
 
@@ -81,6 +86,8 @@ class Context:
         """``new`` computes what ``old`` did."""
         if old in self.shapes:
             self.shapes[new] = self.shapes[old]
+        if old in self.ranks:
+            self.ranks[new] = self.ranks[old]
         if old in self.moments:
             self.moments[new] = self.moments[old]
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import nn
 from torch.nn.modules import module as module_globals
 
+from dwswap.called_modules import only_called
 from dwswap.changes import CHANGE_REASONS, Change
 from dwswap.eligibility import reason_not_plain
 from dwswap.modules import DepthwiseConv2d, as_class
@@ -42,8 +43,9 @@ def out_of_place(model: nn.Module) -> dict[str, tuple[Change, ...]]:
     called by a plain ``nn.Sequential`` on what a convolution or a normalization before it returns.
     Reason: autograd copies that input before it changes; out of place it keeps the input itself,
     which takes the same memory, and no copy. Limits: modules that have hooks or methods of their
-    own, or that are in the model twice, stay, and all do while there are global hooks: these may
-    keep the tensor, and would find other values in it.
+    own, that are in the model twice, or in a Sequential that the model's code does not only call,
+    stay, and all do while there are global hooks: these may keep the tensor, and would find other
+    values in it.
     """
     if module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks:
         return {}
@@ -51,7 +53,7 @@ def out_of_place(model: nn.Module) -> dict[str, tuple[Change, ...]]:
     new: dict[nn.Module, nn.Module] = {}
     changes: dict[str, tuple[Change, ...]] = {}
     for path, parent in model.named_modules():
-        if not _is_plain_sequential(parent):
+        if not _is_plain_sequential(parent) or not only_called(model, path):
             continue
         for before, (name, module) in pairwise(parent._modules.items()):
             if type(module) not in _KEEP_THEIR_INPUT or not (module.inplace and module.training):

@@ -62,9 +62,9 @@ class NormCall:
 
     def erase(self) -> None:
         """Take the call, whose output has no users any more, out of the graph."""
-        source = self.node.args[0]
+        source = self.node.args[0] if self.node.target is operator.getitem else None
         self.node.graph.erase_node(self.node)
-        if self.node.target is operator.getitem and isinstance(source, fx.Node):
+        if isinstance(source, fx.Node):
             for unused in (*source.users, source):
                 self.node.graph.erase_node(unused)
 

@@ -157,7 +157,11 @@ def _of_sum(node: fx.Node, roles: dict[fx.Node, Role]) -> Role | None:
 def _is_sum_in_place(node: fx.Node, roles: dict[fx.Node, Role]) -> bool:
     """Whether it changes a value that is new and that nothing else reads."""
     first = node.args[0]
-    if node.target not in _SUMS_IN_PLACE or not isinstance(first, fx.Node) or first not in roles:
+    if node.target not in _SUMS_IN_PLACE:
+        return False
+    while isinstance(first, fx.Node) and permutation(first) is not None and len(first.users) == 1:
+        first = first.args[0]
+    if not isinstance(first, fx.Node) or first not in roles:
         return False
     return roles[first].kind in ("layer", "sum") and len(first.users) == 1
 

@@ -3,7 +3,8 @@
 Pattern:
     ``x + conv(h)`` with a 1 x 1 convolution without bias, stride, padding and groups, or ``x`` and
     a linear layer on ``(N, H, W, C)`` whose result is permuted to ``(N, C, H, W)``, as ConvNeXt
-    has it; nothing else reads the output. ``push_bias`` has removed the bias of most.
+    has it; in place or not; nothing else reads the output. ``push_bias`` has removed the bias of
+    most.
 Reason:
     In channels_last the convolution is a matrix product of views, and BLAS adds to what its output
     holds for the time of reading it; a sum of its own reads both, writes, and is a launch.
@@ -30,7 +31,7 @@ from dwswap.pointwise import pointwise_residual
 
 __all__ = ["fuse_residual"]
 
-_SUMS = (operator.add, torch.add, torch.ops.aten.add.Tensor)
+_SUMS = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor)
 _FUSED = pointwise_residual
 
 
@@ -93,6 +94,10 @@ def _is_spare(graph_module: fx.GraphModule, value: fx.Node, last: fx.Node) -> bo
     """Whether ``value`` is memory of its own that nothing reads after ``last``."""
     is_new = affine_call(graph_module, value) is not None
     is_new = is_new or layer_norm_call(graph_module, value) is not None
+    if value.target is operator.iadd:
+        changed = value.args[0]
+        if not isinstance(changed, fx.Node) or not _is_spare(graph_module, changed, value):
+            return False
     if not is_new and not (value.op == "call_function" and value.target in (*_SUMS, _FUSED)):
         return False
     # A convolution's output is no view of its input.
