@@ -418,3 +418,34 @@ def test_vmap_over_a_graph_in_channels_last() -> None:
     fast = dwswap.optimize(model, memory_format="channels_last")
     x = torch.stack([image(), image() + 1])
     torch.testing.assert_close(torch.vmap(fast)(x), torch.stack([model(each) for each in x]))
+
+
+class Early(nn.Module):
+    """Returns what it computed before any convolution, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(8, 8, 1), depthwise()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(x)
+        return x, self.depthwise(self.first(x))
+
+
+@pytest.mark.parametrize("asked", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("weights", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("images", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("make", [Early, lambda: nn.Sequential(depthwise(), nn.ReLU())])
+@torch.no_grad()
+def test_outputs_have_the_strides_that_weights_and_images_give_them(
+    asked: Any,
+    weights: torch.memory_format,
+    images: torch.memory_format,
+    make: Callable[[], nn.Module],
+) -> None:
+    model = make().eval().to(memory_format=weights)
+    x = image(8).to(memory_format=images)
+    fast = dwswap.optimize(model, x, memory_format=asked, verify=True)
+    assert dwswap.report(fast).memory_format.startswith(asked)
+    for own, expected in zip(*(pytree.tree_leaves(m(x)) for m in (fast, model)), strict=True):
+        torch.testing.assert_close(own, expected, check_stride=True)

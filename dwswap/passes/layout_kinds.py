@@ -14,10 +14,12 @@ from dwswap.passes.channel_shuffle import shuffle_input
 from dwswap.passes.count_calls import does_nothing
 from dwswap.passes.norm_call import norm_call
 
-__all__ = ["CONSTANT", "IMAGE", "PLAIN", "SAME", "LayoutKinds", "name_of", "root_of"]
+__all__ = ["CONSTANT", "IMAGE", "LAST", "PLAIN", "SAME", "LayoutKinds", "name_of", "root_of"]
 
 IMAGE = "image"
 """Dense, in the layout of the images that the graph is given."""
+LAST = "channels_last"
+"""Dense, and channels_last in the original, whatever it is given: its weights are."""
 PLAIN = "plain"
 """Dense, and contiguous in the original, whatever it is given."""
 SLICE = " slice"
@@ -72,7 +74,7 @@ class LayoutKinds:
         if call is not None and call.refusal is None:
             before = self._of_image(call.input)
             if call.spatial == 2:
-                return IMAGE if before is not None and self.channels_last_weights else before
+                return LAST if self.channels_last_weights else before
             return SAME if call.spatial == 0 else None
         if name in _MATRICES and not is_in_place(self.graph_module, node):
             return SAME
@@ -106,7 +108,7 @@ class LayoutKinds:
     def _of_image(self, value: object) -> str | None:
         kind = self.kinds.get(value) if isinstance(value, fx.Node) else None
         kind = None if kind is None else kind.removesuffix(SLICE)
-        return kind if kind in (IMAGE, PLAIN) else None
+        return kind if kind in (IMAGE, LAST, PLAIN) else None
 
     def _is_slice(self, value: object) -> bool:
         kind = self.kinds.get(value) if isinstance(value, fx.Node) else None

@@ -25,7 +25,16 @@ from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.aliasing import changed_operand, is_in_place
 from dwswap.passes.channel_shuffle import keep_layout
 from dwswap.passes.context import Context
-from dwswap.passes.layout_kinds import CONSTANT, IMAGE, PLAIN, SAME, LayoutKinds, name_of, root_of
+from dwswap.passes.layout_kinds import (
+    CONSTANT,
+    IMAGE,
+    LAST,
+    PLAIN,
+    SAME,
+    LayoutKinds,
+    name_of,
+    root_of,
+)
 from dwswap.passes.module_tree import replace_tensors
 
 __all__ = ["MemoryFormat", "set_memory_format"]
@@ -37,6 +46,7 @@ aten = torch.ops.aten
 
 _FUNCTIONS = {"torch", "torchvision", "timm", "dwswap", "_operator", "math", "builtins"}
 _FUNCTIONS |= {"collections"}
+_DENSE = (IMAGE, LAST, PLAIN)
 _MODULES = ("torch.nn.", "torch.ao.nn.", "torch.export.", "torchvision.", "timm.", "dwswap.")
 _SEES_LAYOUT = {
     *("stride", "is_contiguous", "as_strided", "data_ptr", "storage", "untyped_storage", "numpy"),
@@ -65,14 +75,15 @@ def set_memory_format(graph_module: fx.GraphModule, context: Context) -> None:
         if not fits:
             return
     layout = getattr(torch, "channels_last" if asked == "channels_last" else "contiguous_format")
-    # Weights of one column are in both layouts.
-    known = {memory_format(w) for w in weights.values() if w[0].numel() > 1 and w.shape[1] > 1}
+    # Weights of one column are in both layouts; those of depthwise layers tell by their strides.
+    wide = [w for w in weights.values() if w[0].numel() > 1]
+    known = {memory_format(w) for w in [w for w in wide if w.shape[1] > 1] or wide}
     images = _images(graph_module)
     kinds = LayoutKinds(graph_module, images, known == {CHANNELS_LAST}).kinds
     outputs = {node: kinds[node] for node in _outputs(graph_module.graph)}
     refusal = _refusal(graph_module, images)
     for node, kind in outputs.items():
-        if kind not in (IMAGE, PLAIN, SAME, CONSTANT):
+        if kind not in (*_DENSE, SAME, CONSTANT):
             refusal = refusal or f"the layout of the output {node.name} is not known"
     if len(known) > 1:
         refusal = "its weights are in several layouts already"
@@ -82,8 +93,8 @@ def set_memory_format(graph_module: fx.GraphModule, context: Context) -> None:
     if layout is CHANNELS_LAST:
         replaced = keep_layout(graph_module)
         outputs = {replaced.get(node, node): kind for node, kind in outputs.items()}
-    outputs = {n: kind for n, kind in outputs.items() if kind in (IMAGE, PLAIN) and n not in images}
-    _restore(graph_module.graph, outputs, images, known == {CHANNELS_LAST})
+    outputs = {n: kind for n, kind in outputs.items() if kind in _DENSE and n not in images}
+    _restore(graph_module.graph, outputs, images)
     _convert(graph_module, images, layout)
     for node in filter(_is_view, graph_module.graph.nodes):
         node.target = _RESHAPES[node.target]
@@ -163,13 +174,11 @@ def _refusal(graph_module: fx.GraphModule, images: set[fx.Node]) -> str | None:
     return None
 
 
-def _restore(
-    graph: fx.Graph, outputs: dict[fx.Node, str | None], images: set[fx.Node], channels_last: bool
-) -> None:
+def _restore(graph: fx.Graph, outputs: dict[fx.Node, str | None], images: set[fx.Node]) -> None:
     returning = [node for node in graph.nodes if node.op == "output" or _is_container(node)]
     order = [node for node in graph.nodes if node in images]
     for node, kind in outputs.items():
-        given = (channels_last, *order) if kind == IMAGE else (False,)
+        given = (kind == LAST, *(order if kind == IMAGE else ()))
         with graph.inserting_before(next(user for user in returning if user in node.users)):
             new = graph.call_function(restored, (node, *given))
         new.meta["is_wrapped"] = True
