@@ -42,6 +42,19 @@ def test_wrong_ending(fast, tmp_path, format, name):
         save(fast, tmp_path / name, image(), format=format)
 
 
+def test_a_path_that_is_none(fast):
+    with pytest.raises(TypeError, match="path must be a string or a path, got 3"):
+        save(fast, 3, image())
+    with pytest.raises(TypeError, match="path must be a string or a path, got 3"):
+        load(3)
+
+
+def test_junk_is_told(tmp_path):
+    (tmp_path / "m.pt2").write_bytes(b"junk" * 9)
+    with pytest.raises(ExportError, match=r"m\.pt2 is neither a \.pt2 archive nor an ONNX file"):
+        load(tmp_path / "m.pt2")
+
+
 def test_missing_folder(fast, tmp_path):
     with pytest.raises(FileNotFoundError, match="missing does not"):
         save(fast, tmp_path / "missing" / "m.pt2", image())

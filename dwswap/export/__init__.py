@@ -99,11 +99,12 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         returns a tensor, or a tuple of several, on the CPU.
 
     Raises:
+        TypeError: ``path`` is no path.
         OSError: there is no such file, or it cannot be read.
         ModuleNotFoundError: ONNX Runtime is not installed.
         ExportError: the file is none of these, or cannot be loaded; its cause says why.
     """
-    source = Path(path)
+    source = _path(path)
     try:
         return _reader(source)(source)
     except (ExportError, OSError, ModuleNotFoundError):
@@ -112,8 +113,14 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         raise ExportError(f"{source} cannot be loaded: {summary(error)}") from error
 
 
+def _path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a string or a path, got {path!r}")
+    return Path(path)
+
+
 def _checked_target(path: str | os.PathLike[str], suffix: str, format: str) -> Path:
-    target = Path(path)
+    target = _path(path)
     if target.suffix != suffix:
         raise ValueError(f'path must end with {suffix} for format="{format}", got {str(target)!r}')
     if target.is_dir():
@@ -125,7 +132,7 @@ def _checked_target(path: str | os.PathLike[str], suffix: str, format: str) -> P
 
 def _reader(path: Path) -> Callable[[Path], Callable[..., Any]]:
     with path.open("rb") as file:
-        if file.read(1) != b"P":  # of PK, the mark of a zip archive
+        if file.read(1) != b"P" and path.suffix != ".pt2":  # of PK, the mark of a zip archive
             return OnnxModel
     if not zipfile.is_zipfile(path):
         raise ExportError(f"{path} is neither a .pt2 archive nor an ONNX file, or is damaged")
