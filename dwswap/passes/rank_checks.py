@@ -71,15 +71,12 @@ def _check(node: fx.Node) -> _Check | None:
     if not isinstance(equal, fx.Node) or equal.target is not operator.eq:
         return None
     number, rank = equal.args
-    asks = isinstance(number, fx.Node) and type(rank) is int
-    if not asks or not isinstance(number, fx.Node):
+    if not isinstance(number, fx.Node) or not isinstance(rank, int):
         return None
     by_attribute = number.target is getattr and number.args[1] == "ndim"
     by_method = number.op == "call_method" and number.target == "dim"
     value = number.args[0] if by_attribute or by_method else None
-    if not isinstance(value, fx.Node) or not isinstance(rank, int):
-        return None
-    return _Check(value, rank, (node, equal, number))
+    return _Check(value, rank, (node, equal, number)) if isinstance(value, fx.Node) else None
 
 
 def _insert(graph: fx.Graph, value: fx.Node, rank: int) -> None:
