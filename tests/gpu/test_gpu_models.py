@@ -1,7 +1,8 @@
 """Whole models on the GPU: optimized against original, memory, and the time that it takes.
 
-One model per family of torchvision's, the smallest. The rule for numbers applies to the outputs
-of the whole model: error against the same model in float64 at most twice that of the original.
+One model per family of torchvision's, the smallest, and some of timm's. The rule for numbers
+applies to the outputs of the whole model: error against the same model in float64 at most twice
+that of the original.
 """
 
 from __future__ import annotations
@@ -59,15 +60,22 @@ MODELS: dict[str, tuple[int, Callable[[nn.Module, Tensor], object]]] = {
     "deeplabv3_mobilenet_v3_large": (96, whole),
     "ssdlite320_mobilenet_v3_large": (160, detector),
     "fasterrcnn_mobilenet_v3_large_320_fpn": (160, detector),
+    # Their BatchNorm has the activation.
+    "timm/mobilenetv2_050": (96, whole),
+    "timm/mobilenetv4_conv_small": (96, whole),
+    "timm/efficientnet_b0": (96, whole),
 }
 
 
 def build_model(name: str) -> nn.Module:
     """With the statistics of its own activations, so that signals neither vanish nor explode."""
     torch.manual_seed(0)
-    builder = torchvision.models.get_model_builder(name)
-    backbone = "weights_backbone" in inspect.signature(builder).parameters
-    model = builder(weights=None, **({"weights_backbone": None} if backbone else {}))
+    if name.startswith("timm/"):
+        model = pytest.importorskip("timm").create_model(name.removeprefix("timm/"))
+    else:
+        builder = torchvision.models.get_model_builder(name)
+        backbone = "weights_backbone" in inspect.signature(builder).parameters
+        model = builder(weights=None, **({"weights_backbone": None} if backbone else {}))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
