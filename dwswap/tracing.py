@@ -319,10 +319,14 @@ def _calls_batch_norm(module: nn.Module) -> bool:
     if package_of(type(module).forward.__module__) == "torch":
         return False
     try:
-        nodes = build_graph_module(module).graph.nodes
+        check_not_compiled(module)
+        for path, part in module.named_modules():
+            if part is module or not Tracer().is_leaf_module(part, path):
+                _check_saving(part, path)
+        graph, _ = trace(module)  # without the code of a module, which takes longer
     except NotTraceable:
         return False
-    return any(node.target is F.batch_norm for node in nodes)
+    return any(node.target is F.batch_norm for node in graph.nodes)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, object]]:

@@ -193,3 +193,16 @@ def test_timm(name: str) -> None:
     assert folds(fast) == norms
     assert checks(fast) == ["x"]
     torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_norm_that_saves_its_state_in_its_own_way_stays_whole() -> None:
+    class Saving(NormAct):
+        def _save_to_state_dict(self, *args: object, **options: object) -> None:
+            super()._save_to_state_dict(*args, **options)
+
+    model = nn.Sequential(depthwise(), Saving(8), nn.ReLU()).eval()
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == "graph"
+    assert folds(fast) == 0
+    torch.testing.assert_close(fast(image(8)), model(image(8)))
