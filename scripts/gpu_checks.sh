@@ -50,7 +50,8 @@ if [ "${ALL:-0}" = 1 ]; then
   OMP_NUM_THREADS=2 tests no-gpu 16 tests -m "not gpu"
 fi
 # To compile a model takes minutes.
-for model in mobilenet_v2 mobilenet_v3_large efficientnet_b0 shufflenet_v2_x1_0 convnext_tiny; do
+exported=$(PYTHONPATH=.:tests "$python" -c "from export_models import MODELS; print(*MODELS)") || exit 1
+for model in $exported; do
   OMP_NUM_THREADS=2 tests "gpu-export-$model" 1 tests/gpu/test_gpu_export.py -k "library_alone and $model"
 done
 OMP_NUM_THREADS=2 tests gpu-export 4 tests/gpu/test_gpu_export.py -k "not library_alone"

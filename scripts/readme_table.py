@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -126,15 +125,16 @@ def pictures(result: dict[str, Any]) -> dict[Path, list[ModelResult]]:
     """What is drawn of a merged record: models next to many peers, and those next to eager only."""
     from dwswap.bench.model_peers import EAGER
     from dwswap.bench.model_results import ModelResult
+    from dwswap.bench.records import slug
     from dwswap.bench.training_results import TrainingResult
 
     cls = TrainingResult if result["kind"] == "training" else ModelResult
-    device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    main = result["path"].with_name(f"{result['kind']}-{device}.png")
-    rows: dict[Path, list[ModelResult]] = {main: [], main.with_stem(f"{main.stem}-eager"): []}
+    main = result["path"].with_name(f"{result['kind']}-{slug(result['device'])}.png")
+    eager = main.with_stem(f"{main.stem}-eager")
+    rows: dict[Path, list[ModelResult]] = {main: [], eager: []}
     for row in (cls.from_dict(**row) for row in result["results"]):
         others = {run.name for run in row.runs} - {*EAGER, *row.ours}
-        rows[main if others else main.with_stem(f"{main.stem}-eager")].append(row)
+        rows[main if others else eager].append(row)
     return {path: found for path, found in rows.items() if found}
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dwswap.bench.timing import Timing
 
-__all__ = ["MemoryMeter", "synchronize", "time_stream"]
+__all__ = ["LONG", "MemoryMeter", "synchronize", "time_stream"]
 
 SAMPLES = 5
 LONG = 1.0

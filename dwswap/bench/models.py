@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dwswap.bench.kernel_families import profile
-from dwswap.bench.latency import MemoryMeter, synchronize, time_stream
+from dwswap.bench.latency import LONG, MemoryMeter, synchronize, time_stream
 from dwswap.bench.layers import DTYPES, LAYOUTS
 from dwswap.bench.model_cases import Case
 from dwswap.bench.model_peers import takes
@@ -32,9 +32,8 @@ VERY_SLOW = 5.0
 """Seconds of a call from which on one round must do: detection of many images loops in Python."""
 
 WARM_UP = 4
-"""Calls after the first two. With ``reduce-overhead`` the second warms up, the third captures."""
-SLOW = 1.0
-"""Seconds of a call from which on the first two must do."""
+"""Calls after the first two, unless these are long. With ``reduce-overhead`` the second warms up,
+the third captures."""
 
 
 class ModelBench:
@@ -161,7 +160,7 @@ class ModelBench:
             peak = meter.peak(call)
             # A compiled model may capture its graphs in the second call.
             seconds = 0.0 if runner.compiled else time.perf_counter() - called
-            if self.device.type == "cuda" and seconds < SLOW:
+            if self.device.type == "cuda" and seconds < LONG:
                 for _ in range(WARM_UP):
                     call()
                 peak = meter.peak(call)

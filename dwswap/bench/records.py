@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from dwswap.atomic_file import replacing
 from dwswap.environment import environment
 
-__all__ = ["record", "write_json", "write_text"]
+__all__ = ["record", "slug", "write_json", "write_text"]
 
 
 def record(kind: str, **content: Any) -> dict[str, Any]:
@@ -27,6 +28,11 @@ def record(kind: str, **content: Any) -> dict[str, Any]:
         "environment": environment(),
         **content,
     }
+
+
+def slug(device: str) -> str:
+    """The name of a device as part of a file's: ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from dwswap import build
+from dwswap.bench.records import slug
 from dwswap.bench.run_record import RunRecord, switches
 from dwswap.bench.tables import Cells
 from dwswap.cli.common import CliError, output_folder
@@ -119,8 +119,8 @@ def record_file(output: str, what: str, device: str, details: str, *, whole: boo
     if output.endswith(".json"):
         path = Path(output)
         return output_folder(str(path.parent)) / path.name
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return output_folder(output) / f"{what}-{slug}{details}{'' if whole else '-part'}.json"
+    part = "" if whole else "-part"
+    return output_folder(output) / f"{what}-{slug(device)}{details}{part}.json"
 
 
 def start_or_resume(record: RunRecord, resume: bool) -> None:
