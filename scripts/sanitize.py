@@ -74,6 +74,10 @@ def problems() -> Iterator[Problem]:
                 for channels, portable in ((72, False), (72, True), (20, False), (58, False)):
                     shape = (2, channels, 7 + 6 * i, 17 - 4 * i)
                     yield ragged._replace(shape=shape, portable=portable, family="channel_tiles")
+                if stride == 1:
+                    for dilation, portable in ((2, False), (2, True), (5, False)):
+                        lattice = ragged._replace(dilation=dilation, portable=portable)
+                        yield lattice._replace(shape=(2, 40, 17, 13), family="channel_tiles")
                 yield ragged._replace(shape=(2, 72, 23, 17 - 4 * i), family="channel_columns")
                 if size == (3, 3):
                     # channel_direct: accesses of 8 to 2 bytes; outputs enough for many per thread.

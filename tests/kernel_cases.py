@@ -48,6 +48,25 @@ ROWS = {
     "channel tiles, padding only": Row(
         "channel_tiles", "channels_last", SQUARES, channels=(24,), extra_padding=(9, 5)
     ),
+    "channel tiles, dilation": Row(
+        "channel_tiles", "channels_last", SQUARES, (1,), channels=(20, 58, 72), dilation=2
+    ),
+    "channel tiles, dilation, misaligned": Row(
+        "channel_tiles", "offset_by_pair", SQUARES, (1,), channels=(8, 58), dilation=2
+    ),
+    "channel tiles, dilation, padding only": Row(
+        "channel_tiles",
+        "channels_last",
+        SQUARES,
+        (1,),
+        channels=(24,),
+        dilation=3,
+        extra_padding=(9, 5),
+    ),
+    # Further apart than the pixels of a box may be.
+    "channel tiles, large dilation": Row(
+        "channel_tiles", "channels_last", SQUARES, (1,), channels=(24,), dilation=6
+    ),
     "channel columns": Row(
         "channel_columns",
         "channels_last",

@@ -235,13 +235,12 @@ def test_auto_on_cuda() -> None:
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-def test_auto_is_for_half_precision_on_cuda(cuda: bool) -> None:
+def test_auto_is_for_cuda(cuda: bool) -> None:
     def gains(dtype: torch.dtype) -> bool:
         weight: Any = SimpleNamespace(is_cuda=cuda, dtype=dtype)
         return memory_format_pass._gains(weight)
 
-    assert gains(torch.float16) == gains(torch.bfloat16) == cuda
-    assert not gains(torch.float32)
+    assert gains(torch.float16) == gains(torch.bfloat16) == gains(torch.float32) == cuda
     assert not gains(torch.float64)
 
 

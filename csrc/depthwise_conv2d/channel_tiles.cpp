@@ -13,6 +13,8 @@
 namespace dwswap {
 namespace {
 
+constexpr int64_t kMostBoxStep = 4;  // the largest tile, 62 columns, is still a box
+
 int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
 channel_tiles::Reader choose_reader(const DepthwiseConv2dParams& p, const Device& device) {
@@ -20,13 +22,25 @@ channel_tiles::Reader choose_reader(const DepthwiseConv2dParams& p, const Device
   const auto alignment =
       reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.input_bias) | pixel;
   const int bytes = alignment % 16 == 0 ? 16 : alignment % 8 == 0 ? 8 : 4;
-  const bool bulk = reads_boxes(device) && readable_in_boxes(p, element_bytes(p.dtype));
+  const bool bulk = reads_boxes(device) && readable_in_boxes(p, element_bytes(p.dtype)) &&
+                    std::max(p.dilation_h, p.dilation_w) <= kMostBoxStep;
   return {bulk, bytes};
 }
 
 }  // namespace
 
 namespace channel_tiles {
+
+DepthwiseConv2dParams lattice_of(const DepthwiseConv2dParams& p) {
+  DepthwiseConv2dParams lattice = p;
+  lattice.batch *= p.dilation_h * p.dilation_w;
+  lattice.in_h = ceil_div(p.in_h, p.dilation_h), lattice.in_w = ceil_div(p.in_w, p.dilation_w);
+  lattice.out_h = ceil_div(p.out_h, p.dilation_h), lattice.out_w = ceil_div(p.out_w, p.dilation_w);
+  lattice.padding_h = ceil_div(p.padding_h, p.dilation_h);
+  lattice.padding_w = ceil_div(p.padding_w, p.dilation_w);
+  lattice.dilation_h = lattice.dilation_w = 1;
+  return lattice;
+}
 
 Depth choose_depth(const DepthwiseConv2dParams& p, int multiprocessors) {
   // Threads of the deep kernel that keep a multiprocessor busy, and their outputs.
@@ -112,10 +126,12 @@ bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   if (p.dtype == DataType::kFloat64) return false;
   if (p.in_layout != Layout::kChannelsLast || p.out_layout != Layout::kChannelsLast) return false;
-  if (p.multiplier != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.multiplier != 1) return false;
   if (p.kernel_h != p.kernel_w || (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7))
     return false;
   if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
+  if (channel_tiles::is_dilated(p) && p.stride_h != 1) return false;
+  if (p.dilation_h > p.out_h || p.dilation_w > p.out_w) return false;
   // A thread owns a pair of channels.
   const int pair_bytes = 2 * element_bytes(p.dtype);
   const auto addresses =
@@ -123,8 +139,9 @@ bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
       reinterpret_cast<uintptr_t>(p.bias) | reinterpret_cast<uintptr_t>(p.input_bias);
   if (p.channels % 2 != 0 || addresses % pair_bytes != 0) return false;
   // At least 4 pairs of channels (or all), 7 columns and a row per block.
-  const int64_t blocks = p.batch * ceil_div(p.channels, 8) * ceil_div(p.out_w, 7) * p.out_h;
-  if (blocks > kLimit || p.channels > kLimit / 64) return false;
+  const DepthwiseConv2dParams lattice = channel_tiles::lattice_of(p);
+  const int64_t rows = lattice.batch * lattice.out_h, tiles = ceil_div(lattice.out_w, 7);
+  if (p.channels > kLimit / 64 || rows > kLimit / (tiles * ceil_div(p.channels, 8))) return false;
   return p.in_h + 2 * p.padding_h <= kLimit / 2 && p.in_w + 2 * p.padding_w <= kLimit / 2;
 }
 

@@ -10,6 +10,9 @@
 // input rows: each element of a row is loaded and converted once, and used by every output whose
 // window holds it. For K = 3 that makes about 27 instructions per output pixel and channel pair,
 // 18 of them multiply-adds.
+//
+// With a dilation d, the outputs that are d apart see inputs that are d apart, and no others: d x d
+// lattices, each a convolution without dilation. A block has a tile of one of them.
 #pragma once
 
 #include <type_traits>
@@ -27,13 +30,14 @@
 namespace dwswap {
 namespace channel_tiles {
 
-template <typename T_, int K_, int STRIDE_, Depth DEPTH_, Form FORM_>
+template <typename T_, int K_, int STRIDE_, Depth DEPTH_, Form FORM_, bool DILATED_ = false>
 struct Traits {
   using T = T_;
   static constexpr int kKernel = K_;
   static constexpr int kStride = STRIDE_;
   // kClamp, kHardswish, or kAny: the input is transformed in place, before it is used.
   static constexpr Form kForm = FORM_;
+  static constexpr bool kDilated = DILATED_;
   // An odd number of columns keeps groups of lanes in different shared-memory banks; 7 divides the
   // image widths of most networks (7, 14, 28, 56, 112).
   static constexpr int kColumns = 7;
@@ -52,23 +56,47 @@ struct Arguments {
   const void* bias;
   const void* input_bias;
   void* output;
-  int channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int channels, in_h, in_w, out_h, out_w, padding_h, padding_w, dilation_h, dilation_w;
   int pairs, groups_w, groups_h;
   Reader reader;
   int tile_w, tile_pixels;  // columns and pixels of the input tile
   uint32_t box_bytes;       // of the input tile
   uint32_t tile_bytes;      // the same, rounded up to the alignment of the weights behind it
-  Divisor by_slices, by_tiles_w, by_tiles_h, by_pairs, by_groups_w;
+  Divisor by_slices, by_dilation_w, by_dilation_h, by_tiles_w, by_tiles_h, by_pairs, by_groups_w;
   Divisor by_vectors, by_tile_w;
   bool transforms_input, reversed_taps;
   Activation input_activation, activation;
 };
 
+// Rows or columns of a lattice: inputs, outputs, and zeros in front of the inputs; and which of the
+// image they are, the first ones and one in `step`.
+struct Axis {
+  int in, out, padding;
+  int first_in = 0, first_out = 0, step = 1;
+
+  __device__ __forceinline__ Axis(int in, int out, int padding)
+      : in(in), out(out), padding(padding) {}
+
+  // That of the outputs `first`, first + dilation, ...
+  __device__ __forceinline__ Axis(int in_size, int out_size, int zeros, int first, int dilation)
+      : first_out(first), step(dilation) {
+    padding = (max(zeros - first, 0) + dilation - 1) / dilation;
+    first_in = first - zeros + padding * dilation;
+    in = (in_size - first_in + dilation - 1) / dilation;
+    out = (out_size - first + dilation - 1) / dilation;
+  }
+};
+
+struct Lattice {
+  Axis rows, columns;
+};
+
 // Calls visit(element, channel, row, column, inside) for every vector of VEC elements of the tile
-// that this thread has: its place in the tile, where it lies in the image, and whether it does.
+// that this thread has: its place in the tile, where it lies in the lattice, and whether it does.
 template <int VEC, typename Visit>
-__device__ __forceinline__ void for_each_vector(const Arguments& a, int first_channel,
-                                                int first_row, int first_column, Visit&& visit) {
+__device__ __forceinline__ void for_each_vector(const Arguments& a, const Lattice& lattice,
+                                                int first_channel, int first_row, int first_column,
+                                                Visit&& visit) {
   const int vectors = a.tile_pixels * static_cast<int>(a.by_vectors.value);
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
     uint32_t vector, column;
@@ -76,8 +104,8 @@ __device__ __forceinline__ void for_each_vector(const Arguments& a, int first_ch
     const int row = first_row + static_cast<int>(a.by_tile_w.divide(pixel, &column));
     const int channel = first_channel + static_cast<int>(vector) * VEC;
     column += first_column;
-    const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(a.in_h) &&
-                        column < static_cast<unsigned>(a.in_w) && channel < a.channels;
+    const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(lattice.rows.in) &&
+                        column < static_cast<unsigned>(lattice.columns.in) && channel < a.channels;
     visit(i * VEC, channel, row, static_cast<int>(column), inside);
   }
 }
@@ -96,26 +124,30 @@ __device__ __forceinline__ void for_vector_bytes(int bytes, Body&& body) {
 }
 
 template <typename T, int VEC>
-__device__ __forceinline__ void read_tile(T* tile, const Arguments& a, const T* image,
-                                          int first_channel, int first_row, int first_column) {
+__device__ __forceinline__ void read_tile(T* tile, const Arguments& a, const Lattice& lattice,
+                                          const T* image, int first_channel, int first_row,
+                                          int first_column) {
   constexpr int BYTES = VEC * sizeof(T);
-  for_each_vector<VEC>(a, first_channel, first_row, first_column,
-                       [&](int element, int channel, int row, int column, bool inside) {
-                         const T* source = image;
-                         if (inside) {
-                           source +=
-                               (static_cast<int64_t>(row) * a.in_w + column) * a.channels + channel;
-                         }
-                         copy_async<BYTES>(tile + element, source, inside ? BYTES : 0);
-                       });
+  const Axis &rows = lattice.rows, &columns = lattice.columns;
+  for_each_vector<VEC>(
+      a, lattice, first_channel, first_row, first_column,
+      [&](int element, int channel, int row, int column, bool inside) {
+        const T* source = image;
+        if (inside) {
+          const int64_t pixel = static_cast<int64_t>(rows.first_in + row * rows.step) * a.in_w +
+                                columns.first_in + column * columns.step;
+          source += pixel * a.channels + channel;
+        }
+        copy_async<BYTES>(tile + element, source, inside ? BYTES : 0);
+      });
 }
 
 // input_activation(input + input_bias) of the tile, in place. What lies outside the image stays
 // zero: padding comes after the activation. Once per element; the result is rounded to T as it
 // would be in a tensor. A thread keeps its channels.
 template <typename T, int VEC>
-__device__ __forceinline__ void transform_tile(T* tile, const Arguments& a, int first_channel,
-                                               int first_row, int first_column) {
+__device__ __forceinline__ void transform_tile(T* tile, const Arguments& a, const Lattice& lattice,
+                                               int first_channel, int first_row, int first_column) {
   const bool clamps = a.input_activation <= Activation::kRelu6;
   float lows[VEC], highs[VEC];
 #pragma unroll
@@ -134,8 +166,8 @@ __device__ __forceinline__ void transform_tile(T* tile, const Arguments& a, int 
   for (int pixel = first; pixel < a.tile_pixels; pixel += step) {
     uint32_t column;
     const int row = first_row + static_cast<int>(a.by_tile_w.divide(pixel, &column));
-    if (static_cast<unsigned>(row) >= static_cast<unsigned>(a.in_h) ||
-        column + first_column >= static_cast<unsigned>(a.in_w))
+    if (static_cast<unsigned>(row) >= static_cast<unsigned>(lattice.rows.in) ||
+        column + first_column >= static_cast<unsigned>(lattice.columns.in))
       continue;
     T* const at = tile + pixel * vectors * VEC + element;
     Words<T, VEC> words = load_words<VEC>(at);
@@ -167,16 +199,26 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   auto* tile_taps = reinterpret_cast<T*>(shared + a.tile_bytes);
 
   uint32_t slice, tile_x, tile_y, pair, group_w;
-  const uint32_t n = a.by_tiles_h.divide(
-      a.by_tiles_w.divide(a.by_slices.divide(blockIdx.x, &slice), &tile_x), &tile_y);
+  uint32_t index = a.by_slices.divide(blockIdx.x, &slice);
+  const Lattice lattice = [&]() -> Lattice {
+    if constexpr (Traits::kDilated) {
+      uint32_t row, column;
+      index = a.by_dilation_h.divide(a.by_dilation_w.divide(index, &column), &row);
+      return {{a.in_h, a.out_h, a.padding_h, static_cast<int>(row), a.dilation_h},
+              {a.in_w, a.out_w, a.padding_w, static_cast<int>(column), a.dilation_w}};
+    }
+    return {{a.in_h, a.out_h, a.padding_h}, {a.in_w, a.out_w, a.padding_w}};
+  }();
+  const Axis &rows = lattice.rows, &columns = lattice.columns;
+  const uint32_t n = a.by_tiles_h.divide(a.by_tiles_w.divide(index, &tile_x), &tile_y);
   const int tile_channels = 2 * a.pairs;
   const int first_channel = slice * tile_channels;
   const int tile_column = tile_x * a.groups_w * COLUMNS;
   const int tile_row = tile_y * a.groups_h * ROWS;
 
   const int count = min(tile_channels, a.channels - first_channel);
-  const int first_row = tile_row * S - a.padding_h;
-  const int first_column = tile_column * S - a.padding_w;
+  const int first_row = tile_row * S - rows.padding;
+  const int first_column = tile_column * S - columns.padding;
   const auto* weight =
       static_cast<const T*>(a.weight) + static_cast<int64_t>(first_channel) * K * K;
 #if DWSWAP_BULK_COPIES
@@ -186,7 +228,9 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
       const auto tap_bytes = static_cast<uint32_t>(count * K * K * sizeof(T));
       barrier_init(&barrier);
       barrier_expect(&barrier, a.box_bytes + tap_bytes);
-      copy_box(tile, &map, &barrier, first_channel, first_column, first_row, n);
+      copy_box(tile, &map, &barrier, first_channel,
+               columns.first_in + first_column * columns.step,
+               rows.first_in + first_row * rows.step, n);
       copy_bytes(tile_taps, weight, tap_bytes, &barrier);
     }
     __syncthreads();
@@ -199,7 +243,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
         static_cast<const T*>(a.input) + static_cast<int64_t>(n) * a.in_h * a.in_w * a.channels;
     const auto read = [&](auto bytes) {
       constexpr int VEC = bytes.value / sizeof(T);
-      read_tile<T, VEC>(tile, a, image, first_channel, first_row, first_column);
+      read_tile<T, VEC>(tile, a, lattice, image, first_channel, first_row, first_column);
     };
     for_vector_bytes<T>(a.reader.vector_bytes, read);
     for (int i = threadIdx.x; i < count * K * K; i += blockDim.x) tile_taps[i] = weight[i];
@@ -209,7 +253,8 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   const int c = first_channel + 2 * pair;
   const int ow = tile_column + group_w * COLUMNS;
   const int oh = tile_row + group_h * ROWS;
-  const bool idle = group_h >= a.groups_h || c >= a.channels || ow >= a.out_w || oh >= a.out_h;
+  const bool idle =
+      group_h >= a.groups_h || c >= a.channels || ow >= columns.out || oh >= rows.out;
   float bias[2] = {};
   if (!idle && a.bias != nullptr) load(static_cast<const T*>(a.bias) + c, bias);
 
@@ -222,7 +267,8 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   }
   if (Traits::kForm == Form::kAny && a.transforms_input) {
     const auto transform = [&](auto bytes) {
-      transform_tile<T, bytes.value / sizeof(T)>(tile, a, first_channel, first_row, first_column);
+      constexpr int VEC = bytes.value / sizeof(T);
+      transform_tile<T, VEC>(tile, a, lattice, first_channel, first_row, first_column);
     };
     for_vector_bytes<T>(a.reader.vector_bytes, transform);
     __syncthreads();
@@ -238,9 +284,9 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
     load(static_cast<const T*>(a.input_bias) + c, input_bias);
   const InputForm<IN_LOADS, T, 2> input_form(input_bias, a.input_activation);
   const OutputForm<Traits::kForm, T, 2> output_form(a.activation);
-  const int iw = ow * S - a.padding_w, ih = oh * S - a.padding_h;
+  const int iw = ow * S - columns.padding, ih = oh * S - rows.padding;
   const uint32_t inside =
-      columns_inside<IN_COLUMNS>(iw, a.in_w, (min(COLUMNS, a.out_w - ow) - 1) * S + K);
+      columns_inside<IN_COLUMNS>(iw, columns.in, (min(COLUMNS, columns.out - ow) - 1) * S + K);
 
   float sums[ROWS][2 * COLUMNS];
   const float start[2] = {input_form.start(0, bias[0], taps[0]),
@@ -255,7 +301,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
         tile + (group_h * ROWS * S * a.tile_w + group_w * COLUMNS * S) * tile_channels + 2 * pair;
 #pragma unroll
     for (int i = 0; i < IN_ROWS; ++i, source += a.tile_w * tile_channels) {
-      const bool row_inside = static_cast<unsigned>(ih + i) < static_cast<unsigned>(a.in_h);
+      const bool row_inside = static_cast<unsigned>(ih + i) < static_cast<unsigned>(rows.in);
       float x[2 * IN_COLUMNS];
       input_form.template apply<IN_COLUMNS, decltype(masked)::value>(
           [&](int pixel) { return load_words<2>(source + pixel * tile_channels); },
@@ -277,7 +323,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   if constexpr (IN_LOADS == Form::kPlain) {
     convolve(std::false_type());
   } else {
-    const bool whole = inside == (1u << IN_COLUMNS) - 1 && ih >= 0 && ih + IN_ROWS <= a.in_h;
+    const bool whole = inside == (1u << IN_COLUMNS) - 1 && ih >= 0 && ih + IN_ROWS <= rows.in;
     if (__any_sync(__activemask(), !whole)) {
       convolve(std::true_type());
     } else {
@@ -293,16 +339,17 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   }
 
   const int64_t out_row = static_cast<int64_t>(a.out_w) * a.channels;
-  T* target = static_cast<T*>(a.output) + (static_cast<int64_t>(n) * a.out_h + oh) * out_row +
-              static_cast<int64_t>(ow) * a.channels + c;
+  const int row = rows.first_out + oh * rows.step, column = columns.first_out + ow * columns.step;
+  T* target = static_cast<T*>(a.output) + (static_cast<int64_t>(n) * a.out_h + row) * out_row +
+              static_cast<int64_t>(column) * a.channels + c;
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r, target += out_row) {
-    if (oh + r >= a.out_h) break;
+  for (int r = 0; r < ROWS; ++r, target += rows.step * out_row) {
+    if (oh + r >= rows.out) break;
     if constexpr (Traits::kForm == Form::kAny) activate(sums[r], a.activation);
     T* element = target;
 #pragma unroll
-    for (int j = 0; j < COLUMNS; ++j, element += a.channels) {
-      if (ow + j < a.out_w) {
+    for (int j = 0; j < COLUMNS; ++j, element += columns.step * a.channels) {
+      if (ow + j < columns.out) {
         float value[2] = {sums[r][2 * j], sums[r][2 * j + 1]};
         store_words<2>(element, output_form.apply(value));
       }
@@ -315,20 +362,24 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int mul
                    cudaStream_t stream) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride;
+  const DepthwiseConv2dParams lattice = lattice_of(p);
   const Tile tile =
-      choose_tile(p, reader, Traits::kColumns, Traits::kRows, sizeof(T), multiprocessors);
+      choose_tile(lattice, reader, Traits::kColumns, Traits::kRows, sizeof(T), multiprocessors);
   const int tile_w = (tile.groups_w * Traits::kColumns - 1) * S + K;
   const int tile_h = (tile.groups_h * Traits::kRows - 1) * S + K;
   const int tile_channels = 2 * tile.pairs;
 
   CUtensorMap map{};
-  if (reader.bulk && !encode_input<T>(&map, p, {tile_channels, tile_w, tile_h, 1})) {
-    return cudaErrorInvalidValue;
-  }
+  const auto dilation_h = static_cast<int>(p.dilation_h);
+  const auto dilation_w = static_cast<int>(p.dilation_w);
+  const Box box{tile_channels, tile_w, tile_h, 1, false, dilation_w, dilation_h};
+  if (reader.bulk && !encode_input<T>(&map, p, box)) return cudaErrorInvalidValue;
 
   const auto slices = static_cast<uint32_t>(ceil_div(p.channels, tile_channels));
-  const auto tiles_w = static_cast<uint32_t>(ceil_div(p.out_w, tile.groups_w * Traits::kColumns));
-  const auto tiles_h = static_cast<uint32_t>(ceil_div(p.out_h, tile.groups_h * Traits::kRows));
+  const auto tiles_w =
+      static_cast<uint32_t>(ceil_div(lattice.out_w, tile.groups_w * Traits::kColumns));
+  const auto tiles_h =
+      static_cast<uint32_t>(ceil_div(lattice.out_h, tile.groups_h * Traits::kRows));
   Arguments a{};
   a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
   a.output = p.output;
@@ -336,11 +387,14 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int mul
   a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
   a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.dilation_h = dilation_h, a.dilation_w = dilation_w;
   a.pairs = tile.pairs, a.groups_w = tile.groups_w, a.groups_h = tile.groups_h;
   a.reader = reader;
   a.tile_w = tile_w, a.tile_pixels = tile_w * tile_h;
   a.box_bytes = static_cast<uint32_t>(tile_channels * tile_w * tile_h * sizeof(T));
   a.tile_bytes = static_cast<uint32_t>(ceil_div(a.box_bytes, 128) * 128);
+  a.by_dilation_h = Divisor(static_cast<uint32_t>(dilation_h));
+  a.by_dilation_w = Divisor(static_cast<uint32_t>(dilation_w));
   a.by_slices = Divisor(slices), a.by_tiles_w = Divisor(tiles_w), a.by_tiles_h = Divisor(tiles_h);
   a.by_pairs = Divisor(static_cast<uint32_t>(tile.pairs));
   a.by_groups_w = Divisor(static_cast<uint32_t>(tile.groups_w));
@@ -350,7 +404,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Reader& reader, int mul
   a.input_activation = p.input_activation, a.activation = p.activation;
 
   const auto shared = static_cast<int>(a.tile_bytes + tile_channels * K * K * sizeof(T));
-  const auto blocks = static_cast<unsigned>(p.batch * slices * tiles_w * tiles_h);
+  const auto blocks = static_cast<unsigned>(lattice.batch * slices * tiles_w * tiles_h);
   const auto threads = static_cast<unsigned>(ceil_div(tile.threads(), 32) * 32);
   kernel<Traits><<<blocks, threads, shared, stream>>>(map, a);
   return cudaGetLastError();
@@ -368,6 +422,17 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
                          cudaStream_t stream) {
   const Depth depth = choose_depth(p, multiprocessors);
   const Form form = form_of(p);
+#define DWSWAP_CASE(K, DEPTH)                                                         \
+  if (is_dilated(p) && p.kernel_h == K && depth == Depth::DEPTH)                      \
+    return launch<Traits<T, K, 1, Depth::DEPTH, Form::kAny, true>>(p, reader, multiprocessors, \
+                                                                   stream);
+  DWSWAP_CASE(3, kFlat)
+  DWSWAP_CASE(3, kDeep)
+  DWSWAP_CASE(5, kFlat)
+  DWSWAP_CASE(5, kDeep)
+  DWSWAP_CASE(7, kFlat)
+  DWSWAP_CASE(7, kDeep)
+#undef DWSWAP_CASE
   const auto run = [&]<typename Clamp, typename Hardswish, typename Any>() {
     if (clamps(form)) return launch<Clamp>(p, reader, multiprocessors, stream);
     return form == Form::kHardswish ? launch<Hardswish>(p, reader, multiprocessors, stream)

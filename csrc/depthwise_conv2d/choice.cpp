@@ -68,10 +68,11 @@ bool suits_plane_strips(const DepthwiseConv2dParams& p) {
 }
 
 // The families of few taps are bound by memory; none of them is compiled for a large kernel, or for
-// a dilation but rolling_rows.
+// a dilation but rolling_rows, which is slower, and channel_tiles, which is faster.
 bool suits_toeplitz(const DepthwiseConv2dParams& p) {
   constexpr int64_t kManyTaps = 49;
-  return p.kernel_h * p.kernel_w > kManyTaps || p.dilation_h != 1 || p.dilation_w != 1;
+  if (p.kernel_h * p.kernel_w > kManyTaps) return true;
+  return (p.dilation_h != 1 || p.dilation_w != 1) && !covers_channel_tiles(p);
 }
 
 // 5x5 over a tiny image is over before the pipeline of stages is full. Of long rows channel_tiles

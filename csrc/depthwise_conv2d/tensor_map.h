@@ -51,9 +51,13 @@ inline bool readable_in_boxes(const DepthwiseConv2dParams& p, int element_bytes)
 
 // What one copy brings, and whether 16-byte pieces change places so that the same channels of
 // neighbouring pixels lie in different banks. Swizzled, a box has 16, 32 or 64 halves of channels.
+// Of columns and rows it may bring one in so many.
 struct Box {
   int channels, columns, rows, images;
   bool swizzled = false;
+  int column_step = 1, row_step = 1;
+
+  static constexpr int extent(int count, int step) { return (count - 1) * step + 1; }
 };
 
 // A channels_last tensor as boxes. False: it was refused.
@@ -65,9 +69,12 @@ bool encode_pixels(CUtensorMap* map, const void* pixels, int64_t batch, int64_t 
   const cuuint64_t pitches[3] = {sizes[0] * sizeof(T), sizes[0] * sizes[1] * sizeof(T),
                                  sizes[0] * sizes[1] * sizes[2] * sizeof(T)};
   const cuuint32_t extents[4] = {
-      static_cast<cuuint32_t>(box.channels), static_cast<cuuint32_t>(box.columns),
-      static_cast<cuuint32_t>(box.rows), static_cast<cuuint32_t>(box.images)};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+      static_cast<cuuint32_t>(box.channels),
+      static_cast<cuuint32_t>(Box::extent(box.columns, box.column_step)),
+      static_cast<cuuint32_t>(Box::extent(box.rows, box.row_step)),
+      static_cast<cuuint32_t>(box.images)};
+  const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(box.column_step),
+                               static_cast<cuuint32_t>(box.row_step), 1};
   const size_t bytes = box.channels * sizeof(T);
   const auto swizzle = !box.swizzled ? CU_TENSOR_MAP_SWIZZLE_NONE
                        : bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
