@@ -18,8 +18,7 @@ from dwswap import build
 from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
 from dwswap.checks import check_rank, check_vector, value_check
 from dwswap.layouts import empty_image
-from dwswap.plain import is_plain, needs_gradient
-from dwswap.pointwise import suits
+from dwswap.plain import has_kernels, is_plain, needs_gradient
 from dwswap.schema import library
 from dwswap.schema import stem_conv2d as operator
 
@@ -34,8 +33,8 @@ def stem_conv2d(
 ) -> Tensor:
     """``activation(conv2d(input, weight, bias, stride=2, padding=1))``, in channels_last.
 
-    On CUDA a kernel of our own for half precision, which reads images of either layout: sums are
-    float32, and rounded once behind the activation.
+    On CUDA a kernel of our own for float32 and half precision, which reads images of either layout:
+    products and sums are float32, without TF32, and rounded once behind the activation.
 
     Args:
         input: ``(N, 3, H, W)`` or ``(3, H, W)``.
@@ -51,7 +50,7 @@ def stem_conv2d(
             or aten finds it).
     """
     at_once = is_plain(input, weight, bias, None) and not needs_gradient(input, weight, bias)
-    call = operator if at_once and suits(input) and build.load() else _stem_conv2d_aten
+    call = operator if at_once and has_kernels(input) and build.load() else _stem_conv2d_aten
     return call(input, weight, bias, PAIRS["none", activation])
 
 

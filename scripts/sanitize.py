@@ -245,7 +245,7 @@ def stems() -> Iterator[Stem]:
     """Every number of channels and every access; units of all heights, and several for a block."""
     shapes = ((2, 3, 9, 40), (3, 3, 7, 13), (1, 3, 1, 1), (1, 3, 5, 1037), (1, 3, 224, 224))
     many = (1, 3, 3001, 62)
-    for dtype, memory_format in itertools.product(HALVES, FORMATS):
+    for dtype, memory_format in itertools.product((torch.float32, *HALVES), FORMATS):
         for channels, (i, shape) in itertools.product(range(8, 65, 8), enumerate(shapes)):
             activation = ("none", "relu6", "silu")[(i + channels // 8) % 3]
             yield Stem(dtype, memory_format, shape, channels, i % 2, activation)

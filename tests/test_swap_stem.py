@@ -31,7 +31,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in half precision on a GPU."""
     # By importlib, as the package has the function under the same name.
     module = importlib.import_module("dwswap.passes.swap_stem")
-    monkeypatch.setattr(module, "suits", lambda tensor: True)
+    monkeypatch.setattr(module, "has_kernels", lambda tensor: True)
 
 
 def optimize(model: nn.Module, **options: Any) -> Any:

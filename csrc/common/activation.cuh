@@ -26,6 +26,14 @@ __device__ __forceinline__ A clamp(A x, A low, A high) {
   return minimum(maximum(x, low), high);
 }
 
+// None, relu and relu6 are min(max(x, low), high).
+__device__ __forceinline__ float low_of(Activation activation) {
+  return activation == Activation::kNone ? -INFINITY : 0.0f;
+}
+__device__ __forceinline__ float high_of(Activation activation) {
+  return activation == Activation::kRelu6 ? 6.0f : INFINITY;
+}
+
 // The fast forms are relative to the scale of the result as good as float32: where the error of
 // __expf grows, the result is small.
 __device__ __forceinline__ float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }

@@ -129,17 +129,17 @@ __device__ __forceinline__ void read_tile(T* tile, const Arguments& a, const Lat
                                           int first_column) {
   constexpr int BYTES = VEC * sizeof(T);
   const Axis &rows = lattice.rows, &columns = lattice.columns;
-  for_each_vector<VEC>(
-      a, lattice, first_channel, first_row, first_column,
-      [&](int element, int channel, int row, int column, bool inside) {
-        const T* source = image;
-        if (inside) {
-          const int64_t pixel = static_cast<int64_t>(rows.first_in + row * rows.step) * a.in_w +
-                                columns.first_in + column * columns.step;
-          source += pixel * a.channels + channel;
-        }
-        copy_async<BYTES>(tile + element, source, inside ? BYTES : 0);
-      });
+  for_each_vector<VEC>(a, lattice, first_channel, first_row, first_column,
+                       [&](int element, int channel, int row, int column, bool inside) {
+                         const T* source = image;
+                         if (inside) {
+                           const int64_t pixel =
+                               static_cast<int64_t>(rows.first_in + row * rows.step) * a.in_w +
+                               columns.first_in + column * columns.step;
+                           source += pixel * a.channels + channel;
+                         }
+                         copy_async<BYTES>(tile + element, source, inside ? BYTES : 0);
+                       });
 }
 
 // input_activation(input + input_bias) of the tile, in place. What lies outside the image stays
@@ -228,8 +228,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
       const auto tap_bytes = static_cast<uint32_t>(count * K * K * sizeof(T));
       barrier_init(&barrier);
       barrier_expect(&barrier, a.box_bytes + tap_bytes);
-      copy_box(tile, &map, &barrier, first_channel,
-               columns.first_in + first_column * columns.step,
+      copy_box(tile, &map, &barrier, first_channel, columns.first_in + first_column * columns.step,
                rows.first_in + first_row * rows.step, n);
       copy_bytes(tile_taps, weight, tap_bytes, &barrier);
     }
@@ -253,8 +252,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   const int c = first_channel + 2 * pair;
   const int ow = tile_column + group_w * COLUMNS;
   const int oh = tile_row + group_h * ROWS;
-  const bool idle =
-      group_h >= a.groups_h || c >= a.channels || ow >= columns.out || oh >= rows.out;
+  const bool idle = group_h >= a.groups_h || c >= a.channels || ow >= columns.out || oh >= rows.out;
   float bias[2] = {};
   if (!idle && a.bias != nullptr) load(static_cast<const T*>(a.bias) + c, bias);
 
@@ -422,8 +420,8 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
                          cudaStream_t stream) {
   const Depth depth = choose_depth(p, multiprocessors);
   const Form form = form_of(p);
-#define DWSWAP_CASE(K, DEPTH)                                                         \
-  if (is_dilated(p) && p.kernel_h == K && depth == Depth::DEPTH)                      \
+#define DWSWAP_CASE(K, DEPTH)                                                                  \
+  if (is_dilated(p) && p.kernel_h == K && depth == Depth::DEPTH)                               \
     return launch<Traits<T, K, 1, Depth::DEPTH, Form::kAny, true>>(p, reader, multiprocessors, \
                                                                    stream);
   DWSWAP_CASE(3, kFlat)

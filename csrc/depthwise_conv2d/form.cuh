@@ -44,14 +44,6 @@ auto visit_form(Form form, Visit&& visit) {
 
 constexpr bool clamps(Form form) { return form == Form::kRelu || form == Form::kClamp; }
 
-// An activation of kRelu and kClamp is min(max(x, low), high).
-__device__ __forceinline__ float low_of(Activation activation) {
-  return activation == Activation::kNone ? -INFINITY : 0.0f;
-}
-__device__ __forceinline__ float high_of(Activation activation) {
-  return activation == Activation::kRelu6 ? 6.0f : INFINITY;
-}
-
 // Element by element, in the type of the elements; NaN stays NaN.
 template <typename T, int N>
 __device__ __forceinline__ Words<T, N> maximum(Words<T, N> x, const Words<T, N>& low) {

@@ -68,11 +68,10 @@ bool encode_pixels(CUtensorMap* map, const void* pixels, int64_t batch, int64_t 
                                static_cast<cuuint64_t>(height), static_cast<cuuint64_t>(batch)};
   const cuuint64_t pitches[3] = {sizes[0] * sizeof(T), sizes[0] * sizes[1] * sizeof(T),
                                  sizes[0] * sizes[1] * sizes[2] * sizeof(T)};
-  const cuuint32_t extents[4] = {
-      static_cast<cuuint32_t>(box.channels),
-      static_cast<cuuint32_t>(Box::extent(box.columns, box.column_step)),
-      static_cast<cuuint32_t>(Box::extent(box.rows, box.row_step)),
-      static_cast<cuuint32_t>(box.images)};
+  const cuuint32_t extents[4] = {static_cast<cuuint32_t>(box.channels),
+                                 static_cast<cuuint32_t>(Box::extent(box.columns, box.column_step)),
+                                 static_cast<cuuint32_t>(Box::extent(box.rows, box.row_step)),
+                                 static_cast<cuuint32_t>(box.images)};
   const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(box.column_step),
                                static_cast<cuuint32_t>(box.row_step), 1};
   const size_t bytes = box.channels * sizeof(T);

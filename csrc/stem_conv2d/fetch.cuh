@@ -2,6 +2,8 @@
 // there, whatever the layout of the image, with zeros for what is outside of it.
 #pragma once
 
+#include <type_traits>
+
 #include "common/async_copy.cuh"
 #include "common/numeric.cuh"
 #include "stem_conv2d/cut.h"
@@ -17,19 +19,20 @@ constexpr int kTaps = 27;
 
 // Rows of input in shared memory: element kFront is channel 0 of the pixel 2 ox of the first
 // output. In front of it is what the first output's left taps see, and what comes with it in one
-// access of 8 elements.
+// access.
 constexpr int kFront = 16;
 constexpr int kInputRows = 2 * kMostRows + 1;
 // The last output's taps end with pixel 2 ox + 1: 2 x 16 x 8 pixels of 3 elements, 784 in all.
 constexpr int kPitch = kFront + 2 * kTile * kMostTiles * kInputChannels;
 static_assert(kFront >= 8 && kFront % 8 == 0 && kPitch % 8 == 0, "whole accesses of 16 bytes");
-constexpr int kPitchWords = kPitch / 2;
-// Of the first output: element 0 is at an odd place, the pairs behind it are words.
-constexpr int kFirstElement = kFront - kInputChannels;
-static_assert(kFirstElement % 2 == 1);
+constexpr int kFirstElement = kFront - kInputChannels;  // that the first output sees
+
+// An element in shared memory.
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
 
 // How a thread reads the input: elements of pixels, or pixels of planes.
-enum class Access { kElements8, kElements2, kElement, kPixels4, kPixel };
+enum class Access { kVectors, kPairs, kElement, kPixels4, kPixel };
 
 struct Arguments {
   const void* input;
@@ -38,6 +41,7 @@ struct Arguments {
   void* output;
   int height, width, out_h, out_w;
   int weight_plane, weight_row, weight_column;
+  int channels;  // of the output
   int rows, tiles;
   int accesses;  // of a row of input in shared memory
   Divisor by_groups, by_pieces, by_accesses;
@@ -60,8 +64,8 @@ __device__ __forceinline__ Unit unit_at(const Arguments& a, uint32_t index) {
 // once for a thread: load(b, exists, row, element) for each of them, then store(b, target).
 // Elements count from the pixel 2 ox of the first output; FIRST is that of the first access of a
 // row.
-template <int BATCH, int STEP, int FIRST, typename Load, typename Store>
-__device__ __forceinline__ void for_accesses(const Arguments& a, uint16_t* rows, Load&& load,
+template <int BATCH, int STEP, int FIRST, typename B, typename Load, typename Store>
+__device__ __forceinline__ void for_accesses(const Arguments& a, B* rows, Load&& load,
                                              Store&& store) {
   const int total = (2 * a.rows + 1) * a.accesses;
   for (int begin = threadIdx.x; begin < total; begin += BATCH * kThreads) {
@@ -88,7 +92,7 @@ __device__ __forceinline__ bool is_below(int x, int limit) {  // and not below z
 
 // Of an image in channels_last, N elements at once; outside of it are zeros.
 template <typename T, int N>
-__device__ __forceinline__ void fetch_elements(const Arguments& a, const Unit& u, uint16_t* rows) {
+__device__ __forceinline__ void fetch_elements(const Arguments& a, const Unit& u, Bits<T>* rows) {
   constexpr int kBefore = (kInputChannels + N - 1) / N * N;
   const int row_elements = kInputChannels * a.width;
   const int top = 2 * u.row - 1, left = 2 * kInputChannels * u.column;
@@ -109,7 +113,7 @@ __device__ __forceinline__ void fetch_elements(const Arguments& a, const Unit& u
           wanted = is_inside(row, element);
           from = wanted ? source(row, element) : image;
         },
-        [&](int, uint16_t* target) {
+        [&](int, Bits<T>* target) {
           constexpr int kBytes = N * sizeof(T);
           copy_async<kBytes>(target, from, wanted ? kBytes : 0);
         });
@@ -123,13 +127,13 @@ __device__ __forceinline__ void fetch_elements(const Arguments& a, const Unit& u
           words[b] = {};
           load_where<1>(exists && is_inside(row, element), source(row, element), words[b]);
         },
-        [&](int b, uint16_t* target) { *target = static_cast<uint16_t>(words[b].data[0]); });
+        [&](int b, Bits<T>* target) { *target = static_cast<Bits<T>>(words[b].data[0]); });
   }
 }
 
 // Of an image in planes, N pixels at once; and one by one those in front of the first.
 template <typename T, int N>
-__device__ __forceinline__ void fetch_pixels(const Arguments& a, const Unit& u, uint16_t* rows) {
+__device__ __forceinline__ void fetch_pixels(const Arguments& a, const Unit& u, Bits<T>* rows) {
   constexpr int kBatch = 4, kStep = N * kInputChannels;
   const int plane = a.height * a.width;
   const int top = 2 * u.row - 1, left = 2 * u.column;
@@ -144,9 +148,9 @@ __device__ __forceinline__ void fetch_pixels(const Arguments& a, const Unit& u, 
       load_where(is_inside, source + c * plane, words[c]);
     }
   };
-  const auto store_pixel = [](uint16_t* target, const auto& words) {
+  const auto store_pixel = [](Bits<T>* target, const auto& words) {
 #pragma unroll
-    for (int c = 0; c < kInputChannels; ++c) target[c] = static_cast<uint16_t>(words[c].data[0]);
+    for (int c = 0; c < kInputChannels; ++c) target[c] = static_cast<Bits<T>>(words[c].data[0]);
   };
 
   const auto thread = static_cast<int>(threadIdx.x);
@@ -159,12 +163,18 @@ __device__ __forceinline__ void fetch_pixels(const Arguments& a, const Unit& u, 
       [&](int b, bool exists, int row, int element) {
         load_pixels(exists, top + row, left + element / kInputChannels, words[b]);
       },
-      [&](int b, uint16_t* target) {
+      [&](int b, Bits<T>* target) {
+        const auto& [x, y, z] = words[b];  // the channels
         if constexpr (N == 1) {
           store_pixel(target, words[b]);
+        } else if constexpr (sizeof(T) == 4) {
+          static_assert(N == 4);
+          auto* const vectors = reinterpret_cast<uint4*>(target);
+          vectors[0] = {x.data[0], y.data[0], z.data[0], x.data[1]};
+          vectors[1] = {y.data[1], z.data[1], x.data[2], y.data[2]};
+          vectors[2] = {z.data[2], x.data[3], y.data[3], z.data[3]};
         } else {
           static_assert(N == 4);
-          const auto& [x, y, z] = words[b];  // the channels
           uint32_t mixed[6];
 #pragma unroll
           for (int w = 0; w < 2; ++w) {
@@ -181,11 +191,11 @@ __device__ __forceinline__ void fetch_pixels(const Arguments& a, const Unit& u, 
 }
 
 template <typename T>
-__device__ __forceinline__ void fetch(const Arguments& a, const Unit& u, uint16_t* rows) {
+__device__ __forceinline__ void fetch(const Arguments& a, const Unit& u, Bits<T>* rows) {
   switch (a.access) {
-    case Access::kElements8:
-      return fetch_elements<T, 8>(a, u, rows);
-    case Access::kElements2:
+    case Access::kVectors:
+      return fetch_elements<T, kVectorBytes / sizeof(T)>(a, u, rows);
+    case Access::kPairs:
       return fetch_elements<T, 2>(a, u, rows);
     case Access::kElement:
       return fetch_elements<T, 1>(a, u, rows);
@@ -196,22 +206,25 @@ __device__ __forceinline__ void fetch(const Arguments& a, const Unit& u, uint16_
   }
 }
 
-inline Access access_of(const StemConv2dParams& p) {
+template <typename T>
+Access access_of(const StemConv2dParams& p) {
+  constexpr int kSize = sizeof(T), kVector = kVectorBytes / kSize;
   const auto place = reinterpret_cast<uintptr_t>(p.input);
   if (p.layout == Layout::kChannelsLast) {
-    if (place % 16 == 0 && p.width % 8 == 0) return Access::kElements8;
-    return place % 4 == 0 && p.width % 2 == 0 ? Access::kElements2 : Access::kElement;
+    if (place % kVectorBytes == 0 && p.width % kVector == 0) return Access::kVectors;
+    return place % (2 * kSize) == 0 && p.width % 2 == 0 ? Access::kPairs : Access::kElement;
   }
-  return place % 8 == 0 && p.width % 4 == 0 ? Access::kPixels4 : Access::kPixel;
+  return place % (4 * kSize) == 0 && p.width % 4 == 0 ? Access::kPixels4 : Access::kPixel;
 }
 
 // Those of a row: of the pixels that a unit's outputs see, and of elements those in front of them.
-inline int accesses_of_row(Access access, int tiles) {
+template <typename T>
+int accesses_of_row(Access access, int tiles) {
   const int pixels = 2 * kTile * tiles, elements = kInputChannels * pixels;
   switch (access) {
-    case Access::kElements8:
-      return 1 + elements / 8;
-    case Access::kElements2:
+    case Access::kVectors:
+      return 1 + elements / (kVectorBytes / static_cast<int>(sizeof(T)));
+    case Access::kPairs:
       return 2 + elements / 2;
     case Access::kElement:
       return 3 + elements;
@@ -221,6 +234,26 @@ inline int accesses_of_row(Access access, int tiles) {
       break;
   }
   return pixels;
+}
+
+template <typename T>
+Arguments arguments_of(const StemConv2dParams& p, const Cut& cut) {
+  Arguments a{};
+  a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.output = p.output;
+  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+  a.channels = static_cast<int>(p.channels);
+  a.out_h = static_cast<int>(p.out_h()), a.out_w = static_cast<int>(p.out_w());
+  a.weight_plane = static_cast<int>(p.weight_plane);
+  a.weight_row = static_cast<int>(p.weight_row);
+  a.weight_column = static_cast<int>(p.weight_column);
+  a.rows = cut.rows, a.tiles = cut.tiles;
+  a.access = access_of<T>(p);
+  a.accesses = accesses_of_row<T>(a.access, cut.tiles);
+  a.by_groups = Divisor(static_cast<uint32_t>(cut.groups));
+  a.by_pieces = Divisor(static_cast<uint32_t>(cut.pieces));
+  a.by_accesses = Divisor(static_cast<uint32_t>(a.accesses));
+  a.activation = p.activation;
+  return a;
 }
 
 }  // namespace stem

@@ -1,4 +1,5 @@
-// The first layer of a network on the tensor cores: 3 x 3 taps on 3 channels, stride 2, padding 1.
+// The first layer of a network in half precision, on the tensor cores: 3 x 3 taps on 3 channels,
+// stride 2, padding 1.
 //
 //   y[n, oy, ox, k] = activation(bias[k] + sum over r, s, c of
 //                                x[n, c, 2 oy - 1 + r, 2 ox - 1 + s] w[k, c, r, s])
@@ -32,6 +33,10 @@
 
 namespace dwswap {
 namespace stem {
+
+constexpr int kPitchWords = kPitch / 2;
+// Element 0 of what an output sees is at an odd place, the pairs behind it are words.
+static_assert(kFirstElement % 2 == 1);
 
 // The tiles of 8 channels are taken by fours, then two, then one, so that a thread has 2, 4 or 8
 // neighbouring channels of a pixel, and the four lanes of the pixel all of them: tile `tile` of
@@ -100,8 +105,7 @@ __device__ __forceinline__ Words<typename Traits::T, N> finished(float (&sums)[N
   } else {
     // Of numbers that are in the range of both types, clamping and rounding change places.
     Words<T, N> words = narrow_all<T>(sums);
-    const float lowest = activation == Activation::kNone ? -INFINITY : 0.0f;
-    const float highest = activation == Activation::kRelu6 ? 6.0f : INFINITY;
+    const float lowest = low_of(activation), highest = high_of(activation);
     const uint32_t low = narrow_pair<T>(lowest, lowest), high = narrow_pair<T>(highest, highest);
 #pragma unroll
     for (uint32_t& word : words.data) word = minimum_word<T>(maximum_word<T>(word, low), high);
@@ -201,20 +205,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocks)
 template <typename Traits>
 cudaError_t launch(const StemConv2dParams& p, const Device& device, cudaStream_t stream) {
   const Cut cut = choose_cut(p, device.multiprocessors);
-  Arguments a{};
-  a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.output = p.output;
-  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
-  a.out_h = static_cast<int>(p.out_h()), a.out_w = static_cast<int>(p.out_w());
-  a.weight_plane = static_cast<int>(p.weight_plane);
-  a.weight_row = static_cast<int>(p.weight_row);
-  a.weight_column = static_cast<int>(p.weight_column);
-  a.rows = cut.rows, a.tiles = cut.tiles;
-  a.access = access_of(p);
-  a.accesses = accesses_of_row(a.access, cut.tiles);
-  a.by_groups = Divisor(static_cast<uint32_t>(cut.groups));
-  a.by_pieces = Divisor(static_cast<uint32_t>(cut.pieces));
-  a.by_accesses = Divisor(static_cast<uint32_t>(a.accesses));
-  a.activation = p.activation;
+  const Arguments a = arguments_of<typename Traits::T>(p, cut);
   stem_conv2d_kernel<Traits><<<static_cast<unsigned>(cut.units), kThreads, 0, stream>>>(a);
   return cudaGetLastError();
 }

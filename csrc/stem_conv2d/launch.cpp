@@ -10,8 +10,8 @@ namespace dwswap {
 
 bool covers_stem_conv2d(const StemConv2dParams& p) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  const bool is_half = p.dtype == DataType::kFloat16 || p.dtype == DataType::kBFloat16;
-  if (!is_half || p.channels <= 0 || p.channels % 8 != 0 || p.channels > 64) return false;
+  if (p.dtype == DataType::kFloat64) return false;
+  if (p.channels <= 0 || p.channels % 8 != 0 || p.channels > 64) return false;
   // Offsets inside an image of input have 31 bits.
   if (p.height <= 0 || p.width <= 0 || p.height > kMost / 3 / p.width) return false;
   // A unit has a row of one tile at least, and is counted in 31 bits.
@@ -20,8 +20,8 @@ bool covers_stem_conv2d(const StemConv2dParams& p) {
 
 cudaError_t launch_stem_conv2d(const StemConv2dParams& p, const Device& device,
                                cudaStream_t stream) {
-  return p.dtype == DataType::kFloat16 ? stem::launch_typed<__half>(p, device, stream)
-                                       : stem::launch_typed<__nv_bfloat16>(p, device, stream);
+  return visit_fast_type(p.dtype,
+                         [&]<typename T>() { return stem::launch_typed<T>(p, device, stream); });
 }
 
 }  // namespace dwswap

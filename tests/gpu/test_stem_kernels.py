@@ -20,8 +20,8 @@ from dwswap.stems import stem_conv2d
 DEVICE = os.environ.get("DWSWAP_FUZZ_DEVICE", "cuda")
 pytestmark = [] if DEVICE == "cpu" else [pytest.mark.gpu]
 
-HALVES = (torch.float16, torch.bfloat16)
-EACH = pytest.mark.parametrize("dtype", HALVES, ids=str)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EACH = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CHANNELS_LAST = torch.channels_last
 FORMATS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 CHANNELS = tuple(range(8, 65, 8))
@@ -212,7 +212,7 @@ def test_every_run_is_the_same(dtype: torch.dtype, layout: str) -> None:
 @torch.no_grad()
 def test_what_has_no_kernel_is_left_to_aten() -> None:
     x = draw((2, 3, 9, 12), torch.float16)
-    for channels, dtype in ((12, x.dtype), (72, x.dtype), (8, torch.float32), (8, torch.float64)):
+    for channels, dtype in ((12, x.dtype), (72, torch.float32), (8, torch.float64)):
         tensors = [
             t.to(dtype) for t in (draw((channels, 3, 3, 3), x.dtype), draw((channels,), x.dtype))
         ]
