@@ -95,11 +95,11 @@ def optimize(
             back where PyTorch's kernel is more than 3 % faster. The times are cached on disk, so
             only new shapes take time.
         memory_format: in which a graph for inference runs: ``"channels_last"``, ``"contiguous"``,
-            ``"preserve"`` for that of its inputs and weights, or ``"auto"``: channels_last in half
-            precision on CUDA, else preserve. Weights are converted once, inputs where they come
-            in, and outputs get the strides that those of ``model`` have (those of a program, for
-            inputs with the strides that it was exported with). Where that is not safe the layout
-            stays.
+            ``"preserve"`` for that of its inputs and weights, or ``"auto"``: channels_last on CUDA
+            in half precision, and in float32 where convolutions may round to TF32 (PyTorch's
+            default), else preserve. Weights are converted once, inputs where they come in, and
+            outputs get the strides that those of ``model`` have (those of a program, for inputs
+            with the strides that it was exported with). Where that is not safe the layout stays.
         cuda_graph: capture a CUDA graph per input signature, for the small batches at which
             launching kernels takes longer than running them. What became a graph gets it, the
             model or submodules; ``dwswap.report`` tells. A :class:`CudaGraphOptions` chooses more.

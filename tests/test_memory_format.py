@@ -234,13 +234,19 @@ def test_auto_on_cuda() -> None:
     assert view.numel() == 8 * 81 * 2
 
 
+@pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("cuda", [False, True])
-def test_auto_is_for_cuda(cuda: bool) -> None:
+def test_auto_is_for_cuda_and_the_tensor_cores(
+    cuda: bool, tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+
     def gains(dtype: torch.dtype) -> bool:
         weight: Any = SimpleNamespace(is_cuda=cuda, dtype=dtype)
         return memory_format_pass._gains(weight)
 
-    assert gains(torch.float16) == gains(torch.bfloat16) == gains(torch.float32) == cuda
+    assert gains(torch.float16) == gains(torch.bfloat16) == cuda
+    assert gains(torch.float32) == (cuda and tf32)
     assert not gains(torch.float64)
 
 

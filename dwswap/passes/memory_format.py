@@ -36,6 +36,7 @@ from dwswap.passes.layout_kinds import (
     root_of,
 )
 from dwswap.passes.module_tree import replace_tensors
+from dwswap.precision import precision
 
 __all__ = ["MemoryFormat", "set_memory_format"]
 
@@ -113,7 +114,10 @@ def _weight(graph_module: fx.GraphModule, call: AffineCall) -> Tensor | None:
 
 
 def _gains(weight: Tensor) -> bool:
-    return weight.is_cuda and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if weight.dtype is torch.float32:
+        # Without TF32 cuDNN has few kernels for channels_last, and converts in memory of its own.
+        return weight.is_cuda and precision()["convolutions"] == "tf32"
+    return weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
 
 
 def _images(graph_module: fx.GraphModule) -> set[fx.Node]:

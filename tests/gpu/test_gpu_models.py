@@ -125,9 +125,11 @@ def test_detectors_run_to_the_end(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
-def test_peak_memory_of_mobilenet_v2(dtype, memory_format):
+def test_peak_memory_of_mobilenet_v2(dtype, memory_format, tf32, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     model = build_model("mobilenet_v2").to(dtype=dtype, memory_format=memory_format)
     fast = dwswap.optimize(model)
     x = torch.randn(32, 3, 224, 224, device="cuda").to(dtype=dtype, memory_format=memory_format)

@@ -325,7 +325,7 @@ def test_optimized_models_run_it(dtype: torch.dtype) -> None:
         nn.Conv2d(32, 32, 3, padding=1, groups=32),
     )
     model = model.to("cuda", dtype).eval()
-    fast = dwswap.optimize(model)
+    fast = dwswap.optimize(model, memory_format="channels_last")
     (node,) = fast.graph.find_nodes(op="call_function", target=stem_conv2d)
     assert node.kwargs == {"activation": "silu"}
     assert not fast.graph.find_nodes(op="call_function", target=to_layout)
