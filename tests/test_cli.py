@@ -343,11 +343,13 @@ def test_export_torchvision_on_a_photograph(tmp_path, capsys, wide):
     ],
 )
 def test_export_errors(own, capsys, wide, arguments, status, text):
+    """A file that cannot be written shows before the model is made."""
     size = [] if "--size" in arguments else ["--size", "1x6x20x30"]
     assert main(["export", f"{own}:model", *arguments, *size]) == status
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert text in err
     assert "Traceback" not in err
+    assert ("model" in out) == (text == "cannot export")
 
 
 def test_export_says_where_the_outputs_differ(own, tmp_path, capsys, wide, monkeypatch):

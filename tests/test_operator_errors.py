@@ -80,6 +80,7 @@ REFUSED = {
         {"padding": "same", "weight": (4, 1, 2, 3), "input_activation": "relu"},
         r"padding=\"same\" needs an asymmetric border .*cannot be combined",
     ),
+    "groups by name": ({"groups": "4"}, r"groups must be an integer or None, got '4'"),
     "groups": ({"groups": 2}, r"groups = 2 channels, got shape \[2, 4, 8, 9\]"),
     # Names.
     "activation": (

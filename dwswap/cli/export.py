@@ -27,7 +27,7 @@ from dwswap.cli.common import (
 )
 from dwswap.cli.models import construct, find, load_checkpoint
 from dwswap.comparison import compare
-from dwswap.export import FORMATS, ExportError, load, save
+from dwswap.export import FORMATS, ExportError, check_target, load, save
 from dwswap.precision import float32_convolutions
 from dwswap.report import LayerErrors
 
@@ -83,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     device = chosen_device(args.device)
     format = args.format or ("onnx" if args.output.endswith(".onnx") else "pt2")
+    try:
+        check_target(args.output, format)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise CliError(str(error)) from error
     example, picture = _example(args)
     model, weights = _model(args, example, picture is not None)
     say(out, "device", device_text(device))

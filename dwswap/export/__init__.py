@@ -27,7 +27,7 @@ from dwswap.export.onnx import OnnxModel, check_packages, save_onnx
 from dwswap.export.program import to_program
 from dwswap.export.pt2 import load_program, save_aten, save_pt2
 
-__all__ = ["FORMATS", "ExportError", "load", "save"]
+__all__ = ["FORMATS", "ExportError", "check_target", "load", "save"]
 
 _WRITERS: dict[str, Callable[[ExportedProgram, Path], None]] = {
     "pt2": save_pt2,
@@ -72,11 +72,7 @@ def save(
         ModuleNotFoundError: a package of the format's extra is missing.
         ExportError: the model cannot be exported; its cause says why.
     """
-    if format not in _WRITERS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    target = _checked_target(path, ".onnx" if format == "onnx" else ".pt2", format)
-    if format == "onnx":
-        check_packages()
+    target = check_target(path, format)
     # Before the work, which may take minutes: a place that cannot be written shows at once.
     with replacing(target) as partial:
         program = to_program(model, example_inputs, dynamic_batch, dynamic_shapes)
@@ -119,14 +115,23 @@ def _path(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def _checked_target(path: str | os.PathLike[str], suffix: str, format: str) -> Path:
-    target = _path(path)
+def check_target(path: str | os.PathLike[str], format: str) -> Path:
+    """``path``, where :func:`save` can write a file of this format.
+
+    Raises:
+        TypeError, ValueError, OSError, ModuleNotFoundError: as :func:`save`.
+    """
+    if format not in _WRITERS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    target, suffix = _path(path), ".onnx" if format == "onnx" else ".pt2"
     if target.suffix != suffix:
         raise ValueError(f'path must end with {suffix} for format="{format}", got {str(target)!r}')
     if target.is_dir():
         raise IsADirectoryError(f"path must be a file, {target} is a folder")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path must be in a folder that exists, {target.parent} does not")
+    if format == "onnx":
+        check_packages()
     return target
 
 
