@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["algorithms", "float32_convolutions", "precision", "use_algorithms"]
+__all__ = ["algorithms", "float32_convolutions", "precision", "rounds_to_tf32", "use_algorithms"]
 
 
 @contextmanager
@@ -31,6 +31,12 @@ def precision() -> dict[str, str]:
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     return {"convolutions": cudnn.conv.fp32_precision, "products": matmul.fp32_precision}
+
+
+def rounds_to_tf32(device: torch.device) -> bool:
+    """Whether cuDNN may round what it convolves in float32, for the tensor cores of this GPU."""
+    allowed = precision()["convolutions"] == "tf32" and torch.cuda.is_available()
+    return allowed and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def algorithms() -> dict[str, Any]:

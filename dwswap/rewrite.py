@@ -96,7 +96,7 @@ def optimize(
             only new shapes take time.
         memory_format: in which a graph for inference runs: ``"channels_last"``, ``"contiguous"``,
             ``"preserve"`` for that of its inputs and weights, or ``"auto"``: channels_last on CUDA
-            in half precision, and in float32 where convolutions may round to TF32 (PyTorch's
+            in half precision, and in float32 where convolutions may round to TF32 now (PyTorch's
             default), else preserve. Weights are converted once, inputs where they come in, and
             outputs get the strides that those of ``model`` have (those of a program, for inputs
             with the strides that it was exported with). Where that is not safe the layout stays.

@@ -34,7 +34,7 @@ class Row:
     strides: tuple[int, ...] = (1, 2)
     channels: tuple[int, ...] = (3, 8)
     multiplier: int = 1
-    dilation: int = 1
+    dilation: tuple[int, int] = (1, 1)
     extra_padding: tuple[int, int] = (0, 0)
     dtypes: tuple[torch.dtype, ...] = FAST
     sizes: tuple[tuple[int, int], ...] = SIZES
@@ -49,10 +49,10 @@ ROWS = {
         "channel_tiles", "channels_last", SQUARES, channels=(24,), extra_padding=(9, 5)
     ),
     "channel tiles, dilation": Row(
-        "channel_tiles", "channels_last", SQUARES, (1,), channels=(20, 58, 72), dilation=2
+        "channel_tiles", "channels_last", SQUARES, (1,), channels=(20, 58, 72), dilation=(2, 2)
     ),
     "channel tiles, dilation, misaligned": Row(
-        "channel_tiles", "offset_by_pair", SQUARES, (1,), channels=(8, 58), dilation=2
+        "channel_tiles", "offset_by_pair", SQUARES, (1,), channels=(8, 58), dilation=(2, 2)
     ),
     "channel tiles, dilation, padding only": Row(
         "channel_tiles",
@@ -60,12 +60,29 @@ ROWS = {
         SQUARES,
         (1,),
         channels=(24,),
-        dilation=3,
+        dilation=(3, 3),
         extra_padding=(9, 5),
+    ),
+    "channel tiles, dilation of rows": Row(
+        "channel_tiles", "channels_last", SQUARES, (1,), channels=(24,), dilation=(2, 1)
+    ),
+    "channel tiles, dilation of columns": Row(
+        "channel_tiles", "channels_last", SQUARES, (1,), channels=(20,), dilation=(1, 4)
+    ),
+    # As many lattices as outputs in the smallest; outputs in front of which is no padding.
+    "channel tiles, dilation, no padding": Row(
+        "channel_tiles",
+        "channels_last",
+        SQUARES[:1],
+        (1,),
+        channels=(24, 58),
+        dilation=(4, 5),
+        extra_padding=(-6, -7),
+        sizes=((12, 15), (14, 16), (33, 29), (13, 57)),
     ),
     # Further apart than the pixels of a box may be.
     "channel tiles, large dilation": Row(
-        "channel_tiles", "channels_last", SQUARES, (1,), channels=(24,), dilation=6
+        "channel_tiles", "channels_last", SQUARES, (1,), channels=(24,), dilation=(6, 6)
     ),
     "channel columns": Row(
         "channel_columns",
@@ -225,10 +242,10 @@ ROWS = {
         sizes=((1, 1), (7, 7), *SIZES),
     ),
     "toeplitz, dilation": Row(
-        "toeplitz", "contiguous", SQUARES, channels=(3, 24), dilation=2, dtypes=HALVES
+        "toeplitz", "contiguous", SQUARES, channels=(3, 24), dilation=(2, 2), dtypes=HALVES
     ),
     "toeplitz, dilation of channels_last": Row(
-        "toeplitz", "channels_last", SQUARES, channels=(24,), dilation=2, dtypes=HALVES
+        "toeplitz", "channels_last", SQUARES, channels=(24,), dilation=(2, 2), dtypes=HALVES
     ),
     "toeplitz, misaligned": Row("toeplitz", "offset", SQUARES, dtypes=HALVES),
     "toeplitz, padding only": Row(
@@ -256,7 +273,7 @@ ROWS = {
         "plane_strips", "contiguous", SQUARES, extra_padding=(-1, -1), sizes=((9, 10), (30, 113))
     ),
     "rolling rows, multiplier": Row("rolling_rows", "contiguous", SQUARES, multiplier=2),
-    "rolling rows, dilation": Row("rolling_rows", "contiguous", SQUARES, dilation=2),
+    "rolling rows, dilation": Row("rolling_rows", "contiguous", SQUARES, dilation=(2, 2)),
     "rolling rows, misaligned": Row("rolling_rows", "offset", SQUARES),
     "rolling rows": Row("rolling_rows", "contiguous", SQUARES, sizes=((40, 3), *SIZES)),
     "rolling rows, padding only": Row("rolling_rows", "contiguous", SQUARES, extra_padding=(9, 5)),
@@ -270,7 +287,7 @@ ROWS = {
         "general", "contiguous", ((3, 1), (1, 3), (3, 7), (7, 3)), multiplier=3
     ),
     "general, multiplier of channels_last": Row("general", "channels_last", SQUARES, multiplier=2),
-    "general, dilation": Row("general", "channels_last", SQUARES, dilation=2),
+    "general, dilation": Row("general", "channels_last", SQUARES, dilation=(2, 2)),
     "general, stride": Row("general", "contiguous", SQUARES, strides=(3,)),
     "general, strided": Row("general", "sliced", SQUARES),
     "general, strided channels_last": Row("general", "channel_sliced_channels_last", SQUARES),
@@ -285,10 +302,11 @@ def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
     """Small batches, and one image size whose batch fills a GPU; activations in turn."""
     count = 0
     for kernel, stride in itertools.product(row.kernels, row.strides):
-        padding = [row.dilation * side // 2 for side in kernel]
-        padding = [side + extra for side, extra in zip(padding, row.extra_padding, strict=True)]
+        sides = list(zip(kernel, row.dilation, row.extra_padding, strict=True))
+        padding = [apart * side // 2 + extra for side, apart, extra in sides]
         least = [
-            row.dilation * (side - 1) + 1 - 2 * p for side, p in zip(kernel, padding, strict=True)
+            apart * (side - 1) + 1 - 2 * p
+            for (side, apart, _), p in zip(sides, padding, strict=True)
         ]
         for i, size in enumerate((*row.sizes, row.sizes[count % len(row.sizes)])):
             channels = row.channels[count % len(row.channels)]
@@ -304,7 +322,7 @@ def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
                 kernel,
                 (stride, stride),
                 (padding[0], padding[1]),
-                (row.dilation, row.dilation),
+                row.dilation,
                 row.multiplier,
                 bias=count % 2 == 0,
                 input_bias=row.transforms_input and count % 4 == 0,

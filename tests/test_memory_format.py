@@ -234,20 +234,25 @@ def test_auto_on_cuda() -> None:
     assert view.numel() == 8 * 81 * 2
 
 
+@pytest.mark.parametrize("capability", [None, (7, 5), (8, 0), (9, 0)])
 @pytest.mark.parametrize("tf32", [False, True])
-@pytest.mark.parametrize("cuda", [False, True])
-def test_auto_is_for_cuda_and_the_tensor_cores(
-    cuda: bool, tf32: bool, monkeypatch: pytest.MonkeyPatch
+def test_auto_is_for_cuda_and_its_tensor_cores(
+    tf32: bool, capability: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    def gains(dtype: torch.dtype) -> bool:
-        weight: Any = SimpleNamespace(is_cuda=cuda, dtype=dtype)
+    def gains(dtype: torch.dtype, device: str = "cuda:1") -> bool:
+        place = torch.device(device)
+        weight: Any = SimpleNamespace(is_cuda=place.type == "cuda", device=place, dtype=dtype)
         return memory_format_pass._gains(weight)
 
-    assert gains(torch.float16) == gains(torch.bfloat16) == cuda
-    assert gains(torch.float32) == (cuda and tf32)
+    assert gains(torch.float16)
+    assert gains(torch.bfloat16)
+    assert gains(torch.float32) == (tf32 and capability in ((8, 0), (9, 0)))
     assert not gains(torch.float64)
+    assert not any(gains(dtype, "cpu") for dtype in (torch.float32, torch.float16))
 
 
 @pytest.mark.usefixtures("like_cuda")

@@ -28,7 +28,7 @@ CHANNELS_LAST = torch.channels_last
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in half precision on a GPU."""
+    """As on a GPU."""
     # By importlib, as the package has the function under the same name.
     module = importlib.import_module("dwswap.passes.swap_stem")
     monkeypatch.setattr(module, "has_kernels", lambda tensor: True)

@@ -13,7 +13,11 @@
 namespace dwswap {
 namespace {
 
-constexpr int64_t kMostBoxStep = 4;  // the largest tile, 62 columns, is still a box
+// Of pixels: with a dilation like this the largest tile is still a box.
+constexpr int kMostBoxStep = 4;
+constexpr int kMostTile =
+    channel_tiles::kMostGroups * channel_tiles::kColumns - 1 + channel_tiles::kMostKernel;
+static_assert(Box::extent(kMostTile, kMostBoxStep) <= kMostBoxElements);
 
 int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
@@ -36,15 +40,14 @@ DepthwiseConv2dParams lattice_of(const DepthwiseConv2dParams& p) {
   lattice.batch *= p.dilation_h * p.dilation_w;
   lattice.in_h = ceil_div(p.in_h, p.dilation_h), lattice.in_w = ceil_div(p.in_w, p.dilation_w);
   lattice.out_h = ceil_div(p.out_h, p.dilation_h), lattice.out_w = ceil_div(p.out_w, p.dilation_w);
-  lattice.padding_h = ceil_div(p.padding_h, p.dilation_h);
-  lattice.padding_w = ceil_div(p.padding_w, p.dilation_w);
   lattice.dilation_h = lattice.dilation_w = 1;
   return lattice;
 }
 
 Depth choose_depth(const DepthwiseConv2dParams& p, int multiprocessors) {
   // Threads of the deep kernel that keep a multiprocessor busy, and their outputs.
-  constexpr int64_t kThreads = 256, kOutputs = 7 * 4 * 2;
+  constexpr int64_t kThreads = 256, kRows = 4, kOutputs = kColumns * kRows * 2;
+  if (is_dilated(p) && lattice_of(p).out_h < kRows) return Depth::kFlat;
   return p.batch * p.channels * p.out_h * p.out_w / kOutputs < kThreads * multiprocessors
              ? Depth::kFlat
              : Depth::kDeep;
@@ -54,7 +57,6 @@ static Tile search_tile(const DepthwiseConv2dParams& p, const Reader& reader, in
                         int element_bytes, int multiprocessors) {
   constexpr int kThreads = 128;         // per block, where the image is large enough
   constexpr int kTileBytes = 40960;     // several blocks per SM
-  constexpr int kMostGroups = 8;        // along an axis
   constexpr int kSector = 32;           // bytes that L2 moves at least
   constexpr double kIssueSlots = 14.0;  // per byte of input at the bandwidth of a copy
   const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);

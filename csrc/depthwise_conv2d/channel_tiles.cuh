@@ -40,7 +40,7 @@ struct Traits {
   static constexpr bool kDilated = DILATED_;
   // An odd number of columns keeps groups of lanes in different shared-memory banks; 7 divides the
   // image widths of most networks (7, 14, 28, 56, 112).
-  static constexpr int kColumns = 7;
+  static constexpr int kColumns = channel_tiles::kColumns;
   // Accumulators (2 * 7 * kRows) and weights (2 * K * K) share the registers.
   // A transformed row of stride 2 takes more of them.
   static constexpr bool kTight = STRIDE_ == 2 && FORM_ != Form::kAny;
@@ -337,6 +337,7 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
   }
 
   const int64_t out_row = static_cast<int64_t>(a.out_w) * a.channels;
+  const int64_t out_pixel = static_cast<int64_t>(columns.step) * a.channels;
   const int row = rows.first_out + oh * rows.step, column = columns.first_out + ow * columns.step;
   T* target = static_cast<T*>(a.output) + (static_cast<int64_t>(n) * a.out_h + row) * out_row +
               static_cast<int64_t>(column) * a.channels + c;
@@ -346,8 +347,9 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
     if constexpr (Traits::kForm == Form::kAny) activate(sums[r], a.activation);
     T* element = target;
 #pragma unroll
-    for (int j = 0; j < COLUMNS; ++j, element += columns.step * a.channels) {
-      if (ow + j < columns.out) {
+    for (int j = 0; j < COLUMNS; ++j, element += out_pixel) {
+      // Reread, it takes no register.
+      if (ow + j < (Traits::kDilated ? columns.out : a.out_w)) {
         float value[2] = {sums[r][2 * j], sums[r][2 * j + 1]};
         store_words<2>(element, output_form.apply(value));
       }
@@ -420,17 +422,19 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
                          cudaStream_t stream) {
   const Depth depth = choose_depth(p, multiprocessors);
   const Form form = form_of(p);
-#define DWSWAP_CASE(K, DEPTH)                                                                  \
-  if (is_dilated(p) && p.kernel_h == K && depth == Depth::DEPTH)                               \
-    return launch<Traits<T, K, 1, Depth::DEPTH, Form::kAny, true>>(p, reader, multiprocessors, \
-                                                                   stream);
-  DWSWAP_CASE(3, kFlat)
-  DWSWAP_CASE(3, kDeep)
-  DWSWAP_CASE(5, kFlat)
-  DWSWAP_CASE(5, kDeep)
-  DWSWAP_CASE(7, kFlat)
-  DWSWAP_CASE(7, kDeep)
+  if (is_dilated(p)) {
+#define DWSWAP_CASE(K)                                                                      \
+  if (p.kernel_h == K)                                                                      \
+    return depth == Depth::kDeep ? launch<Traits<T, K, 1, Depth::kDeep, Form::kAny, true>>( \
+                                       p, reader, multiprocessors, stream)                  \
+                                 : launch<Traits<T, K, 1, Depth::kFlat, Form::kAny, true>>( \
+                                       p, reader, multiprocessors, stream);
+    DWSWAP_CASE(3)
+    DWSWAP_CASE(5)
+    DWSWAP_CASE(7)
 #undef DWSWAP_CASE
+    return cudaErrorInvalidValue;
+  }
   const auto run = [&]<typename Clamp, typename Hardswish, typename Any>() {
     if (clamps(form)) return launch<Clamp>(p, reader, multiprocessors, stream);
     return form == Form::kHardswish ? launch<Hardswish>(p, reader, multiprocessors, stream)

@@ -8,6 +8,9 @@ namespace dwswap {
 namespace channel_tiles {
 
 constexpr int kMaxThreads = 128;
+constexpr int kColumns = 7;     // of a thread
+constexpr int kMostGroups = 8;  // along an axis
+constexpr int kMostKernel = 7;
 
 // How a problem is cut into blocks.
 struct Tile {

@@ -68,11 +68,13 @@ bool suits_plane_strips(const DepthwiseConv2dParams& p) {
 }
 
 // The families of few taps are bound by memory; none of them is compiled for a large kernel, or for
-// a dilation but rolling_rows, which is slower, and channel_tiles, which is faster.
+// a dilation but rolling_rows, which is slower, and channel_tiles, which is faster while few of its
+// 7 columns are in vain.
 bool suits_toeplitz(const DepthwiseConv2dParams& p) {
-  constexpr int64_t kManyTaps = 49;
+  constexpr int64_t kManyTaps = 49, kFewColumns = 3;
   if (p.kernel_h * p.kernel_w > kManyTaps) return true;
-  return (p.dilation_h != 1 || p.dilation_w != 1) && !covers_channel_tiles(p);
+  if (p.dilation_h == 1 && p.dilation_w == 1) return false;
+  return !covers_channel_tiles(p) || ceil_div(p.out_w, p.dilation_w) < kFewColumns;
 }
 
 // 5x5 over a tiny image is over before the pipeline of stages is full. Of long rows channel_tiles

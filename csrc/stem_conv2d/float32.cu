@@ -4,7 +4,7 @@
 // time than to write it.
 //
 // A thread has 8 channels of kPixels outputs. A warp's threads have all channels of neighbouring
-// outputs, so that what they read of the input, 6 elements apart, is in different banks.
+// outputs; what they read of the input, 6 elements apart, is in different banks up to 16 of them.
 #include "common/numeric.cuh"
 #include "stem_conv2d/cut.h"
 #include "stem_conv2d/fetch.cuh"

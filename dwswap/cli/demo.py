@@ -28,7 +28,6 @@ from dwswap.cli.common import (
     say,
 )
 from dwswap.cli.models import find, load_checkpoint
-from dwswap.precision import float32_convolutions
 from dwswap.report import Report
 
 __all__ = ["add_parser"]
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     model.to(device)
     batch = demo.views(image, 2).to(device)
     doing = "optimizing, and checking every layer against float64"
-    with out.status(doing), float32_convolutions():
+    with out.status(doing):
         start = time.perf_counter()
         fast = dwswap.optimize(model, batch, verify=True)
         seconds = time.perf_counter() - start

@@ -252,11 +252,12 @@ def test_bad_input_is_named() -> None:
 
 
 @pytest.mark.gpu
+@EACH
 @FORMATS
 @pytest.mark.parametrize("channels", [24, 32])
 @torch.no_grad()
-def test_one_kernel(channels: int, layout: str) -> None:
-    x = place(draw((4, 3, 64, 64), torch.float16), layout)
+def test_one_kernel(channels: int, layout: str, dtype: torch.dtype) -> None:
+    x = place(draw((4, 3, 64, 64), dtype), layout)
     weight, bias = parameters(channels, x.dtype)
     call = lambda: stem_conv2d(x, weight, bias, activation="silu")  # noqa: E731
     call()
