@@ -12,7 +12,7 @@ bool covers_channel_columns(const DepthwiseConv2dParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   if (p.dtype == DataType::kFloat64) return false;
   if (p.in_layout != Layout::kChannelsLast || p.out_layout != Layout::kChannelsLast) return false;
-  if (p.multiplier != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.multiplier != 1 || p.is_dilated()) return false;
   if (p.kernel_h != channel_columns::kKernel || p.kernel_w != channel_columns::kKernel)
     return false;
   const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;

@@ -13,7 +13,7 @@ bool covers_channel_direct(const DepthwiseConv2dParams& p) {
   constexpr int kKernel = channel_direct::kKernel;
   if (p.dtype == DataType::kFloat64) return false;
   if (p.in_layout != Layout::kChannelsLast || p.out_layout != Layout::kChannelsLast) return false;
-  if (p.multiplier != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.multiplier != 1 || p.is_dilated()) return false;
   if (p.kernel_h != kKernel || p.kernel_w != kKernel) return false;
   if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
   // Rows and columns, with padding and what a thread runs over, and offsets within a row are

@@ -47,7 +47,7 @@ DepthwiseConv2dParams lattice_of(const DepthwiseConv2dParams& p) {
 Depth choose_depth(const DepthwiseConv2dParams& p, int multiprocessors) {
   // Threads of the deep kernel that keep a multiprocessor busy, and their outputs.
   constexpr int64_t kThreads = 256, kRows = 4, kOutputs = kColumns * kRows * 2;
-  if (is_dilated(p) && lattice_of(p).out_h < kRows) return Depth::kFlat;
+  if (p.is_dilated() && lattice_of(p).out_h < kRows) return Depth::kFlat;
   return p.batch * p.channels * p.out_h * p.out_w / kOutputs < kThreads * multiprocessors
              ? Depth::kFlat
              : Depth::kDeep;
@@ -132,7 +132,7 @@ bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
   if (p.kernel_h != p.kernel_w || (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7))
     return false;
   if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
-  if (channel_tiles::is_dilated(p) && p.stride_h != 1) return false;
+  if (p.is_dilated() && p.stride_h != 1) return false;
   if (p.dilation_h > p.out_h || p.dilation_w > p.out_w) return false;
   // A thread owns a pair of channels.
   const int pair_bytes = 2 * element_bytes(p.dtype);

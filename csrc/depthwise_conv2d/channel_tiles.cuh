@@ -422,7 +422,7 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
                          cudaStream_t stream) {
   const Depth depth = choose_depth(p, multiprocessors);
   const Form form = form_of(p);
-  if (is_dilated(p)) {
+  if (p.is_dilated()) {
 #define DWSWAP_CASE(K)                                                                      \
   if (p.kernel_h == K)                                                                      \
     return depth == Depth::kDeep ? launch<Traits<T, K, 1, Depth::kDeep, Form::kAny, true>>( \

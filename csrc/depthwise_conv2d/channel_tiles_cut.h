@@ -26,10 +26,6 @@ struct Reader {
   int vector_bytes;  // 16, 8 or 4
 };
 
-inline bool is_dilated(const DepthwiseConv2dParams& p) {
-  return p.dilation_h != 1 || p.dilation_w != 1;
-}
-
 // The outputs that are `dilation` apart, and the inputs that these see, are a problem without a
 // dilation: all such problems, as a batch of the largest.
 DepthwiseConv2dParams lattice_of(const DepthwiseConv2dParams& params);

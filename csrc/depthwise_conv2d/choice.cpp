@@ -67,14 +67,22 @@ bool suits_plane_strips(const DepthwiseConv2dParams& p) {
   return outputs >= (is_float ? 2000 : 1000);
 }
 
+// Of a lattice with fewer columns than this most of channel_tiles' 7 are in vain: toeplitz is
+// faster, and general is with one less.
+constexpr int64_t kFewColumns = 4;
+
+int64_t lattice_columns(const DepthwiseConv2dParams& p) { return ceil_div(p.out_w, p.dilation_w); }
+
 // The families of few taps are bound by memory; none of them is compiled for a large kernel, or for
-// a dilation but rolling_rows, which is slower, and channel_tiles, which is faster while few of its
-// 7 columns are in vain.
+// a dilation but rolling_rows, which is slower, and channel_tiles.
 bool suits_toeplitz(const DepthwiseConv2dParams& p) {
-  constexpr int64_t kManyTaps = 49, kFewColumns = 3;
+  constexpr int64_t kManyTaps = 49;
   if (p.kernel_h * p.kernel_w > kManyTaps) return true;
-  if (p.dilation_h == 1 && p.dilation_w == 1) return false;
-  return !covers_channel_tiles(p) || ceil_div(p.out_w, p.dilation_w) < kFewColumns;
+  return p.is_dilated() && (!covers_channel_tiles(p) || lattice_columns(p) < kFewColumns);
+}
+
+bool suits_channel_tiles(const DepthwiseConv2dParams& p) {
+  return !p.is_dilated() || lattice_columns(p) >= kFewColumns - 1;
 }
 
 // 5x5 over a tiny image is over before the pipeline of stages is full. Of long rows channel_tiles
@@ -102,7 +110,7 @@ constexpr Family kFamilies[] = {
     {"channel_direct", covers_channel_direct, suits_channel_direct, launch_channel_direct, true},
     {"channel_columns", covers_channel_columns, suits_channel_columns, launch_channel_columns,
      true},
-    {"channel_tiles", covers_channel_tiles, always, launch_channel_tiles, true},
+    {"channel_tiles", covers_channel_tiles, suits_channel_tiles, launch_channel_tiles, true},
     {"channel_direct", covers_channel_direct, always, launch_channel_direct, true},
     {"plane_bands", covers_plane_bands, suits_plane_bands, launch_plane_bands, true},
     {"plane_strips", covers_plane_strips, suits_plane_strips, launch_plane_strips, true},

@@ -9,7 +9,7 @@ bool covers_diagonal(const DepthwiseConv2dParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
   if (p.dtype != DataType::kFloat16 && p.dtype != DataType::kBFloat16) return false;
   if (p.in_layout != Layout::kChannelsLast || p.out_layout != Layout::kChannelsLast) return false;
-  if (p.multiplier != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.multiplier != 1 || p.is_dilated()) return false;
   if (p.kernel_h != p.kernel_w || (p.kernel_h != 5 && p.kernel_h != 7)) return false;
   if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
   if (p.transforms_input()) return false;

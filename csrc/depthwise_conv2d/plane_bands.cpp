@@ -9,7 +9,7 @@ bool covers_plane_bands(const DepthwiseConv2dParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 4;
   if (p.dtype != DataType::kFloat16 && p.dtype != DataType::kBFloat16) return false;
   if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
-  if (p.multiplier != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.multiplier != 1 || p.is_dilated()) return false;
   if (p.kernel_h != p.kernel_w || p.stride_h != p.stride_w) return false;
   if (!plane_bands::is_compiled(p)) return false;
   if (p.input_activation > Activation::kRelu6 || p.activation > Activation::kRelu6) return false;

@@ -11,7 +11,7 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() - 16;
   if (p.dtype == DataType::kFloat64 || p.multiplier != 1) return false;
   if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
-  if (p.stride_h != p.stride_w || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.stride_h != p.stride_w || p.is_dilated()) return false;
   if (reinterpret_cast<uintptr_t>(p.input) % kVectorBytes != 0) return false;
   if (p.channels * p.in_h * p.in_w > kLimit || p.channels * p.out_h * p.out_w > kLimit)
     return false;

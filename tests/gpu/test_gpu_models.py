@@ -96,7 +96,7 @@ def test_outputs(name, dtype):
     check_outputs(name, dtype)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_large", "shufflenet_v2_x1_0"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 def test_outputs_of_float32_in_channels_last(name):
     """What "auto" chooses where cuDNN may round to TF32, which is off here."""
     assert DTYPES[0] is torch.float32
@@ -110,7 +110,8 @@ def check_outputs(name, dtype, **options):
     fast = dwswap.optimize(model, **options)
     swapped = [layer for layer in dwswap.report(fast).layers if layer.decision == "swapped"]
     assert swapped
-    x = torch.randn(2, 3, side, side, device=DEVICE).to(dtype)
+    # Largest errors of few numbers (outputs of one pixel) differ by more than twice by chance.
+    x = torch.randn(8, 3, side, side, device=DEVICE).to(dtype)
     with torch.no_grad():
         exact = pytree.tree_leaves(run(copy.deepcopy(model).double(), x.double()))
         for memory_format in FORMATS:
