@@ -15,7 +15,7 @@ namespace {
 // of a large kernel that is worth more than many threads; with stride 2 windows share few rows.
 int64_t few_outputs(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32;
-  if (p.dilation_h != 1 || p.dilation_w != 1) return 600;
+  if (p.is_dilated()) return 600;
   if (p.kernel_h * p.kernel_w <= 9) return is_float ? 450 : 550;
   return p.stride_h > 1 ? 260 : is_float ? 200 : 100;
 }
@@ -23,7 +23,7 @@ int64_t few_outputs(const DepthwiseConv2dParams& p) {
 }  // namespace
 
 Depth choose_depth(const DepthwiseConv2dParams& p) {
-  const bool dilated = p.dilation_h != 1 || p.dilation_w != 1;
+  const bool dilated = p.is_dilated();
   if (dilated && (p.stride_h != 1 || p.dilation_h > p.out_h)) return Depth::kFlat;
   return p.outputs() < few_outputs(p) * current_device().multiprocessors ? Depth::kFlat
                                                                          : Depth::kDeep;

@@ -37,7 +37,7 @@ Depth choose_depth(const DepthwiseConv2dParams& params);
 template <typename T, typename Visit>
 bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
   const Depth depth = choose_depth(p);
-  const bool dilated = p.dilation_h != 1 || p.dilation_w != 1;
+  const bool dilated = p.is_dilated();
 #define DWSWAP_CASE(K, S)                                                \
   if (p.kernel_h == K && p.kernel_w == K && p.stride_h == S) {           \
     if (depth == Depth::kFlat) {                                         \
