@@ -82,9 +82,15 @@ def restored(output: Tensor, channels_last_weights: bool, *inputs: Any) -> Tenso
 
 
 def _is_batched(value: Tensor) -> bool:
-    """Whether ``torch.vmap`` made it."""
-    # Nobody compiles what asks for this.
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(value)
+    """Whether ``torch.vmap`` made it, below other transforms of ``torch.func`` as well."""
+    if torch.compiler.is_compiling():  # nobody compiles what asks for this
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
 
 
 def restored_layout(channels_last_weights: bool, *inputs: Any) -> torch.memory_format:

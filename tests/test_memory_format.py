@@ -430,6 +430,27 @@ def test_vmap_over_a_graph_in_channels_last() -> None:
     torch.testing.assert_close(torch.vmap(fast)(x), torch.stack([model(each) for each in x]))
 
 
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_transforms_over_a_graph_in_channels_last(batched: bool, forward: bool) -> None:
+    """``vmap`` inside and outside of others, as for gradients of every image."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), depthwise(), nn.ReLU()).double().eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    x = image().double()
+    direction = torch.ones_like(x[0])
+
+    def transformed(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        if forward:
+
+            def along(each: Tensor) -> Tensor:
+                return torch.func.jvp(call, (each[None],), (direction[None],))[1]
+        else:
+            along = torch.func.grad(lambda each: call(each[None]).square().sum())
+        return torch.func.vmap(along) if batched else lambda x: torch.stack([*map(along, x)])
+
+    torch.testing.assert_close(transformed(fast)(x), transformed(model)(x))
+
+
 class Early(nn.Module):
     """Returns what it computed before any convolution, too."""
 
