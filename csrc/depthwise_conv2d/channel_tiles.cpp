@@ -142,7 +142,8 @@ bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
   if (p.channels % 2 != 0 || addresses % pair_bytes != 0) return false;
   // At least 4 pairs of channels (or all), 7 columns and a row per block.
   const DepthwiseConv2dParams lattice = channel_tiles::lattice_of(p);
-  const int64_t rows = lattice.batch * lattice.out_h, tiles = ceil_div(lattice.out_w, 7);
+  const int64_t rows = lattice.batch * lattice.out_h;
+  const int64_t tiles = ceil_div(lattice.out_w, channel_tiles::kColumns);
   if (p.channels > kLimit / 64 || rows > kLimit / (tiles * ceil_div(p.channels, 8))) return false;
   return p.in_h + 2 * p.padding_h <= kLimit / 2 && p.in_w + 2 * p.padding_w <= kLimit / 2;
 }

@@ -19,8 +19,7 @@ bool covers_separable_conv2d(const SeparableConv2dParams& p, const Device& devic
   if (d.input_activation > Activation::kRelu6 || d.activation > Activation::kRelu6) return false;
   if (p.outputs <= 0 || p.outputs % 8 != 0) return false;
   if (d.kernel_h != d.kernel_w || (d.kernel_h != 3 && d.kernel_h != 5)) return false;
-  if (d.stride_h != d.stride_w || d.stride_h > 2 || d.dilation_h != 1 || d.dilation_w != 1)
-    return false;
+  if (d.stride_h != d.stride_w || d.stride_h > 2 || d.is_dilated()) return false;
   if (d.padding_h >= d.kernel_h || d.padding_w >= d.kernel_w) return false;
   const auto places =
       reinterpret_cast<uintptr_t>(d.input) | reinterpret_cast<uintptr_t>(d.weight) |

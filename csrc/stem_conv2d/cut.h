@@ -13,6 +13,7 @@ constexpr int kTile = 16;      // pixels of output, a row of them: the M of the 
 constexpr int kMostTiles = 8;  // of a unit, side by side
 constexpr int kMostRows = 4;   // of output of a unit
 constexpr int kWarps = 4;
+constexpr int kMostChannels = 64;  // of the output
 
 struct Cut {
   int rows, tiles;

@@ -17,7 +17,7 @@ namespace {
 constexpr int kPixels = 7;  // divides the sides of what networks get
 constexpr int kOwn = 8;     // channels of a thread, in two vectors
 constexpr int kVector = 4;  // elements, 16 bytes
-constexpr int kMostChannels = 64;
+
 constexpr int kTapPitch = kMostChannels + kVector;  // neighbouring taps are in other banks
 constexpr int kRowTaps = kTaps / 3;
 
@@ -49,7 +49,7 @@ __device__ __forceinline__ void finish(float (&x)[kVector], Activation activatio
   if constexpr (CLAMPS) {
     const float low = low_of(activation), high = high_of(activation);
 #pragma unroll
-    for (float& value : x) value = minimum(maximum(value, low), high);
+    for (float& value : x) value = clamp(value, low, high);
   } else {
     activate(x, activation);
   }

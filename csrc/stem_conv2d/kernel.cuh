@@ -57,7 +57,8 @@ struct Traits {
   static constexpr bool kClamps = CLAMPS_;  // the activation is none, relu or relu6
   static constexpr int kChannels = CHANNELS_;
   static constexpr int kTiles = CHANNELS_ / 8;
-  static_assert(CHANNELS_ % 8 == 0 && CHANNELS_ <= 64, "4 registers of taps for each tile");
+  static_assert(CHANNELS_ % 8 == 0 && CHANNELS_ <= kMostChannels,
+                "4 registers of taps for each tile");
   // Pixels of an odd number of 16 bytes: chunks would be written in halves of 32 bytes, so that
   // a warp's pixels, which follow each other, go by way of shared memory.
   static constexpr bool kStaged = kTiles % 2 == 1 && kTiles > 1;

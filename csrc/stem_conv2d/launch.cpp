@@ -11,7 +11,7 @@ namespace dwswap {
 bool covers_stem_conv2d(const StemConv2dParams& p) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (p.dtype == DataType::kFloat64) return false;
-  if (p.channels <= 0 || p.channels % 8 != 0 || p.channels > 64) return false;
+  if (p.channels <= 0 || p.channels % 8 != 0 || p.channels > stem::kMostChannels) return false;
   // Offsets inside an image of input have 31 bits.
   if (p.height <= 0 || p.width <= 0 || p.height > kMost / 3 / p.width) return false;
   // A unit has a row of one tile at least, and is counted in 31 bits.

@@ -8,7 +8,7 @@ namespace dwswap {
 // The compiled problems: stride 2 and 3 x 3, 5 x 5 or 7 x 7 taps.
 inline bool gathers_squares(const GradientParams& p) {
   if (p.dtype == DataType::kFloat64 || p.multiplier != 1) return false;
-  if (p.stride_h != 2 || p.stride_w != 2 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.stride_h != 2 || p.stride_w != 2 || p.is_dilated()) return false;
   return p.kernel_h == p.kernel_w && (p.kernel_h == 3 || p.kernel_h == 5 || p.kernel_h == 7);
 }
 

@@ -244,7 +244,7 @@ cudaError_t launch(const GradientParams& p, const Split& cut, cudaStream_t strea
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const GradientParams& p, const Split& cut, cudaStream_t stream) {
-  const bool dilated = p.dilation_h != 1 || p.dilation_w != 1;
+  const bool dilated = p.is_dilated();
 #define DWSWAP_CASE(K, S, DILATED)                              \
   if (p.kernel_h == K && p.stride_h == S && dilated == DILATED) \
     return launch<Traits<T, K, S, DILATED>>(p, cut, stream);

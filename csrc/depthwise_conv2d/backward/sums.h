@@ -16,7 +16,7 @@ inline int64_t values_of(const GradientParams& p) { return p.taps() + 1; }
 inline bool sums_squares(const GradientParams& p) {
   if (p.dtype == DataType::kFloat64 || !p.wants_weight) return false;
   if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
-  if (p.stride_h == 2 && (p.dilation_h != 1 || p.dilation_w != 1)) return false;
+  if (p.stride_h == 2 && p.is_dilated()) return false;
   if (p.kernel_h != p.kernel_w || p.padding_h > p.dilation_h * (p.kernel_h - 1)) return false;
   return p.kernel_h == 3 || p.kernel_h == 5 || p.kernel_h == 7;
 }
