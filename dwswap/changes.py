@@ -13,6 +13,7 @@ CHANGE_REASONS: dict[str, str] = {
     "folded": "folded into the weights",
     "absorbed": "part of the operator's call now",
     "input_kept": "autograd needs its input, and copies it first where it is changed in place",
+    "training_kernel": "a kernel of dwswap in training on CUDA",
     "pushed": "made up for by the bias of {count} layers after it",
     "epilogue": "added by the matrix product, which the convolution is, to what it stores",
     "product": "a matrix product: cuDNN may be slow where {channels} channels are no multiple of 8",
@@ -72,8 +73,8 @@ class Change:
             channel shuffle or a mean took, ``"mean"`` of a linear layer that took the mean in
             front of it, ``"layer_norm"`` of a layer normalization,
             ``"stem"`` of the first convolution of a network, ``"separable"`` of a depthwise
-            convolution that is one call with the pointwise one after it, or ``"inplace"`` of an
-            activation in train mode.
+            convolution that is one call with the pointwise one after it, or, in train mode,
+            ``"inplace"`` of an activation or ``"batch_norm"`` of a BatchNorm and what is behind it.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
         done: whether it is gone from the graph.
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
@@ -104,6 +105,9 @@ class Change:
             if self.reason == "product":
                 return "became a matrix product"
             return "its bias in the epilogue of the matrix product"
+        if self.kind == "batch_norm":
+            behind = "" if self.name is None else f", and {self.name} after it"
+            return f"runs {self.detail}{behind}"
         if self.kind in ("layer_norm", "stem"):
             return f"runs {self.detail}"
         if self.kind == "separable":

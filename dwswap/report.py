@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from dwswap.changes import Change
+from dwswap.changes import CHANGE_REASONS, Change
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -289,17 +289,22 @@ class Report:
         )
 
     def _notes(self) -> list[str]:
-        out_of_place = [
-            path for path, found in self.elsewhere.items() if found[0].kind == "inplace"
-        ]
-        lines = [
-            f"{path}: {', '.join(map(str, found))}"
-            for path, found in self.elsewhere.items()
-            if path not in out_of_place
-        ]
-        if out_of_place:
+        lines: list[str] = []
+        counted: Counter[str] = Counter()
+        for path, found in self.elsewhere.items():
+            if found[0].kind in ("inplace", "batch_norm"):
+                counted[found[0].kind] += 1
+                counted["absorbed"] += found[0].kind == "batch_norm" and found[0].name is not None
+            else:
+                lines.append(f"{path}: {', '.join(map(str, found))}")
+        if counted["batch_norm"]:
             lines.append(
-                f"keeps autograd from copying the input of {len(out_of_place)} activations, which "
+                f"runs {counted['batch_norm']} BatchNorm, and {counted['absorbed']} activations "
+                f"with them, on {CHANGE_REASONS['training_kernel'].replace('a kernel', 'kernels')}"
+            )
+        if counted["inplace"]:
+            lines.append(
+                f"keeps autograd from copying the input of {counted['inplace']} activations, which "
                 "do not change it in place any more"
             )
         if self.calls_before is not None and self.calls_after is not None:

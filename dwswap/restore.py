@@ -13,9 +13,11 @@ from dwswap.modules import DepthwiseConv2d
 from dwswap.ops import squeeze_excitation
 from dwswap.passes.inplace_activations import in_place_again, is_marked
 from dwswap.passes.substitution import unswap_modules
+from dwswap.passes.swap_batch_norm import unswap_batch_norms
 from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.report import detach, has_report
 from dwswap.shuffling import interleaved
+from dwswap.training_modules import base_of
 
 __all__ = ["restore"]
 
@@ -24,8 +26,8 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo the swaps of :func:`dwswap.optimize`.
 
     Every ``DepthwiseConv2d`` becomes an ``nn.Conv2d`` and every call of the operator in a graph
-    ``torch.conv2d``, with the same parameters and ``state_dict`` keys. Activations that were made
-    out of place for training change their input in place again. A model that was rewritten
+    ``torch.conv2d``, with the same parameters and ``state_dict`` keys. What was replaced for
+    training, BatchNorm and activations, is PyTorch's again. A model that was rewritten
     by substitution has its own class all along; one that became a graph remains a graph.
 
     Args:
@@ -67,6 +69,7 @@ def _has_swaps(model: nn.Module) -> bool:
     return any(
         type(m) is DepthwiseConv2d
         or is_marked(m)
+        or base_of(m) is not None
         or (isinstance(m, fx.GraphModule) and next(swapped_calls(m), None) is not None)
         for m in model.modules()
     )
@@ -84,7 +87,7 @@ def _restore(model: nn.Module) -> nn.Module:
             for node in list(swapped_calls(module)):
                 unswap_call(module, node)
             module.recompile()
-    model = unswap_modules(model)
+    model = unswap_batch_norms(unswap_modules(model))
     in_place_again(model)
     disable_cuda_graphs(model)
     detach(model)

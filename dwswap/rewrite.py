@@ -26,6 +26,11 @@ from dwswap.passes.count_calls import count_calls
 from dwswap.passes.inplace_activations import out_of_place
 from dwswap.passes.memory_format import MemoryFormat, set_memory_format
 from dwswap.passes.substitution import swap_modules
+from dwswap.passes.swap_batch_norm import (
+    absorb_activations,
+    swap_batch_norms,
+    unswap_batch_norms,
+)
 from dwswap.report import Report, attach
 from dwswap.selection import select_faster
 from dwswap.tracing import (
@@ -144,7 +149,7 @@ def optimize(
     workspace, before, result, report = attempt
     failed = _failed(report)
     if fuse and report.swapped and not failed:
-        _spare_copies(result, report)
+        _train_faster(result, report)
     if failed or not report.swapped:
         rewritten = result is not workspace or report.traced  # and then put back
         result = subject if inplace else copy_model(subject) if rewritten else workspace
@@ -156,6 +161,7 @@ def optimize(
             subject.graph = result.graph
             subject.meta.update(result.meta)
         result = subject
+    absorb_activations(result)
     if options is not None:
         result = with_cuda_graphs(result, report, options)
     attach(result, report)
@@ -184,7 +190,7 @@ def explain(
         for context in contexts:
             context.values = False
         report = _fuse(subject, result, report, contexts)
-        _spare_copies(result, report)
+        _train_faster(result, report)
     return report
 
 
@@ -292,6 +298,8 @@ def _rewrite(
     elif skip is not None:
         context.skip = lambda path: "skipped" if skip(_nearest(model, path), path) else None
     inference = fuse and not is_training(model)
+    if inference:
+        unswap_batch_norms(workspace)  # of a model that was optimized to be trained
     result = workspace
     graph_module = workspace if isinstance(workspace, fx.GraphModule) else None
     if graph_module is None and not is_convolution(model):
@@ -349,10 +357,11 @@ def _fuse(
     return report
 
 
-def _spare_copies(result: nn.Module, report: Report) -> None:
-    """Where modules were replaced, and the model trains, autograd need not copy for activations."""
+def _train_faster(result: nn.Module, report: Report) -> None:
+    """What is done where modules were replaced, and the model trains."""
     if report.mode == "substitution" and is_training(result):
         report.elsewhere = out_of_place(result)
+        report.elsewhere = report.elsewhere | swap_batch_norms(result)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 __all__ = [
+    "batch_norm",
+    "batch_norm_backward",
     "channel_means",
     "channel_norm",
     "depthwise_conv2d",
@@ -110,10 +112,25 @@ for _name in ("_separable_conv2d", "_separable_conv2d_apart"):
 for _name in ("_pointwise_product", "_pointwise_product_aten"):
     library.define(f"{_name}(Tensor input, Tensor weight, Tensor? bias) -> Tensor", tags=_tags)
 
+# Batch normalization in training. activation: as above, of none and of the one behind it. The
+# second result are the statistics that the backward takes: rows of mean, 1 / deviation, that times
+# weight, and bias.
+library.define(
+    "_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? batches, float momentum, float eps, int activation) "
+    "-> (Tensor, Tensor)"
+)
+library.define(
+    "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor stats, Tensor? weight, "
+    "int activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
+)
+
 # Whether the residual is the sum now; if not, it is as it was. No tags: what changes an argument
 # and returns no tensor cannot be made functional.
 library.define("_pointwise_residual_(Tensor input, Tensor weight, Tensor(a!) residual) -> bool")
 
+batch_norm = torch.ops.dwswap._batch_norm.default
+batch_norm_backward = torch.ops.dwswap._batch_norm_backward.default
 channel_means = torch.ops.dwswap._channel_means.default
 channel_norm = torch.ops.dwswap._channel_norm.default
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default

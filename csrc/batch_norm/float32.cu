@@ -1,0 +1,5 @@
+#include "batch_norm/kernel.cuh"
+
+namespace dwswap::batch_norm {
+template cudaError_t launch_typed<float>(const BatchNormParams&, const Cut&, bool, cudaStream_t);
+}

@@ -1,0 +1,419 @@
+// Batch normalization in training and the activation behind it, for images in either layout.
+//
+// Forward: sums of parts of the batch (sum_kernel), statistics of each channel of these
+// (statistics_kernel), then y = activation((x - mean) * scale + bias) (normalize_kernel). Backward,
+// with dz the gradient of z, which is that of y times the activation's derivative:
+//
+//   d bias = sum of dz,  d weight = sum of dz * (x - mean) / deviation
+//   dx = scale * (dz - d bias / M - (x - mean) / deviation * d weight / M)
+//
+// over M values of a channel (Ioffe and Szegedy, "Batch Normalization", 2015, section 3), again in
+// three steps. z is computed anew from x, so nothing between the two layers is ever kept.
+//
+// The sums of x and of x^2 are those of x - K, K the channel's first value: a value of the batch is
+// as near to its mean as its deviation, and no digits cancel (Chan, Golub and LeVeque, "Algorithms
+// for computing the sample variance", 1983). Every sum has one order, so results are the same bit
+// for bit each time.
+//
+// It moves bytes: what the first step has read last lies in L2, so the last step begins with it.
+#pragma once
+
+#include "batch_norm/launch.h"
+#include "common/activation.cuh"
+#include "common/integer.h"
+#include "common/numeric.cuh"
+#include "common/sum.cuh"
+
+namespace dwswap {
+namespace batch_norm {
+
+// A Cut as kernels take it.
+struct Places {
+  Divisor by_plane;    // vectors of a plane
+  Divisor by_columns;  // columns of a channel
+  uint32_t positions, columns;
+  int32_t lanes, rows, splits;
+  int32_t channel_step;  // elements from the first value of a channel to that of the next
+
+  __device__ __forceinline__ int channel_of(int column) const {
+    uint32_t rest;
+    return static_cast<int>(by_columns.divide(column, &rest));
+  }
+};
+
+// The vectors of V elements that one thread has: V columns of some rows of a matrix, otherwise some
+// vectors of the planes of one channel.
+template <typename T, int V, bool MATRIX>
+struct Share {
+  static constexpr int kColumns = MATRIX ? V : 1;
+  int row, column;  // of the block, of all
+  bool active;
+  uint32_t first, step;
+
+  __device__ __forceinline__ explicit Share(const Places& places) {
+    const auto thread = static_cast<int>(threadIdx.x);
+    const int lane = MATRIX ? thread % places.lanes : 0;
+    row = MATRIX ? thread / places.lanes : thread;
+    const uint32_t from = (blockIdx.x * places.lanes + lane) * kColumns;
+    active = row < places.rows && from < places.columns;
+    column = active ? static_cast<int>(from) : 0;
+    first = blockIdx.y * places.rows + row;
+    step = gridDim.y * places.rows;
+  }
+
+  __device__ __forceinline__ int64_t place(const BatchNormParams& p, const Places& places,
+                                           uint32_t position) const {
+    if constexpr (MATRIX) {
+      return static_cast<int64_t>(position) * places.columns + column;
+    } else {
+      uint32_t vector;
+      const uint32_t image = places.by_plane.divide(position, &vector);
+      return (static_cast<int64_t>(image) * p.channels + column) * p.pixels + vector * V;
+    }
+  }
+
+  // The values that a row of statistics has for the thread's columns.
+  __device__ __forceinline__ void load_row(const Places& places, const float* source,
+                                           float (&target)[kColumns]) const {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) target[i] = __ldg(source + places.channel_of(column + i));
+  }
+
+  // visit(place, loaded...) for all vectors, the loads of kUnroll of them side by side.
+  template <bool BACKWARDS, typename Load, typename Visit>
+  __device__ __forceinline__ void for_each(const BatchNormParams& p, const Places& places,
+                                           Load&& load, Visit&& visit) const {
+    if (!active) return;
+#pragma unroll 1
+    for (uint32_t at = first; at < places.positions; at += kUnroll * step) {
+      decltype(load(int64_t{})) loaded[kUnroll];
+      int64_t where[kUnroll];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const uint32_t position = at + i * step;
+        if (position >= places.positions) continue;
+        where[i] = place(p, places, BACKWARDS ? places.positions - 1 - position : position);
+        loaded[i] = load(where[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        if (at + i * step < places.positions) visit(where[i], loaded[i]);
+      }
+    }
+  }
+};
+
+template <typename T, int V>
+struct Pair {
+  Words<T, V> x, gradient;
+};
+
+// gradient *= activation'(z), as aten has the derivatives.
+template <int N>
+__device__ __forceinline__ void multiply_by_derivative(float (&gradient)[N], const float (&z)[N],
+                                                       Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+#pragma unroll
+      for (int i = 0; i < N; ++i) gradient[i] = z[i] <= 0.0f ? 0.0f : gradient[i];
+      return;
+    case Activation::kRelu6:
+#pragma unroll
+      for (int i = 0; i < N; ++i) gradient[i] = z[i] <= 0.0f || z[i] >= 6.0f ? 0.0f : gradient[i];
+      return;
+    case Activation::kHardswish:
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float slope = z[i] < 3.0f ? fmaf(z[i], 1.0f / 3.0f, 0.5f) : 1.0f;
+        gradient[i] = z[i] <= -3.0f ? 0.0f : gradient[i] * slope;
+      }
+      return;
+    case Activation::kSilu:
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float gate = sigmoid_of(z[i]);
+        gradient[i] *= gate * fmaf(z[i], 1.0f - gate, 1.0f);
+      }
+      return;
+    default:
+      return;
+  }
+}
+
+// The sums over the rows of a block, of the values of each thread of its first row.
+template <int N>
+__device__ __forceinline__ void sum_over_rows(float (&sums)[N], int row, const Places& places) {
+  __shared__ float parts[N][kThreads];
+  const auto thread = static_cast<int>(threadIdx.x);
+  for (int rows = places.rows; rows > 1;) {
+    const int half = (rows + 1) / 2;
+    if (row >= half && row < rows) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) parts[i][thread] = sums[i];
+    }
+    __syncthreads();
+    if (row < rows - half) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) sums[i] += parts[i][thread + half * places.lanes];
+    }
+    __syncthreads();
+    rows = half;
+  }
+}
+
+// Parts of two sums of each channel: forward of x - K and its square, backward of dz and
+// dz * (x - mean).
+template <typename T, int V, bool MATRIX, bool BACKWARD>
+__global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
+    sum_kernel(const BatchNormParams p, const Places places) {
+  const Share<T, V, MATRIX> share(places);
+  constexpr int N = Share<T, V, MATRIX>::kColumns;
+  const T* const input = static_cast<const T*>(p.input);
+  float sums[2 * N] = {};
+  if constexpr (BACKWARD) {
+    const T* const gradients = static_cast<const T*>(p.output_gradient);
+    float mean[N], scale[N], bias[N];
+    share.load_row(places, p.stats, mean);
+    share.load_row(places, p.stats + 2 * p.channels, scale);
+    share.load_row(places, p.stats + 3 * p.channels, bias);
+    share.template for_each<false>(
+        p, places,
+        [&](int64_t at) {
+          return Pair<T, V>{load_words<V>(input + at), load_words<V>(gradients + at)};
+        },
+        [&](int64_t, const Pair<T, V>& pair) {
+          float x[V], gradient[V], z[V];
+          widen_all(pair.x, x);
+          widen_all(pair.gradient, gradient);
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const int c = MATRIX ? i : 0;
+            x[i] -= mean[c], z[i] = fmaf(x[i], scale[c], bias[c]);
+          }
+          multiply_by_derivative(gradient, z, p.activation);
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const int c = MATRIX ? i : 0;
+            sums[c] += gradient[i], sums[N + c] = fmaf(gradient[i], x[i], sums[N + c]);
+          }
+        });
+  } else {
+    float origin[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      origin[i] = widen(input[int64_t{places.channel_of(share.column + i)} * places.channel_step]);
+    share.template for_each<false>(
+        p, places, [&](int64_t at) { return load_words<V>(input + at); },
+        [&](int64_t, const Words<T, V>& words) {
+          float x[V];
+          widen_all(words, x);
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const int c = MATRIX ? i : 0;
+            x[i] -= origin[c];
+            sums[c] += x[i], sums[N + c] = fmaf(x[i], x[i], sums[N + c]);
+          }
+        });
+  }
+  sum_over_rows(sums, share.row, places);
+  if (!share.active || share.row != 0) return;
+  float* const target = p.partials + int64_t{blockIdx.y} * 2 * places.columns + share.column;
+#pragma unroll
+  for (int i = 0; i < N; ++i) target[i] = sums[i], target[places.columns + i] = sums[N + i];
+}
+
+// A channel's values, of one of three types.
+__device__ __forceinline__ float load_as(const void* source, int at, DataType type) {
+  switch (type) {
+    case DataType::kFloat16:
+      return widen(static_cast<const __half*>(source)[at]);
+    case DataType::kBFloat16:
+      return widen(static_cast<const __nv_bfloat16*>(source)[at]);
+    default:
+      return static_cast<const float*>(source)[at];
+  }
+}
+__device__ __forceinline__ void store_as(void* target, int at, DataType type, float value) {
+  switch (type) {
+    case DataType::kFloat16:
+      static_cast<__half*>(target)[at] = narrow<__half>(value);
+      break;
+    case DataType::kBFloat16:
+      static_cast<__nv_bfloat16*>(target)[at] = narrow<__nv_bfloat16>(value);
+      break;
+    default:
+      static_cast<float*>(target)[at] = value;
+  }
+}
+
+constexpr int kWarp = 32, kWarps = 8;  // of a block that adds up the parts: a warp has a channel
+
+// The sums of all parts for the channel of this warp, the same in all of its lanes.
+struct Totals {
+  double first = 0.0, second = 0.0;
+  int channel;
+  bool answers;  // for the channel
+
+  __device__ __forceinline__ Totals(const BatchNormParams& p, const Places& places) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    channel = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
+    answers = lane == 0 && channel < p.channels;
+    if (channel >= p.channels) return;
+    const auto columns = static_cast<int>(places.by_columns.value);
+    const float* const part = p.partials + int64_t{channel} * columns;
+#pragma unroll 4
+    for (int i = lane; i < places.splits * columns; i += kWarp) {
+      uint32_t column;
+      const int64_t split = places.by_columns.divide(i, &column);
+      const float* const at = part + split * 2 * places.columns + column;
+      first += at[0], second += at[places.columns];
+    }
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+      first += shuffled(first, offset), second += shuffled(second, offset);
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kWarp* kWarps)
+    statistics_kernel(const BatchNormParams p, const Places places) {
+  if (p.batches != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*p.batches;
+  const Totals totals(p, places);
+  if (!totals.answers) return;
+  const int c = totals.channel;
+  const double count = static_cast<double>(p.batch) * p.pixels;
+  const double shifted = totals.first / count;
+  const double origin = widen(static_cast<const T*>(p.input)[int64_t{c} * places.channel_step]);
+  double variance = totals.second / count - shifted * shifted;
+  if (variance < 0.0) variance = 0.0;  // not max, which would drop NaN
+  const auto mean = static_cast<float>(origin + shifted);
+  const auto factor = static_cast<float>(1.0 / sqrt(variance + static_cast<double>(p.eps)));
+  p.stats[c] = mean, p.stats[p.channels + c] = factor;
+  const float weight = p.weight == nullptr ? 1.0f : load_as(p.weight, c, p.parameter_type);
+  p.stats[2 * p.channels + c] = weight * factor;
+  p.stats[3 * p.channels + c] = p.bias == nullptr ? 0.0f : load_as(p.bias, c, p.parameter_type);
+  const auto step = [&](void* running, double value) {
+    if (running == nullptr) return;
+    const float before = load_as(running, c, p.running_type);
+    const auto now = static_cast<float>((1.0 - p.momentum) * before + p.momentum * value);
+    store_as(running, c, p.running_type, now);
+  };
+  step(p.running_mean, mean);
+  step(p.running_var, variance * (count / (count - 1.0)));
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kWarp* kWarps)
+    terms_kernel(const BatchNormParams p, const Places places) {
+  const Totals totals(p, places);
+  if (!totals.answers) return;
+  const int c = totals.channel;
+  const double count = static_cast<double>(p.batch) * p.pixels;
+  const double factor = p.stats[p.channels + c], scale = p.stats[2 * p.channels + c];
+  const double weight_gradient = totals.second * factor;
+  if (p.weight_gradient != nullptr)
+    store_as(p.weight_gradient, c, p.parameter_type, static_cast<float>(weight_gradient));
+  if (p.bias_gradient != nullptr)
+    store_as(p.bias_gradient, c, p.parameter_type, static_cast<float>(totals.first));
+  p.terms[c] = static_cast<float>(-scale * totals.first / count);
+  p.terms[p.channels + c] = static_cast<float>(-scale * factor * weight_gradient / count);
+}
+
+template <typename T, int V, bool MATRIX, bool BACKWARD>
+__global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
+    normalize_kernel(const BatchNormParams p, const Places places) {
+  const Share<T, V, MATRIX> share(places);
+  constexpr int N = Share<T, V, MATRIX>::kColumns;
+  const T* const input = static_cast<const T*>(p.input);
+  T* const output = static_cast<T*>(p.output);
+  float mean[N], scale[N], bias[N];
+  share.load_row(places, p.stats, mean);
+  share.load_row(places, p.stats + 2 * p.channels, scale);
+  share.load_row(places, p.stats + 3 * p.channels, bias);
+  if constexpr (BACKWARD) {
+    const T* const gradients = static_cast<const T*>(p.output_gradient);
+    float added[N], slope[N];
+    share.load_row(places, p.terms, added);
+    share.load_row(places, p.terms + p.channels, slope);
+    share.template for_each<true>(
+        p, places,
+        [&](int64_t at) {
+          return Pair<T, V>{load_words<V>(input + at), load_words<V>(gradients + at)};
+        },
+        [&](int64_t at, const Pair<T, V>& pair) {
+          float x[V], gradient[V], z[V];
+          widen_all(pair.x, x);
+          widen_all(pair.gradient, gradient);
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const int c = MATRIX ? i : 0;
+            x[i] -= mean[c], z[i] = fmaf(x[i], scale[c], bias[c]);
+          }
+          multiply_by_derivative(gradient, z, p.activation);
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const int c = MATRIX ? i : 0;
+            gradient[i] = fmaf(gradient[i], scale[c], fmaf(x[i], slope[c], added[c]));
+          }
+          store(output + at, gradient);
+        });
+  } else {
+    share.template for_each<true>(
+        p, places, [&](int64_t at) { return load_words<V>(input + at); },
+        [&](int64_t at, const Words<T, V>& words) {
+          float x[V];
+          widen_all(words, x);
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            const int c = MATRIX ? i : 0;
+            x[i] = fmaf(x[i] - mean[c], scale[c], bias[c]);
+          }
+          activate(x, p.activation);
+          store(output + at, x);
+        });
+  }
+}
+
+template <typename T, int V, bool MATRIX, bool BACKWARD>
+cudaError_t launch_cut(const BatchNormParams& p, const Cut& cut, cudaStream_t stream) {
+  Places places{};
+  if (!MATRIX) places.by_plane = Divisor(static_cast<uint32_t>(p.pixels / V));
+  places.by_columns = Divisor(static_cast<uint32_t>(cut.columns_of_channel));
+  places.positions = static_cast<uint32_t>(cut.positions);
+  places.columns = static_cast<uint32_t>(cut.columns);
+  places.lanes = cut.lanes, places.rows = cut.rows, places.splits = cut.splits;
+  places.channel_step = p.layout == Layout::kChannelsLast ? 1 : p.pixels;
+  const dim3 grid(cut.chunks, cut.splits);
+  const auto channel_blocks = static_cast<unsigned>(ceil_div(p.channels, kWarps));
+  constexpr int kTotalThreads = kWarp * kWarps;
+  sum_kernel<T, V, MATRIX, BACKWARD><<<grid, kThreads, 0, stream>>>(p, places);
+  if constexpr (BACKWARD) {
+    terms_kernel<T><<<channel_blocks, kTotalThreads, 0, stream>>>(p, places);
+  } else {
+    statistics_kernel<T><<<channel_blocks, kTotalThreads, 0, stream>>>(p, places);
+  }
+  if (p.output != nullptr)
+    normalize_kernel<T, V, MATRIX, BACKWARD><<<grid, kThreads, 0, stream>>>(p, places);
+  return cudaGetLastError();
+}
+
+// One file per element type instantiates this.
+template <typename T>
+cudaError_t launch_typed(const BatchNormParams& p, const Cut& cut, bool backward,
+                         cudaStream_t stream) {
+  constexpr int kWide = kVectorBytes / static_cast<int>(sizeof(T));
+  const auto launch = [&]<int V>() {
+    if (cut.matrix) {
+      return backward ? launch_cut<T, V, true, true>(p, cut, stream)
+                      : launch_cut<T, V, true, false>(p, cut, stream);
+    }
+    return backward ? launch_cut<T, V, false, true>(p, cut, stream)
+                    : launch_cut<T, V, false, false>(p, cut, stream);
+  };
+  if (cut.vector == kWide) return launch.template operator()<kWide>();
+  if (cut.vector == kWide / 2) return launch.template operator()<kWide / 2>();
+  return launch.template operator()<1>();
+}
+
+}  // namespace batch_norm
+}  // namespace dwswap

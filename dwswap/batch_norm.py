@@ -1,0 +1,251 @@
+"""Batch normalization in training and the activation behind it, as one operator.
+
+| dispatch key              | kernels of ``_batch_norm`` and ``_batch_norm_backward``      |
+| ------------------------- | ------------------------------------------------------------ |
+| CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library |
+| CompositeExplicitAutograd | aten: what the operators mean                                |
+| Autograd                  | none: :func:`batch_norm` records                             |
+
+Only plain calls come here; whatever is traced, compiled or transformed is aten's alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwswap import build
+from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
+from dwswap.backward import without_autocast
+from dwswap.plain import has_kernels, is_plain_but_for_autocast, needs_gradient
+from dwswap.schema import batch_norm as operator
+from dwswap.schema import batch_norm_backward as backward_operator
+from dwswap.schema import library
+
+__all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm"]
+
+NORM_ACTIVATIONS = frozenset({"none", "relu", "relu6", "hardswish", "silu"})
+"""The activations whose derivatives the kernels have."""
+
+_MOST_VALUES = 1 << 30  # of a channel, as covers_batch_norm of csrc/batch_norm/launch.cpp has it
+
+
+def has_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> bool:
+    """Whether :func:`batch_norm` takes such tensors and has kernels for them.
+
+    A plain call in which the input is dense, ``(N, C, H, W)``, contiguous or channels_last, with 2
+    to 2^30 values per channel, on a CUDA device of compute capability 8.0 or later; weight and bias
+    are both there or neither, float32 or of the input's dtype, and so are the running statistics.
+    """
+    vectors = (weight, bias, running_mean, running_var)
+    if not (
+        has_kernels(input)
+        and is_plain_but_for_autocast(input, input if weight is None else weight, bias, None)
+        and is_plain_but_for_autocast(input, input, running_mean, running_var)
+        and input.dim() == 4
+        and (weight is None) is (bias is None)
+        and (running_mean is None) is (running_var is None)
+    ):
+        return False
+    channels = input.shape[1]
+    if channels == 0 or not 2 <= input.numel() // channels <= _MOST_VALUES:
+        return False
+    if not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous()):
+        return False
+    if not (_pair_fits(weight, bias, input) and _pair_fits(running_mean, running_var, input)):
+        return False
+    # The version counter of an inference tensor cannot be told that the tensor changed.
+    if any(vector is not None and vector.is_inference() for vector in vectors[2:]):
+        return False
+    return _capability(input.device) >= 8 and build.load()
+
+
+def _pair_fits(one: Tensor | None, other: Tensor | None, input: Tensor) -> bool:
+    if one is None or other is None:
+        return True
+    return (
+        one.dtype is other.dtype
+        and (one.dtype is torch.float32 or one.dtype is input.dtype)
+        and one.shape == other.shape == input.shape[1:2]
+        and one.device == other.device == input.device
+        and one.is_contiguous()
+        and other.is_contiguous()
+    )
+
+
+@functools.lru_cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: str = "none",
+) -> Tensor:
+    """``activation((input - mean) / sqrt(variance + eps) * weight + bias)`` in training.
+
+    Mean and variance are those of the batch, of each channel (Ioffe and Szegedy, "Batch
+    Normalization", 2015). What the activation is applied to is not kept for the backward, which
+    computes it anew from the input. Deterministic.
+
+    Args:
+        input: ``(N, C, H, W)``, see :func:`has_batch_norm`, which is to be asked first.
+        weight, bias: ``(C,)``, or None for 1 and 0.
+        running_mean, running_var: ``(C,)``, changed in place: ``(1 - momentum)`` times the old
+            value plus ``momentum`` times that of the batch, the variance without bias. Or None.
+        batches: the number of batches seen, one int64, counted up in place. Or None.
+        momentum, eps: as ``F.batch_norm`` has them.
+        activation: one of :data:`NORM_ACTIVATIONS`.
+
+    Returns:
+        Of the input's shape, dtype and strides.
+
+    Raises:
+        RuntimeError: of the CUDA operator, naming the argument, the rule and the value.
+    """
+    index = PAIRS["none", activation]
+    arguments = (running_mean, running_var, batches, momentum, eps, index)
+    if needs_gradient(input, weight, bias):
+        output = _BatchNorm.apply(input, weight, bias, *arguments)
+    else:
+        output, _ = operator(input, weight, bias, *arguments)
+    changed = [t for t in (running_mean, running_var, batches) if t is not None]
+    torch.autograd.graph.increment_version(changed)
+    return output
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batches: Tensor | None,
+        momentum: float,
+        eps: float,
+        activation: int,
+    ) -> Tensor:
+        ctx.eps, ctx.activation = eps, activation
+        output, stats = operator(
+            input, weight, bias, running_mean, running_var, batches, momentum, eps, activation
+        )
+        ctx.save_for_backward(input, weight, bias, stats)
+        return output
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, stats = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            grads = _differentiable_backward(
+                grad_output, input, weight, bias, ctx.eps, ctx.activation, wanted
+            )
+        else:
+            last = input.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format
+            grads = backward_operator(
+                grad_output.contiguous(memory_format=layout),
+                input,
+                stats,
+                weight,
+                ctx.activation,
+                wanted,
+            )
+        kept = (grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
+        return *kept, None, None, None, None, None, None
+
+
+def _differentiable_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: int,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The same gradients as a graph of aten's operators, for double backward."""
+    normalized = F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+    output = ACTIVATIONS[pair_of(activation)[1]].forward(normalized)
+    tensors = (input, weight, bias)
+    of: list[Any] = [tensor for tensor, needed in zip(tensors, wanted, strict=True) if needed]
+    found = iter(torch.autograd.grad(output, of, grad_output, create_graph=True))
+    return [next(found) if needed else None for needed in wanted]
+
+
+# --- by aten ----------------------------------------------------------------------------------
+
+
+def _forward_aten(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: int,
+) -> tuple[Tensor, Tensor]:
+    if batches is not None:
+        batches += 1
+    normalized, mean, factor = torch.native_batch_norm(
+        input, weight, bias, running_mean, running_var, True, momentum, eps
+    )
+    output = ACTIVATIONS[pair_of(activation)[1]].forward(normalized)
+    scale = factor if weight is None else factor * weight
+    added = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    return output, torch.stack([mean, factor, scale, added])
+
+
+def _backward_aten(
+    grad_output: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    activation: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    mean, factor, scale, added = stats[:, :, None, None].unbind()
+    normalized = ((input - mean) * scale + added).to(input.dtype)
+    grad = ACTIVATIONS[pair_of(activation)[1]].backward(grad_output, normalized)
+    return torch.ops.aten.native_batch_norm_backward(
+        grad,
+        input,
+        weight,
+        None,
+        None,
+        mean.flatten(),
+        factor.flatten(),
+        True,
+        0.0,  # eps is in the factor already
+        list(output_mask),
+    )
+
+
+library.impl("_batch_norm", _forward_aten, "CompositeExplicitAutograd")
+library.impl("_batch_norm_backward", _backward_aten, "CompositeExplicitAutograd")
+for _name in ("_batch_norm", "_batch_norm_backward"):
+    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
