@@ -148,7 +148,7 @@ _BASES[BatchNorm2d] = nn.BatchNorm2d
 
 
 def absorb(norm: nn.Module, parent: nn.Module | None, name: str) -> None:
-    """Let ``norm`` compute the activation ``parent.name`` behind it; none where there is no parent."""
+    """Let ``norm`` compute the activation ``parent.name`` behind it, or none without a parent."""
     if parent is None:
         norm.__dict__.pop(_PLACE, None)
     else:

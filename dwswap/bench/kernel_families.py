@@ -31,6 +31,8 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"depthwise|conv2d_c1_k1_n", DEPTHWISE),
     # Before squeeze_kernel: both have SqueezeExcitationParams among their arguments.
     (r"dwswap::excite_kernel", ELEMENTWISE),
+    # As aten's, which it stands in for.
+    (r"dwswap::batch_norm", ELEMENTWISE),
     (r"dwswap::.*(pool|reduce|mean|norm|squeeze)", REDUCTION),
     (r"dwswap::.*(scale|elementwise|add_)", ELEMENTWISE),
     (r"dwswap::.*(copy|interleave|transpose|to_channels_last|to_nchw)", COPY),
