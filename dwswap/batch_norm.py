@@ -1,10 +1,10 @@
 """Batch normalization in training and the activation behind it, as one operator.
 
-| dispatch key              | kernels of ``_batch_norm`` and ``_batch_norm_backward``      |
-| ------------------------- | ------------------------------------------------------------ |
-| CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library |
-| CompositeExplicitAutograd | aten: what the operators mean                                |
-| Autograd                  | none: :func:`batch_norm` records                             |
+| dispatch key              | kernels of ``_batch_norm`` and ``_batch_norm_backward``          |
+| ------------------------- | ---------------------------------------------------------------- |
+| CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library     |
+| CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again |
+| Autograd                  | none: :func:`batch_norm` records                                 |
 
 Only plain calls come here; whatever is traced, compiled or transformed is aten's alone.
 """
@@ -46,7 +46,7 @@ def has_batch_norm(
 
     A plain call in which the input is dense, ``(N, C, H, W)``, contiguous or channels_last, with 2
     to 2^30 values per channel, on a CUDA device of compute capability 8.0 or later; weight and bias
-    are both there or neither, float32 or of the input's dtype, and so are the running statistics.
+    are both there or neither, float32 or of the dtype of the input, and so are running statistics.
     """
     vectors = (weight, bias, running_mean, running_var)
     if not (
@@ -65,6 +65,8 @@ def has_batch_norm(
         return False
     if not (_pair_fits(weight, bias, input) and _pair_fits(running_mean, running_var, input)):
         return False
+    if weight is not None and running_mean is not None and weight.dtype is not running_mean.dtype:
+        return False  # an error of PyTorch's
     # The version counter of an inference tensor cannot be told that the tensor changed.
     if any(vector is not None and vector.is_inference() for vector in vectors[2:]):
         return False
@@ -195,7 +197,21 @@ def _differentiable_backward(
     return [next(found) if needed else None for needed in wanted]
 
 
-# --- by aten ----------------------------------------------------------------------------------
+# --- on every device --------------------------------------------------------------------------
+
+
+def _forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    if input.is_cuda and build.load():
+        return operator(input, *args)  # has a CUDA kernel from now on
+    return _forward_aten(input, *args)
+
+
+def _backward(
+    grad_output: Tensor, *args: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if grad_output.is_cuda and build.load():
+        return backward_operator(grad_output, *args)
+    return _backward_aten(grad_output, *args)
 
 
 def _forward_aten(
@@ -245,7 +261,7 @@ def _backward_aten(
     )
 
 
-library.impl("_batch_norm", _forward_aten, "CompositeExplicitAutograd")
-library.impl("_batch_norm_backward", _backward_aten, "CompositeExplicitAutograd")
+library.impl("_batch_norm", _forward, "CompositeExplicitAutograd")
+library.impl("_batch_norm_backward", _backward, "CompositeExplicitAutograd")
 for _name in ("_batch_norm", "_batch_norm_backward"):
     library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

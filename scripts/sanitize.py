@@ -491,7 +491,9 @@ def check_batch_norm(problem: BatchNorm) -> str | None:
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     wide = [mean.double(), variance.double()]
     with torch.enable_grad():
-        normalized = F.batch_norm(leaves[0], *wide, *leaves[1:], True, 0.1, 1e-5)
+        normalized = F.batch_norm(
+            leaves[0], wide[0], wide[1], leaves[1], leaves[2], True, 0.1, 1e-5
+        )
         exact = F.silu(normalized) if problem.activation == "silu" else normalized
     wanted = [exact.detach(), *torch.autograd.grad(exact, leaves, gradient.double()), *wide]
     # Kernels read the results here, so that initcheck misses no element that nobody wrote.

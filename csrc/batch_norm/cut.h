@@ -55,8 +55,8 @@ inline Cut choose_cut(const BatchNormParams& p, int multiprocessors) {
     return width % vector == 0 && places % (vector * element_bytes) == 0;
   };
   const int64_t sample = int64_t{p.channels} * p.pixels;
-  const bool flat = !last && p.pixels <= kSmallPlane && sample <= kMostPositions &&
-                    !fits(wide, p.pixels) && fits(wide, sample);
+  const bool flat = !last && p.pixels >= wide && p.pixels <= kSmallPlane &&
+                    sample <= kMostPositions && !fits(wide, p.pixels) && fits(wide, sample);
   Cut cut{};
   cut.matrix = last || flat;
   cut.columns_of_channel = flat ? p.pixels : 1;

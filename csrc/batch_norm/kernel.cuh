@@ -10,10 +10,10 @@
 // over M values of a channel (Ioffe and Szegedy, "Batch Normalization", 2015, section 3), again in
 // three steps. z is computed anew from x, so nothing between the two layers is ever kept.
 //
-// The sums of x and of x^2 are those of x - K, K the channel's first value: a value of the batch is
-// as near to its mean as its deviation, and no digits cancel (Chan, Golub and LeVeque, "Algorithms
-// for computing the sample variance", 1983). Every sum has one order, so results are the same bit
-// for bit each time.
+// The sums of x and of x^2 are those of x - K, K the mean of a few values of the channel, which is
+// nearer to the channel's than its deviation, so that no digits cancel (Chan, Golub and LeVeque,
+// "Algorithms for computing the sample variance", 1983). Every sum has one order, so results are
+// the same bit for bit each time.
 //
 // It moves bytes: what the first step has read last lies in L2, so the last step begins with it.
 #pragma once
@@ -31,9 +31,11 @@ namespace batch_norm {
 struct Places {
   Divisor by_plane;    // vectors of a plane
   Divisor by_columns;  // columns of a channel
+  Divisor by_pixels;   // pixels of an image
+  uint32_t values;     // of a channel
   uint32_t positions, columns;
   int32_t lanes, rows, splits;
-  int32_t channel_step;  // elements from the first value of a channel to that of the next
+  int32_t channel_step, pixel_step;  // elements from one channel, or pixel, to the next
 
   __device__ __forceinline__ int channel_of(int column) const {
     uint32_t rest;
@@ -109,7 +111,7 @@ struct Pair {
 };
 
 // gradient *= activation'(z), as aten has the derivatives.
-template <int N>
+template <typename T, int N>
 __device__ __forceinline__ void multiply_by_derivative(float (&gradient)[N], const float (&z)[N],
                                                        Activation activation) {
   switch (activation) {
@@ -131,7 +133,8 @@ __device__ __forceinline__ void multiply_by_derivative(float (&gradient)[N], con
     case Activation::kSilu:
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const float gate = sigmoid_of(z[i]);
+        // Sums of many of the fast form would show its errors in float32.
+        const float gate = sizeof(T) == 4 ? 1.0f / (1.0f + expf(-z[i])) : sigmoid_of(z[i]);
         gradient[i] *= gate * fmaf(z[i], 1.0f - gate, 1.0f);
       }
       return;
@@ -158,6 +161,58 @@ __device__ __forceinline__ void sum_over_rows(float (&sums)[N], int row, const P
     }
     __syncthreads();
     rows = half;
+  }
+}
+
+// K of a channel: the mean of some of its values, from all over the batch; of type T, as the values
+// are. With more digits, every x - K would be rounded the same way when it is added to a large sum.
+constexpr int kOriginValues = 8;
+
+template <typename T>
+__device__ __forceinline__ float origin_of(const BatchNormParams& p, const Places& places,
+                                           int channel) {
+  const T* const input = static_cast<const T*>(p.input) + int64_t{channel} * places.channel_step;
+  float values[kOriginValues], sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kOriginValues; ++i) {
+    uint32_t pixel;
+    const int64_t image = places.by_pixels.divide(places.values / kOriginValues * i, &pixel);
+    values[i] = widen(input[(image * p.channels * p.pixels) + int64_t{pixel} * places.pixel_step]);
+  }
+#pragma unroll
+  for (int i = 0; i < kOriginValues; ++i) sum += values[i];
+  return widen(narrow<T>(sum * (1.0f / kOriginValues)));
+}
+
+// The same of the channels of a thread.
+template <typename T, int V, bool MATRIX>
+__device__ __forceinline__ void load_origins(const BatchNormParams& p, const Places& places,
+                                             const Share<T, V, MATRIX>& share,
+                                             float (&origins)[Share<T, V, MATRIX>::kColumns]) {
+  if constexpr (!MATRIX) {
+    origins[0] = origin_of<T>(p, places, share.column);
+  } else if (places.by_columns.value == 1) {
+    const T* const input = static_cast<const T*>(p.input) + share.column;
+#pragma unroll
+    for (int c = 0; c < V; ++c) origins[c] = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < kOriginValues; ++i) {
+      const int64_t row = places.values / kOriginValues * i;
+      float x[V];
+      load(input + row * places.columns, x);
+#pragma unroll
+      for (int c = 0; c < V; ++c) origins[c] += x[c];
+    }
+#pragma unroll
+    for (int c = 0; c < V; ++c) origins[c] = widen(narrow<T>(origins[c] * (1.0f / kOriginValues)));
+  } else {
+    // Channels have at least V columns.
+    const int first = places.channel_of(share.column),
+              last = places.channel_of(share.column + V - 1);
+    const float of_first = origin_of<T>(p, places, first), of_last = origin_of<T>(p, places, last);
+#pragma unroll
+    for (int c = 0; c < V; ++c)
+      origins[c] = places.channel_of(share.column + c) == first ? of_first : of_last;
   }
 }
 
@@ -190,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
             const int c = MATRIX ? i : 0;
             x[i] -= mean[c], z[i] = fmaf(x[i], scale[c], bias[c]);
           }
-          multiply_by_derivative(gradient, z, p.activation);
+          multiply_by_derivative<T>(gradient, z, p.activation);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             const int c = MATRIX ? i : 0;
@@ -199,9 +254,7 @@ __global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
         });
   } else {
     float origin[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      origin[i] = widen(input[int64_t{places.channel_of(share.column + i)} * places.channel_step]);
+    load_origins(p, places, share, origin);
     share.template for_each<false>(
         p, places, [&](int64_t at) { return load_words<V>(input + at); },
         [&](int64_t, const Words<T, V>& words) {
@@ -283,14 +336,14 @@ __global__ void __launch_bounds__(kWarp* kWarps)
   const int c = totals.channel;
   const double count = static_cast<double>(p.batch) * p.pixels;
   const double shifted = totals.first / count;
-  const double origin = widen(static_cast<const T*>(p.input)[int64_t{c} * places.channel_step]);
+  const double origin = origin_of<T>(p, places, c);
   double variance = totals.second / count - shifted * shifted;
   if (variance < 0.0) variance = 0.0;  // not max, which would drop NaN
   const auto mean = static_cast<float>(origin + shifted);
-  const auto factor = static_cast<float>(1.0 / sqrt(variance + static_cast<double>(p.eps)));
-  p.stats[c] = mean, p.stats[p.channels + c] = factor;
-  const float weight = p.weight == nullptr ? 1.0f : load_as(p.weight, c, p.parameter_type);
-  p.stats[2 * p.channels + c] = weight * factor;
+  const double factor = 1.0 / sqrt(variance + static_cast<double>(p.eps));
+  const double weight = p.weight == nullptr ? 1.0 : load_as(p.weight, c, p.parameter_type);
+  p.stats[c] = mean, p.stats[p.channels + c] = static_cast<float>(factor);
+  p.stats[2 * p.channels + c] = static_cast<float>(weight * factor);
   p.stats[3 * p.channels + c] = p.bias == nullptr ? 0.0f : load_as(p.bias, c, p.parameter_type);
   const auto step = [&](void* running, double value) {
     if (running == nullptr) return;
@@ -349,7 +402,7 @@ __global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
             const int c = MATRIX ? i : 0;
             x[i] -= mean[c], z[i] = fmaf(x[i], scale[c], bias[c]);
           }
-          multiply_by_derivative(gradient, z, p.activation);
+          multiply_by_derivative<T>(gradient, z, p.activation);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             const int c = MATRIX ? i : 0;
@@ -382,7 +435,10 @@ cudaError_t launch_cut(const BatchNormParams& p, const Cut& cut, cudaStream_t st
   places.positions = static_cast<uint32_t>(cut.positions);
   places.columns = static_cast<uint32_t>(cut.columns);
   places.lanes = cut.lanes, places.rows = cut.rows, places.splits = cut.splits;
-  places.channel_step = p.layout == Layout::kChannelsLast ? 1 : p.pixels;
+  const bool last = p.layout == Layout::kChannelsLast;
+  places.channel_step = last ? 1 : p.pixels, places.pixel_step = last ? p.channels : 1;
+  places.by_pixels = Divisor(static_cast<uint32_t>(p.pixels));
+  places.values = static_cast<uint32_t>(p.batch) * p.pixels;
   const dim3 grid(cut.chunks, cut.splits);
   const auto channel_blocks = static_cast<unsigned>(ceil_div(p.channels, kWarps));
   constexpr int kTotalThreads = kWarp * kWarps;

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import ACTIVATIONS, KINKS, WIDE_ACTIVATIONS, Judge, poison
+from numerics import ACTIVATIONS, KINKS, MIN_GRADIENTS, WIDE_ACTIVATIONS, Judge, poison
 from torch import Tensor, nn
 
 import dwswap
@@ -107,7 +107,7 @@ def near_kinks(tensors: Tensors, activation: str) -> Tensor:
 
 def add(judge: Judge, tensors: Tensors, activation: str, seed: int = 5) -> None:
     input = tensors.input
-    gradient = draw(input.shape, seed).masked_fill_(near_kinks(tensors, activation), 0.0)
+    gradient = draw(input.shape, seed + 50).masked_fill_(near_kinks(tensors, activation), 0.0)
     gradient = gradient.to(input.dtype)
     if seed % 2:  # laid out as the input, or as it comes
         gradient = torch.empty_like(input).copy_(gradient)
@@ -130,8 +130,10 @@ def test_outputs_gradients_and_statistics(
     judge = Judge()
     names = itertools.cycle(sorted(NORM_ACTIVATIONS))
     for seed, shape in enumerate(SHAPES):
-        for activation in (next(names), next(names)):
-            add(judge, make(shape, dtype, memory_format, seed=seed), activation, seed)
+        # Of few channels several draws, as two largest errors are compared.
+        draws = range(seed, seed + 100 * min(8, -(-MIN_GRADIENTS // shape[1])), 100)
+        for activation, drawn in itertools.product((next(names), next(names)), draws):
+            add(judge, make(shape, dtype, memory_format, seed=drawn), activation, drawn)
     judge.check()
 
 
@@ -141,8 +143,8 @@ def test_parameters_and_statistics_of_either_type_and_none(
     dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
     judge = Judge()
-    kinds = (None, torch.float32, dtype)
-    for seed, (parameters, statistics) in enumerate(itertools.product(kinds, kinds)):
+    kinds = ((None, None), (None, torch.float32), (torch.float32,) * 2, (dtype,) * 2)
+    for seed, (parameters, statistics) in enumerate((*kinds, (torch.float32, None), (dtype, None))):
         tensors = make((8, 72, 14, 14), dtype, memory_format, parameters, statistics, seed)
         assert has_batch_norm(*tensors)
         add(judge, tensors, ("none", "relu6")[seed % 2], seed)
@@ -214,12 +216,12 @@ def test_nothing_beside_the_images_is_read_or_written(
         )
         view.copy_(tensors.input)
         gradient = torch.empty_like(tensors.input).copy_(draw(shape, 4))
-        judge = Judge()
         aligned = results(tensors.cast(), gradient, "silu", "ours")
         leaves = Tensors(view, *tensors.cast()[1:])
         for name, result in results(leaves, gradient, "silu", "ours").items():
-            judge.add(name, result, aligned[name], aligned[name].double())
-        judge.check()
+            # Another width of access sums in another order.
+            bound = 16 * torch.finfo(result.dtype).eps * float(aligned[name].abs().max())
+            torch.testing.assert_close(result, aligned[name], rtol=0, atol=bound)
 
 
 @EACH_FORMAT
@@ -345,14 +347,15 @@ def test_bad_input_is_named() -> None:
 def blocks(kind: type[nn.Module], affine: bool = True) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 24, 1, bias=False),
-        nn.BatchNorm2d(24, affine=affine),
-        kind(inplace=True),  # type: ignore[call-arg]
-        nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False),
-        nn.BatchNorm2d(24, affine=affine),
-        kind(inplace=True),  # type: ignore[call-arg]
+        block(kind, nn.Conv2d(3, 24, 1, bias=False), affine),
+        block(kind, nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), affine),
         nn.Conv2d(24, 8, 1),
-    ).to("cuda")
+    ).cuda()
+
+
+def block(kind: type[nn.Module], conv: nn.Conv2d, affine: bool = True) -> nn.Sequential:
+    norm = nn.BatchNorm2d(conv.out_channels, affine=affine)
+    return nn.Sequential(conv, norm, kind(inplace=True))  # type: ignore[call-arg]
 
 
 def three_steps(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -410,13 +413,8 @@ def test_what_lies_between_the_two_layers_is_not_kept() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         *(
-            layer
+            block(nn.ReLU6, nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False))
             for _ in range(6)
-            for layer in (
-                nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False),
-                nn.BatchNorm2d(64),
-                nn.ReLU6(inplace=True),
-            )
         )
     ).cuda()  # fmt: skip
     x = torch.randn(32, 64, 56, 56, device="cuda").to(memory_format=torch.channels_last)
@@ -463,7 +461,7 @@ def test_a_captured_step_counts_and_learns() -> None:
     model.zero_grad()
     with torch.cuda.graph(graph):
         model(x).sum().backward()
-    norm = model[1]
+    norm = model[0][1]  # type: ignore[index]
     assert isinstance(norm, nn.BatchNorm2d)
     before = norm.running_mean.clone()  # type: ignore[union-attr]
     graph.replay()
