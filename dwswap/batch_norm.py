@@ -48,42 +48,39 @@ def has_batch_norm(
     to 2^30 values per channel, on a CUDA device of compute capability 8.0 or later; weight and bias
     are both there or neither, float32 or of the dtype of the input, and so are running statistics.
     """
-    vectors = (weight, bias, running_mean, running_var)
+    # Asked for every call of every layer; the operator itself checks shapes and devices.
     if not (
         has_kernels(input)
-        and is_plain_but_for_autocast(input, input if weight is None else weight, bias, None)
-        and is_plain_but_for_autocast(input, input, running_mean, running_var)
-        and input.dim() == 4
+        and is_plain_but_for_autocast(
+            input, input if weight is None else weight, bias, running_mean
+        )
+        and type(running_var) is type(running_mean)
         and (weight is None) is (bias is None)
-        and (running_mean is None) is (running_var is None)
+        and input.dim() == 4
     ):
+        return False
+    if weight is not None and bias is not None:
+        parameters = weight.dtype
+        if not (bias.dtype is parameters and weight.is_contiguous() and bias.is_contiguous()):
+            return False
+    else:
+        parameters = None if running_mean is None else running_mean.dtype
+    if running_mean is not None and running_var is not None:
+        if not (running_mean.dtype is running_var.dtype is parameters):
+            return False  # an error of PyTorch's
+        if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+            return False
+        # The version counter of an inference tensor cannot be told that the tensor changed.
+        if running_mean.is_inference() or running_var.is_inference():
+            return False
+    if parameters not in (None, torch.float32, input.dtype):
+        return False
+    if not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous()):
         return False
     channels = input.shape[1]
     if channels == 0 or not 2 <= input.numel() // channels <= _MOST_VALUES:
         return False
-    if not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous()):
-        return False
-    if not (_pair_fits(weight, bias, input) and _pair_fits(running_mean, running_var, input)):
-        return False
-    if weight is not None and running_mean is not None and weight.dtype is not running_mean.dtype:
-        return False  # an error of PyTorch's
-    # The version counter of an inference tensor cannot be told that the tensor changed.
-    if any(vector is not None and vector.is_inference() for vector in vectors[2:]):
-        return False
     return _capability(input.device) >= 8 and build.load()
-
-
-def _pair_fits(one: Tensor | None, other: Tensor | None, input: Tensor) -> bool:
-    if one is None or other is None:
-        return True
-    return (
-        one.dtype is other.dtype
-        and (one.dtype is torch.float32 or one.dtype is input.dtype)
-        and one.shape == other.shape == input.shape[1:2]
-        and one.device == other.device == input.device
-        and one.is_contiguous()
-        and other.is_contiguous()
-    )
 
 
 @functools.lru_cache
