@@ -59,21 +59,19 @@ def has_batch_norm(
         and input.dim() == 4
     ):
         return False
-    if weight is not None and bias is not None:
-        parameters = weight.dtype
-        if not (bias.dtype is parameters and weight.is_contiguous() and bias.is_contiguous()):
+    dtype: torch.dtype | None = None
+    for one, other in ((weight, bias), (running_mean, running_var)):
+        if one is None or other is None:
+            continue
+        if not (one.dtype is other.dtype and one.is_contiguous() and other.is_contiguous()):
             return False
-    else:
-        parameters = None if running_mean is None else running_mean.dtype
-    if running_mean is not None and running_var is not None:
-        if not (running_mean.dtype is running_var.dtype is parameters):
+        if dtype not in (None, one.dtype):
             return False  # an error of PyTorch's
-        if not (running_mean.is_contiguous() and running_var.is_contiguous()):
-            return False
-        # The version counter of an inference tensor cannot be told that the tensor changed.
-        if running_mean.is_inference() or running_var.is_inference():
-            return False
-    if parameters not in (None, torch.float32, input.dtype):
+        dtype = one.dtype
+    if dtype not in (None, torch.float32, input.dtype):
+        return False
+    # The version counter of an inference tensor cannot be told that the tensor changed.
+    if running_mean is not None and running_mean.is_inference():
         return False
     if not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous()):
         return False
