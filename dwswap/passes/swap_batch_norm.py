@@ -14,7 +14,14 @@ from dwswap.eligibility import reason_not_plain
 from dwswap.modules import as_class
 from dwswap.passes.sequences import is_plain_sequential
 from dwswap.passes.substitution import replace_modules
-from dwswap.training_modules import ABSORBABLE, BatchNorm2d, absorb, base_of, name_of
+from dwswap.training_modules import (
+    ABSORBABLE,
+    BatchNorm2d,
+    absorb,
+    activation_of,
+    base_of,
+    norm_for,
+)
 
 __all__ = ["absorb_activations", "swap_batch_norms", "unswap_batch_norms"]
 
@@ -23,22 +30,24 @@ def swap_batch_norms(model: nn.Module) -> dict[str, tuple[Change, ...]]:
     """Replace what normalizes by the statistics of each batch; returns a change for each, by path.
 
     Pattern: an exact ``nn.BatchNorm2d`` in train mode, and behind it in a plain ``nn.Sequential``
-    that the model's code only calls an activation of ``ABSORBABLE``. Reason: the operator moves
-    each value fewer times, as it needs none of what lies between the two. Limits: modules that have
-    hooks or methods of their own stay, and so do activations that are in the model twice.
-    ``absorb_activations`` completes the result, where it is what the caller gets.
+    that the model's code only calls an activation of ``ABSORBABLE``; timm's BatchNorm that has one
+    itself. Reason: the operator moves each value fewer times, as it needs none of what lies between
+    the two. Limits: modules that have hooks or methods of their own stay, and so do activations
+    that are in the model twice. ``absorb_activations`` completes the result, where it is what the
+    caller gets.
     """
     new: dict[nn.Module, nn.Module] = {}
-    absorbed: dict[nn.Module, nn.Module] = {}
+    behind: dict[nn.Module, nn.Module] = {}
     for norm, activation in _pairs(model):
         new[activation] = as_class(activation, ABSORBABLE[type(activation)])
-        absorbed[norm] = new[activation]
+        behind[norm] = activation
     changes: dict[str, tuple[Change, ...]] = {}
     code = "training_kernel"
     for path, module in model.named_modules():
-        if _trains(module):
-            new[module] = as_class(module, BatchNorm2d)
-            name = name_of(absorbed[module]) if module in absorbed else None
+        kind = norm_for(module)
+        if kind is not None and _trains(module):
+            new[module] = as_class(module, kind)
+            name = activation_of(module, behind.get(module))
             change = Change("batch_norm", path, True, code, CHANGE_REASONS[code], name)
             changes[path] = (change,)
     replace_modules(model, new)
@@ -71,7 +80,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         if not is_plain_sequential(parent) or not only_called(model, path):
             continue
         for norm, activation in pairwise(parent._modules.values()):
-            if norm is None or activation is None or not _trains(norm):
+            if type(norm) is not nn.BatchNorm2d or not _trains(norm) or activation is None:
                 continue
             if type(activation) not in ABSORBABLE or reason_not_plain(activation):
                 continue
@@ -80,4 +89,4 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _trains(module: nn.Module) -> bool:
-    return type(module) is nn.BatchNorm2d and module.training and reason_not_plain(module) is None
+    return module.training and reason_not_plain(module) is None
