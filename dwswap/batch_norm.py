@@ -184,9 +184,12 @@ def _differentiable_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The same gradients as a graph of aten's operators, for double backward."""
-    normalized = F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
+    # Aliases, as one of the three may have been computed from another, or be it.
+    tensors = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
+    x, scale, shift = tensors
+    assert x is not None
+    normalized = F.batch_norm(x, None, None, scale, shift, True, 0.0, eps)
     output = ACTIVATIONS[pair_of(activation)[1]].forward(normalized)
-    tensors = (input, weight, bias)
     of: list[Any] = [tensor for tensor, needed in zip(tensors, wanted, strict=True) if needed]
     found = iter(torch.autograd.grad(output, of, grad_output, create_graph=True))
     return [next(found) if needed else None for needed in wanted]

@@ -26,11 +26,7 @@ from dwswap.passes.count_calls import count_calls
 from dwswap.passes.inplace_activations import out_of_place
 from dwswap.passes.memory_format import MemoryFormat, set_memory_format
 from dwswap.passes.substitution import swap_modules
-from dwswap.passes.swap_batch_norm import (
-    absorb_activations,
-    swap_batch_norms,
-    unswap_batch_norms,
-)
+from dwswap.passes.swap_batch_norm import swap_batch_norms, unswap_batch_norms
 from dwswap.report import Report, attach
 from dwswap.selection import select_faster
 from dwswap.tracing import (
@@ -161,7 +157,6 @@ def optimize(
             subject.graph = result.graph
             subject.meta.update(result.meta)
         result = subject
-    absorb_activations(result)
     if options is not None:
         result = with_cuda_graphs(result, report, options)
     attach(result, report)

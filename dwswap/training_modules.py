@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import sys
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch.nn.modules import module as module_globals
 
 from dwswap.batch_norm import batch_norm, has_batch_norm
 
-__all__ = ["ABSORBABLE", "BatchNorm2d", "absorb", "activation_of", "base_of", "norm_for"]
+__all__ = ["ABSORBABLE", "BatchNorm2d", "activation_of", "base_of", "norm_for"]
 
 _MARK = "_dwswap_activated"
-_PLACE = "_dwswap_place"
+_SEQUENTIAL_FORWARD = nn.Sequential.forward.__code__
+_PARAMETERS = {"weight", "bias"}
 _BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
 # By name: dwswap runs without timm.
 _TIMM = ("timm.layers.norm_act", "BatchNormAct2d")
@@ -31,6 +32,7 @@ class _TrainingNorm(_StandIn):
     # Of the base class.
     momentum: float | None
     eps: float
+    track_running_stats: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C, H, W)`` to the same."""
@@ -39,23 +41,21 @@ class _TrainingNorm(_StandIn):
             return self._ordinary(input)
         activation = self._activation()
         parameters, buffers = self._parameters, self._buffers
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        statistics = buffers.get("running_mean"), buffers.get("running_var")
         # What is no parameter or buffer any more is an attribute.
-        complete = {"weight", "bias"} <= parameters.keys() and buffers.keys() >= _BUFFERS
-        if (
-            activation is None
-            or not complete
-            or not has_batch_norm(input, weight, bias, *statistics)
-        ):
+        complete = parameters.keys() >= _PARAMETERS and buffers.keys() >= _BUFFERS
+        if activation is None or not complete:
             return self._ordinary(input)
-        batches = buffers["num_batches_tracked"]
-        return self._marked(
-            batch_norm(
-                input, weight, bias, *statistics, batches, self.momentum, self.eps, activation
-            ),
-            activation,
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean = var = batches = None
+        if self.track_running_stats:
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            batches = buffers["num_batches_tracked"]
+        if not has_batch_norm(input, weight, bias, mean, var):
+            return self._ordinary(input)
+        output = batch_norm(
+            input, weight, bias, mean, var, batches, self.momentum, self.eps, activation
         )
+        return self._marked(output, activation)
 
     def _ordinary(self, input: Tensor) -> Tensor:
         """What the base class computes."""
@@ -72,10 +72,10 @@ class _TrainingNorm(_StandIn):
 class BatchNorm2d(_TrainingNorm, nn.BatchNorm2d):
     """Drop-in for ``nn.BatchNorm2d`` that runs the dwswap operator in training on CUDA.
 
-    With a place it computes the activation there as well, which then passes on what it gets. It
-    looks for it at every call; where it finds another module, or one of the two has hooks, and
-    wherever there is no kernel (the CPU, eval mode, ``torch.compile``, ...), both compute what
-    their base classes do.
+    Called by an ``nn.Sequential`` in which an activation of this module is next, it computes that
+    as well, and the activation passes on what it gets. Wherever else it is called, where one of
+    the two has hooks or a ``forward`` of its own, and where there is no kernel (the CPU, eval mode,
+    ``torch.compile``, ...), both compute what their base classes do.
 
     Shape:
         ``(N, C, H, W)`` to the same.
@@ -92,21 +92,37 @@ class BatchNorm2d(_TrainingNorm, nn.BatchNorm2d):
         return F.batch_norm(input, *statistics, self.weight, self.bias, by_batch, factor, self.eps)
 
     def _activation(self) -> str:
-        place = self.__dict__.get(_PLACE)
-        module = None if place is None else place.module()
-        if module is None or _has_hooks(self) or _has_hooks(module):
+        behind = _next_in_sequential(self)
+        if behind is None or _is_changed(self) or _is_changed(behind):
             return "none"
-        return _NAMES.get(type(module), "none") if isinstance(module, _Absorbed) else "none"
+        return _NAMES[type(behind)] if isinstance(behind, _Absorbed) else "none"
 
     def _marked(self, output: Tensor, activation: str) -> Tensor:
         if activation != "none":
             output.__dict__[_MARK] = True
         return output
 
-    def extra_repr(self) -> str:
-        activation = self._activation()
-        absorbed = "" if activation == "none" else f", activation={activation}"
-        return super().extra_repr() + absorbed
+
+def _next_in_sequential(module: nn.Module) -> nn.Module | None:
+    """What the ``nn.Sequential`` that is calling ``module`` calls next.
+
+    None for any other caller, to which the output of ``module`` itself may matter. (Called by
+    ``_activation``, that by ``forward``, and that by two functions of ``nn.Module``.)
+    """
+    try:
+        caller = sys._getframe(5)
+    except ValueError:  # the stack is not so deep
+        return None
+    if caller.f_code is not _SEQUENTIAL_FORWARD:
+        return None
+    sequential = caller.f_locals["self"]
+    if type(sequential).__iter__ is not nn.Sequential.__iter__:
+        return None
+    children = list(sequential._modules.values())
+    if children.count(module) != 1:
+        return None
+    position = children.index(module) + 1
+    return children[position] if position < len(children) else None
 
 
 class _Absorbed(_StandIn):
@@ -159,17 +175,20 @@ _NAMES: dict[type[nn.Module], str] = {
 
 
 def norm_for(module: nn.Module) -> type[nn.Module] | None:
-    """What stands in for ``module`` in training; None where nothing does."""
+    """What stands in for the BatchNorm ``module`` in training, or does already; None for none."""
     cls = type(module)
-    if cls is nn.BatchNorm2d:
+    if cls is nn.BatchNorm2d or cls is BatchNorm2d:
         return BatchNorm2d
+    if cls.__bases__[0] is _TrainingNorm:
+        return cls
     return _timm_norm() if (cls.__module__, cls.__qualname__) == _TIMM else None
 
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:
     """The class that ``module`` stands in for; None where it is what it is."""
-    cls = type(module)
-    return cls.__bases__[-1] if issubclass(cls, _StandIn) else None
+    # Not of classes that PyTorch derives from ours, as parametrize does.
+    first, *others = type(module).__bases__
+    return others[-1] if first in (_TrainingNorm, _Absorbed) else None
 
 
 def activation_of(norm: nn.Module, behind: nn.Module | None) -> str | None:
@@ -179,40 +198,12 @@ def activation_of(norm: nn.Module, behind: nn.Module | None) -> str | None:
     return None if name == "none" else name
 
 
-def absorb(norm: nn.Module, parent: nn.Module | None, name: str) -> None:
-    """Let ``norm`` compute the activation ``parent.name`` behind it, or none without a parent."""
-    if parent is None:
-        norm.__dict__.pop(_PLACE, None)
-    else:
-        norm.__dict__[_PLACE] = _Place(parent, name)
-
-
-class _Place:
-    """Where in an ``nn.Sequential`` the activation behind a ``BatchNorm2d`` is.
-
-    It keeps nothing alive, and a copy of the Sequential has a place in itself.
-    """
-
-    def __init__(self, parent: nn.Module | None, name: str) -> None:
-        self._parent = (lambda: None) if parent is None else weakref.ref(parent)
-        self._name = name
-
-    def module(self) -> nn.Module | None:
-        """What is there now."""
-        parent = self._parent()
-        return None if parent is None else parent._modules.get(self._name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Place:
-        # A Sequential that is copied as well has been before its children; else there is no place.
-        return _Place(memo.get(id(self._parent())), self._name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Place, (self._parent(), self._name)
-
-
-def _has_hooks(module: nn.Module) -> bool:
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a call of ``module`` may do more than its class."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -244,7 +235,7 @@ def _timm_norm() -> type[nn.Module]:
     def activation(self: Any) -> str | None:
         modules = self._modules
         act, drop = modules.get("act"), modules.get("drop")
-        if type(drop) is not nn.Identity or act is None or _has_hooks(drop) or _has_hooks(act):
+        if type(drop) is not nn.Identity or act is None or _is_changed(drop) or _is_changed(act):
             return None
         return _NAMES.get(type(act))
 

@@ -353,6 +353,41 @@ def test_stem_conv2d_covers_every_output(cuts):
     assert many[:2] == [4, 7]
 
 
+def test_batch_norm_covers_every_value(cuts):
+    sizes = ((1, 1), (1, 2), (3, 5), (7, 7), (14, 14), (9, 16), (28, 28), (33, 31), (112, 112))
+    channels = (1, 3, 8, 20, 24, 57, 58, 72, 96, 116, 144, 160, 576, 960, 1280, 2500, 4104)
+    problems = [
+        Problem(batch, c, *size, 1, 1, stride, element_bytes)
+        for batch, c, size, stride, element_bytes in itertools.product(
+            (1, 2, 33, 256), channels, sizes, (1, 2), (2, 4)
+        )
+    ]
+    runs = list(itertools.product(problems, DEVICES))
+    for (problem, device), cut in zip(runs, cuts("batch_norm", runs), strict=True):
+        matrix, vector, columns, of_channel, lanes, rows, chunks, splits, positions, us = cut
+        what = f"{problem} on {device}: {cut}"
+        pixels = problem.height * problem.width
+        assert vector * problem.element_bytes in (16, 8, problem.element_bytes), what
+        assert min(lanes, rows) >= 1, what
+        assert lanes * rows <= 256, what
+        assert columns == problem.channels * of_channel, what
+        if matrix:
+            assert columns % vector == 0, what
+            assert (chunks - 1) * lanes * vector < columns <= chunks * lanes * vector, what
+            assert columns * positions == problem.batch * problem.channels * pixels, what
+            # A vector has columns of two channels at most.
+            assert of_channel == 1 or of_channel == pixels >= vector, what
+        else:
+            assert (lanes, chunks, of_channel) == (1, problem.channels, 1), what
+            assert pixels % vector == 0, what
+            assert positions * vector == problem.batch * pixels, what
+        # Of a grid, in y; no block without a position, and few where they would have many.
+        assert 1 <= splits <= 65535, what
+        assert splits == 1 or (splits - 1) * rows < positions, what
+        assert chunks * splits >= 3 * device[0] or splits * rows * 4 >= positions, what
+        assert us < 1000, what
+
+
 def test_separable_conv2d_can_be_launched(cuts):
     """What the choice in Python finds faster is a cut that the kernel has, and has memory for."""
     runs, devices = [], []

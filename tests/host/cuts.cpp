@@ -2,6 +2,7 @@
 //   family batch channels in_h in_w kernel_h kernel_w stride element_bytes
 //   multiprocessors shared_per_multiprocessor shared_per_block
 // with padding kernel / 2, and prints a line for each, with the microseconds that the search took.
+// batch_norm takes channels_last for stride 1.
 // squeeze_excitation takes kernel_h for its hidden units, and channels_last for stride 1.
 // separable_conv2d takes kernel_w for its outputs, and multiprocessors and
 // shared_per_multiprocessor for the pixels of a block and the slices.
@@ -10,6 +11,7 @@
 #include <iostream>
 #include <string>
 
+#include "batch_norm/cut.h"
 #include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/channel_direct_cut.h"
 #include "depthwise_conv2d/plane_bands_cut.h"
@@ -77,6 +79,17 @@ int main() {
       std::printf("%lld %d %d %d %d %lld\n", static_cast<long long>(cut.tiles), cut.slices,
                   cut.channels, cut.padded(), cut.pitch(),
                   static_cast<long long>(cut.bytes(q.outputs, p.kernel_h * p.kernel_h)));
+    } else if (family == "batch_norm") {
+      BatchNormParams q{};
+      q.batch = static_cast<int32_t>(p.batch), q.channels = static_cast<int32_t>(p.channels);
+      q.pixels = static_cast<int32_t>(p.in_h * p.in_w);
+      q.dtype = element_bytes == 4 ? DataType::kFloat32 : DataType::kFloat16;
+      q.layout = p.stride_h == 1 ? Layout::kChannelsLast : Layout::kContiguous;
+      const auto cut = batch_norm::choose_cut(q, device.multiprocessors);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %lld %d %d %d %d %d %lld %.0f\n", cut.matrix, cut.vector,
+                  static_cast<long long>(cut.columns), cut.columns_of_channel, cut.lanes, cut.rows,
+                  cut.chunks, cut.splits, static_cast<long long>(cut.positions), took.count());
     } else if (family == "stem_conv2d") {
       StemConv2dParams q{};
       q.batch = p.batch, q.channels = p.channels, q.height = p.in_h, q.width = p.in_w;
