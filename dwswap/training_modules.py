@@ -95,7 +95,7 @@ class BatchNorm2d(_TrainingNorm, nn.BatchNorm2d):
         behind = _next_in_sequential(self)
         if behind is None or _is_changed(self) or _is_changed(behind):
             return "none"
-        return _NAMES[type(behind)] if isinstance(behind, _Absorbed) else "none"
+        return _NAMES.get(type(behind), "none") if isinstance(behind, _Absorbed) else "none"
 
     def _marked(self, output: Tensor, activation: str) -> Tensor:
         if activation != "none":
