@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,23 @@ def products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pointwise convolutions become matrix products, as in half precision on CUDA."""
     for module in ("dwswap.pointwise", "dwswap.passes.pointwise_call"):
         monkeypatch.setattr(f"{module}.suits", lambda tensor: True)
+
+
+@pytest.fixture
+def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """BatchNorm in training runs the operator on the CPU, by aten; with which activations."""
+    module = importlib.import_module("dwswap.batch_norm")  # has a function of its name
+    seen: list[str] = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        seen.append(arguments[8])
+        return module.batch_norm(*arguments)
+
+    monkeypatch.setattr(module, "has_kernels", lambda tensor: tensor.dtype is not torch.float64)
+    monkeypatch.setattr(module, "_capability", lambda device: 9)
+    monkeypatch.setattr(module, "build", SimpleNamespace(load=lambda: True))
+    monkeypatch.setattr("dwswap.training_modules.batch_norm", counted)
+    return seen
 
 
 @pytest.fixture(autouse=True)

@@ -110,8 +110,9 @@ def check_outputs(name, dtype, **options):
     fast = dwswap.optimize(model, **options)
     swapped = [layer for layer in dwswap.report(fast).layers if layer.decision == "swapped"]
     assert swapped
-    # Largest errors of few numbers (outputs of one pixel) differ by more than twice by chance.
-    x = torch.randn(8, 3, side, side, device=DEVICE).to(dtype)
+    # Largest errors of few images (the outputs of each have one cause) differ by more than twice by
+    # chance: of three draws of 8 images one did, with RMS errors that were the same.
+    x = torch.randn(8 if side > 200 else 32, 3, side, side, device=DEVICE).to(dtype)
     with torch.no_grad():
         exact = pytree.tree_leaves(run(copy.deepcopy(model).double(), x.double()))
         for memory_format in FORMATS:
