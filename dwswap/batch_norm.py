@@ -6,7 +6,8 @@
 | CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again |
 | Autograd                  | none: :func:`batch_norm` records                                 |
 
-Only plain calls come here; whatever is traced, compiled or transformed is aten's alone.
+Only plain calls come here: whatever is traced, compiled or transformed is aten's alone, and so is a
+backward that is transformed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm"]
 NORM_ACTIVATIONS = frozenset({"none", "relu", "relu6", "hardswish", "silu"})
 """The activations whose derivatives the kernels have."""
 
-_MOST_VALUES = 1 << 30  # of a channel, as covers_batch_norm of csrc/batch_norm/launch.cpp has it
+_MOST = 1 << 30  # channels, and values of each: covers_batch_norm of csrc/batch_norm/launch.cpp
 
 
 def has_batch_norm(
@@ -70,13 +71,13 @@ def has_batch_norm(
         dtype = one.dtype
     if dtype not in (None, torch.float32, input.dtype):
         return False
-    # The version counter of an inference tensor cannot be told that the tensor changed.
+    # Whether such a tensor may be changed here is for PyTorch to say.
     if running_mean is not None and running_mean.is_inference():
         return False
     if not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous()):
         return False
     channels = input.shape[1]
-    if channels == 0 or not 2 <= input.numel() // channels <= _MOST_VALUES:
+    if not 0 < channels <= _MOST or not 2 <= input.numel() // channels <= _MOST:
         return False
     return _capability(input.device) >= 8 and build.load()
 
@@ -108,7 +109,7 @@ def batch_norm(
         weight, bias: ``(C,)``, or None for 1 and 0.
         running_mean, running_var: ``(C,)``, changed in place: ``(1 - momentum)`` times the old
             value plus ``momentum`` times that of the batch, the variance without bias. Or None.
-        batches: the number of batches seen, one int64, counted up in place. Or None.
+        batches: the number of batches seen, counted up in place. Or None.
         momentum, eps: as ``F.batch_norm`` has them.
         activation: one of :data:`NORM_ACTIVATIONS`.
 
@@ -119,13 +120,20 @@ def batch_norm(
         RuntimeError: of the CUDA operator, naming the argument, the rule and the value.
     """
     index = PAIRS["none", activation]
-    arguments = (running_mean, running_var, batches, momentum, eps, index)
+    counted = batches
+    if batches is not None and not (
+        batches.dtype is torch.int64 and batches.device == input.device
+    ):
+        batches.add_(1)  # old checkpoints have none, and PyTorch makes one on the CPU
+        counted = None
+    arguments = (running_mean, running_var, counted, momentum, eps, index)
     if needs_gradient(input, weight, bias):
         output = _BatchNorm.apply(input, weight, bias, *arguments)
     else:
         output, _ = operator(input, weight, bias, *arguments)
-    changed = [t for t in (running_mean, running_var, batches) if t is not None]
-    torch.autograd.graph.increment_version(changed)
+    # Of the three aten changes only the counter in a way that autograd notices.
+    if counted is not None and not counted.is_inference():
+        torch.autograd.graph.increment_version(counted)
     return output
 
 
@@ -147,18 +155,28 @@ class _BatchNorm(torch.autograd.Function):
         output, stats = operator(
             input, weight, bias, running_mean, running_var, batches, momentum, eps, activation
         )
-        ctx.save_for_backward(input, weight, bias, stats)
+        ctx.save_for_backward(input, weight, stats)
+        # aten's backward does not need it, so it may change; a second one here does.
+        ctx.bias, ctx.bias_version = bias, None if bias is None else bias._version
         return output
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, stats = ctx.saved_tensors
+        input, weight, stats = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
+        grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
+            if ctx.bias is not None and ctx.bias._version != ctx.bias_version:
+                raise RuntimeError(
+                    "the bias of a BatchNorm must stay as it was for gradients of its gradients, "
+                    f"got one that was changed {ctx.bias._version - ctx.bias_version} times"
+                )
             grads = _differentiable_backward(
-                grad_output, input, weight, bias, ctx.eps, ctx.activation, wanted
+                grad_output, input, weight, ctx.bias, ctx.eps, ctx.activation, wanted
             )
+        elif _is_batched(grad_output):
+            grads = _backward_aten(grad_output, input, stats, weight, ctx.activation, wanted)
         else:
             last = input.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if last else torch.contiguous_format
@@ -172,6 +190,12 @@ class _BatchNorm(torch.autograd.Function):
             )
         kept = (grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
         return *kept, None, None, None, None, None, None
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """By ``torch.func.vmap`` around a backward, or by ``is_grads_batched`` of ``autograd.grad``."""
+    functorch = torch._C._functorch
+    return torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(grad)
 
 
 def _differentiable_backward(

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from dwswap.changes import CHANGE_REASONS, Change
+from dwswap.changes import Change
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -300,7 +300,7 @@ class Report:
         if counted["batch_norm"]:
             lines.append(
                 f"runs {counted['batch_norm']} BatchNorm, and {counted['absorbed']} activations "
-                f"with them, on {CHANGE_REASONS['training_kernel'].replace('a kernel', 'kernels')}"
+                "with them, on kernels of dwswap in training on CUDA"
             )
         if counted["inplace"]:
             lines.append(

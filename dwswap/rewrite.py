@@ -68,8 +68,9 @@ def optimize(
     can be and that its code does nothing with but call them become such graphs. In train mode, with
     ``fuse=False``, and in all that is no graph, modules are replaced: the result has the model's
     class, ``state_dict`` keys, attributes and hooks, shares nothing else, and trains. In train mode
-    activations such as ``nn.ReLU6(inplace=True)``, whose input autograd copies first, get
-    ``inplace=False`` behind a convolution or normalization in an ``nn.Sequential``. What cannot be
+    ``nn.BatchNorm2d`` runs the kernels of dwswap on CUDA, with the activation behind it in an
+    ``nn.Sequential``, and activations such as ``nn.ReLU6(inplace=True)``, whose input autograd
+    copies first, get ``inplace=False`` behind a convolution or normalization there. What cannot be
     rewritten safely stays; ``dwswap.report`` tells why.
 
     A ``torch.export.ExportedProgram`` gives a new one, rewritten as the graph that it is: what it
@@ -85,7 +86,7 @@ def optimize(
             ``model`` itself, which is returned; a new graph shares the weights of ``model`` that
             nothing was folded into. (A ``GraphModule`` is changed itself, a program never.)
         fuse: False swaps only: modules are replaced, or calls in a ``GraphModule``; nothing is
-            folded or absorbed, activations stay in place, and all keys stay.
+            folded or absorbed, BatchNorm and activations stay as they are, and so do all keys.
         skip: ``skip(module, path)`` is asked about every convolution that would be swapped; true
             keeps it as it is. For a functional call it gets the module that makes it.
         verify: compare every swapped layer and the whole model with a float64 run of the original
@@ -355,8 +356,7 @@ def _fuse(
 def _train_faster(result: nn.Module, report: Report) -> None:
     """What is done where modules were replaced, and the model trains."""
     if report.mode == "substitution" and is_training(result):
-        report.elsewhere = out_of_place(result)
-        report.elsewhere = report.elsewhere | swap_batch_norms(result)
+        report.elsewhere = out_of_place(result) | swap_batch_norms(result)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn.modules import module as module_globals
 
 from dwswap.batch_norm import batch_norm, has_batch_norm
@@ -85,15 +85,12 @@ class BatchNorm2d(_TrainingNorm, nn.BatchNorm2d):
         if not issubclass(type(input), fx.Proxy):
             return super()._ordinary(input)
         # torch.fx makes nodes of modules of torch.nn alone.
-        by_batch = self.training or self.running_mean is None
-        tracked = not self.training or self.track_running_stats
-        statistics = (self.running_mean, self.running_var) if tracked else (None, None)
-        factor = 0.0 if self.momentum is None else self.momentum
-        return F.batch_norm(input, *statistics, self.weight, self.bias, by_batch, factor, self.eps)
+        tracer: Any = input.tracer  # type: ignore[attr-defined]
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
 
     def _activation(self) -> str:
         behind = _next_in_sequential(self)
-        if behind is None or _is_changed(self) or _is_changed(behind):
+        if behind is None or _is_changed(self) or _is_changed(behind) or _is_beside_compiled_code():
             return "none"
         return _NAMES.get(type(behind), "none") if isinstance(behind, _Absorbed) else "none"
 
@@ -115,7 +112,10 @@ def _next_in_sequential(module: nn.Module) -> nn.Module | None:
         return None
     if caller.f_code is not _SEQUENTIAL_FORWARD:
         return None
-    sequential = caller.f_locals["self"]
+    found = caller.f_locals
+    sequential = found["self"]
+    if type(found) is dict:  # before Python 3.13 a snapshot, which the frame would keep alive
+        found.clear()
     if type(sequential).__iter__ is not nn.Sequential.__iter__:
         return None
     children = list(sequential._modules.values())
@@ -123,6 +123,11 @@ def _next_in_sequential(module: nn.Module) -> nn.Module | None:
         return None
     position = children.index(module) + 1
     return children[position] if position < len(children) else None
+
+
+def _is_beside_compiled_code() -> bool:
+    """Whether Dynamo is at work around this call, and may have compiled the activation alone."""
+    return get_eval_frame_callback() is not None
 
 
 class _Absorbed(_StandIn):

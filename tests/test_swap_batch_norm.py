@@ -174,11 +174,12 @@ def test_a_norm_of_the_input_itself(learns: bool, norm_calls: Calls) -> None:
 def test_without_gradients_statistics_move_too(mode: Any, norm_calls: Calls) -> None:
     model = silu()
     fast = dwswap.optimize(model)
-    versions = [b._version for b in fast.buffers()]
+    counters = [b for b in fast.buffers() if not b.dim()]
+    versions = [b._version for b in counters]
     with mode():
         same(fast(image(8)), model(image(8)))
     same(list(fast.buffers()), list(model.buffers()))
-    assert all(b._version > v for b, v in zip(fast.buffers(), versions, strict=True))
+    assert all(b._version > v for b, v in zip(counters, versions, strict=True))
     assert norm_calls == ["silu"] * 2
 
 
@@ -209,6 +210,51 @@ def test_inputs_that_are_left_to_pytorch(kind: str, norm_calls: Calls) -> None:
     ours, theirs = step(dwswap.optimize(model), x), step(model, x)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert norm_calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_a_counter_of_another_dtype(dtype: torch.dtype, norm_calls: Calls) -> None:
+    """Or on another device, as PyTorch makes one for a checkpoint without."""
+    model = silu()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = module.num_batches_tracked.to(dtype)
+    fast = dwswap.optimize(model)
+    trains_as(fast, model)
+    assert norm_calls == ["silu"] * 2
+    assert int(at(fast, "0.1").num_batches_tracked) == 1
+
+
+def test_graphs_before_do_not_mind_that_statistics_move(norm_calls: Calls) -> None:
+    model = silu()
+    fast = dwswap.optimize(model)
+    results = []
+    for of in (fast, model):
+        leaf = image(8).requires_grad_()
+        first = of.eval()(leaf).square().mean()
+        (first + of.train()(leaf).square().mean()).backward()
+        results.append([leaf.grad, *(p.grad for p in of.parameters())])
+    same(*results)
+
+
+def test_a_bias_may_change_before_the_backward(norm_calls: Calls) -> None:
+    """But not before one that is differentiated again, which needs it."""
+    model = silu()
+    fast = dwswap.optimize(model)
+    grads = []
+    for of in (fast, model):
+        leaf = image(8).requires_grad_()
+        output = of(leaf).square().mean()
+        with torch.no_grad():
+            at(of, "1.1").bias += 0.0
+        grads.append(torch.autograd.grad(output, leaf))
+    same(*grads)
+    leaf = image(8).requires_grad_()
+    output = fast(leaf).square().mean()
+    with torch.no_grad():
+        at(fast, "1.1").bias += 1.0
+    with pytest.raises(RuntimeError, match=r"bias of a BatchNorm .*, got one .* changed 1 times"):
+        torch.autograd.grad(output, leaf, create_graph=True)
 
 
 # --- second gradients ----------------------------------------------------------------------------

@@ -123,6 +123,31 @@ def test_is_taken_only_where_nothing_sees_the_difference(
     assert norm_calls == expected
 
 
+class Listed(nn.Module):
+    """Its modules are in a list as well, which ``eval()`` of a twin would not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.activation = block(nn.SiLU())
+        self.steps = {"all": [self.conv, (self.norm, self.activation)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, rest = self.steps["all"]
+        for module in (conv, *rest):
+            x = module(x)
+        return x
+
+
+def test_norms_in_lists_stay(norm_calls: Calls) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(depthwise(), Listed())
+    fast = dwswap.optimize(model)
+    assert type(at(fast, "1.norm")) is nn.BatchNorm2d
+    trains_as(fast, model)
+    same(fast.eval()(image(8)), model.eval()(image(8)))
+    assert norm_calls == []
+
+
 def test_other_norms_stay() -> None:
     others = (nn.SyncBatchNorm(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8), nn.BatchNorm3d(8))
     model = nn.Sequential(depthwise(), *(nn.Sequential(n, nn.SiLU()) for n in others))

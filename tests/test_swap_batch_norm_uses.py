@@ -165,13 +165,35 @@ def test_then_for_inference(inplace: bool, norm_calls: Calls) -> None:
 
 @pytest.mark.parametrize("train", [True, False])
 def test_symbolic_trace(train: bool, norm_calls: Calls) -> None:
+    """As a module of torch.nn: one node, which counts, averages and follows the mode."""
     model = silu().train(train)
     fast = dwswap.optimize(silu()).train(train)
     traced = fx.symbolic_trace(fast)
-    same(traced(image(8)), model(image(8)))
-    statistics = ("0.1.running_mean", "1.1.running_var")
-    same([fast.get_buffer(n) for n in statistics], [model.get_buffer(n) for n in statistics])
-    assert norm_calls == []
+    assert len(traced.graph.find_nodes(op="call_module", target="0.1")) == 1
+    for mode in (train, not train):
+        same(traced.train(mode)(image(8)), model.train(mode)(image(8)))
+    same(dict(traced.named_buffers()), dict(model.named_buffers()))
+    assert "silu" not in norm_calls
+
+
+class Breaks(nn.Module):
+    """Dynamo compiles what is before and what is behind it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.seen = float(input.detach().abs().max())
+        return input
+
+
+def test_torch_compile_of_parts(norm_calls: Calls) -> None:
+    """More norms than a code object is compiled for: the rest run eagerly, activations compiled."""
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(*block(nn.SiLU()), Breaks(), nn.Conv2d(8, 8, 1)) for _ in range(12))
+    model = nn.Sequential(*blocks)
+    fast = dwswap.optimize(model)
+    with torch.no_grad():
+        compiled = torch.compile(fast, backend="eager")(image(8))
+    same(compiled, model(image(8)).detach(), 1e-4)
+    assert "silu" not in norm_calls
 
 
 def test_torch_compile(norm_calls: Calls) -> None:
@@ -273,6 +295,26 @@ def test_forward_mode_and_vmap_are_left_to_pytorch(norm_calls: Calls) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_batched_gradients(layout: torch.memory_format, norm_calls: Calls) -> None:
+    model = silu()
+    fast = dwswap.optimize(model)
+    found = []
+    for of in (fast, model):
+        leaf = image(8).contiguous(memory_format=layout).requires_grad_()
+        output = of(leaf)
+        rows = torch.eye(output.numel())[:5].view(5, *output.shape)
+        given = {"retain_graph": True, "is_grads_batched": True}
+        (legacy,) = torch.autograd.grad(output, leaf, rows, **given)
+
+        def gradient(row: Tensor, output: Tensor = output, leaf: Tensor = leaf) -> Tensor:
+            return torch.autograd.grad(output, leaf, row, retain_graph=True)[0]
+
+        found.append([legacy, torch.func.vmap(gradient)(rows)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert norm_calls == ["silu"] * 2
+
+
 def test_jit_trace(norm_calls: Calls) -> None:
     model = silu()
     traced = torch.jit.trace(dwswap.optimize(model), image(8), check_trace=False)

@@ -61,7 +61,7 @@ __device__ __forceinline__ void multiply_by_derivative(float (&gradient)[N], con
   }
 }
 
-// The sums over the rows of a block, of the values of each thread of its first row.
+// Afterwards the threads of a block's first row have the sums over all rows of their lane.
 template <int N>
 __device__ __forceinline__ void sum_over_rows(float (&sums)[N], int row, const Places& places) {
   __shared__ float parts[N][kThreads];
@@ -82,9 +82,16 @@ __device__ __forceinline__ void sum_over_rows(float (&sums)[N], int row, const P
   }
 }
 
-// K of a channel: the mean of some of its values, from all over the batch; of type T, as the values
-// are. With more digits, every x - K would be rounded the same way when it is added to a large sum.
+// K of a channel: the mean of some of its values; of type T, as the values are. With more digits,
+// every x - K would be rounded the same way when it is added to a large sum.
 constexpr int kOriginValues = 8;
+
+// Which of a channel's values: multiples of the golden ratio, modulo 1, lie all over the batch and
+// not on the border of its images.
+__device__ __forceinline__ uint32_t origin_position(const Places& places, int i) {
+  constexpr uint32_t kGoldenRatio = 0x9e3779b9u;  // times 2^32, without its 1
+  return __umulhi(places.values, (i + 1) * kGoldenRatio);
+}
 
 template <typename T>
 __device__ __forceinline__ float origin_of(const BatchNormParams& p, const Places& places,
@@ -94,7 +101,7 @@ __device__ __forceinline__ float origin_of(const BatchNormParams& p, const Place
 #pragma unroll
   for (int i = 0; i < kOriginValues; ++i) {
     uint32_t pixel;
-    const int64_t image = places.by_pixels.divide(places.values / kOriginValues * i, &pixel);
+    const int64_t image = places.by_pixels.divide(origin_position(places, i), &pixel);
     values[i] = widen(input[(image * p.channels * p.pixels) + int64_t{pixel} * places.pixel_step]);
   }
 #pragma unroll
@@ -115,9 +122,8 @@ __device__ __forceinline__ void load_origins(const BatchNormParams& p, const Pla
     for (int c = 0; c < V; ++c) origins[c] = 0.0f;
 #pragma unroll 4
     for (int i = 0; i < kOriginValues; ++i) {
-      const int64_t row = places.values / kOriginValues * i;
       float x[V];
-      load(input + row * places.columns, x);
+      load(input + int64_t{origin_position(places, i)} * places.columns, x);
 #pragma unroll
       for (int c = 0; c < V; ++c) origins[c] += x[c];
     }

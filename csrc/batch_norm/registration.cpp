@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -44,11 +45,17 @@ BatchNormParams describe(const char* op, const Tensor& input, int64_t activation
   DWSWAP_CHECK_IN(op, covers_batch_norm(p),
                   "input must have 2 to 2^30 values for each channel, got shape ",
                   shape_string(input));
-  p.activation = parse_activations(op, activation).second;
-  DWSWAP_CHECK_IN(op, p.activation <= Activation::kSilu,
+  const auto [before, behind] = parse_activations(op, activation);
+  DWSWAP_CHECK_IN(op, before == Activation::kNone && behind <= Activation::kSilu,
                   "activation must be none, relu, relu6, hardswish or silu, got index ",
-                  static_cast<int>(p.activation));
+                  activation);
+  p.activation = behind;
   return p;
+}
+
+std::string device_string(const Tensor& tensor) {
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return tensor.is_cpu() ? "cpu" : "another kind of device";
 }
 
 // A vector of a value per channel on the input's device, float32 or of the input's dtype, and of
@@ -62,7 +69,8 @@ void* channel_data(const char* op, const char* name, const std::optional<Tensor>
   DWSWAP_CHECK_IN(op, tensor->is_contiguous(), name, " must be contiguous, got stride ",
                   tensor->stride(0));
   DWSWAP_CHECK_IN(op, tensor->is_cuda() && tensor->get_device_index() == input.get_device_index(),
-                  name, " must be on the input's device, cuda:", input.get_device_index());
+                  name, " must be on the input's device, cuda:", input.get_device_index(), ", got ",
+                  device_string(*tensor));
   const ScalarType given = tensor->scalar_type();
   DWSWAP_CHECK_IN(op, given == ScalarType::Float || given == input.scalar_type(), name,
                   " must be float32 or have the input's dtype ",
@@ -110,7 +118,8 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const std::optional<T
                         batches->is_cuda() && batches->get_device_index() == device,
                     "batches must be one int64 on the input's device, got shape ",
                     shape_string(*batches), " of ",
-                    torch::headeronly::toString(batches->scalar_type()));
+                    torch::headeronly::toString(batches->scalar_type()), " on ",
+                    device_string(*batches));
     p.batches = static_cast<int64_t*>(batches->mutable_data_ptr());
   }
   const Tensor output = allocate_like(kForward, "output", input);
@@ -153,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
                       stats.is_contiguous() && stats.scalar_type() == ScalarType::Float &&
                       stats.is_cuda() && stats.get_device_index() == device,
                   "stats must be those of the forward, (4, ", p.channels,
-                  ") of float32, got shape ", shape_string(stats));
+                  ") of float32 on the input's device, got shape ", shape_string(stats), " of ",
+                  torch::headeronly::toString(stats.scalar_type()), " on ", device_string(stats));
   const char* typed_by = nullptr;
   p.weight = channel_data(kBackward, "weight", weight, input, p.parameter_type, typed_by);
   DWSWAP_CHECK_IN(kBackward, p.weight != nullptr || (!wanted[1] && !wanted[2]),

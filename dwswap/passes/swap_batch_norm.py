@@ -14,27 +14,34 @@ from dwswap.training_modules import ABSORBABLE, activation_of, base_of, norm_for
 
 __all__ = ["swap_batch_norms", "unswap_batch_norms"]
 
+# Where nn.Module has its children and tensors.
+_OWN = ("_modules", "_parameters", "_buffers")
+
 
 def swap_batch_norms(model: nn.Module) -> dict[str, tuple[Change, ...]]:
     """Replace what normalizes by the statistics of each batch; returns a change for each, by path.
 
     Pattern: an exact ``nn.BatchNorm2d`` in train mode, and an activation of ``ABSORBABLE`` behind
     it in an ``nn.Sequential``; timm's BatchNorm that has one itself. Reason: the operator moves
-    each value fewer times, as it needs none of what lies between the two. Limits: modules that have
-    hooks or methods of their own stay. Which activation is part of which call is decided when it
-    is made (``training_modules``), so what replaces one here may be called in any way.
+    each value fewer times, as it needs none of what lies between the two. Limits: modules stay that
+    have hooks or methods of their own, that average over all batches (``momentum=None``), or that
+    the model has in a list as well. Which activation is part of which call is decided when it is
+    made (``training_modules``), so what replaces one here may be called in any way.
     """
+    held = _held_elsewhere(model)
     norms = {
         module: kind
         for module in model.modules()
         if (kind := norm_for(module)) is not None
         and module.training
+        and module.momentum is not None
+        and module not in held
         and reason_not_plain(module) is None
     }
     new = {m: as_class(m, kind) for m, kind in norms.items() if type(m) is not kind}
     behind: dict[nn.Module, nn.Module] = {}
     for parent in model.modules():
-        if not isinstance(parent, nn.Sequential):
+        if not _runs_its_children(parent):
             continue
         for norm, activation in pairwise(parent._modules.values()):
             if norm not in norms or activation is None or reason_not_plain(activation):
@@ -51,6 +58,29 @@ def swap_batch_norms(model: nn.Module) -> dict[str, tuple[Change, ...]]:
             changes[path] = (change,)
     replace_modules(model, new)
     return changes
+
+
+def _runs_its_children(module: nn.Module) -> bool:
+    """An ``nn.Sequential``, of a subclass too, that runs them one after the other."""
+    return isinstance(module, nn.Sequential) and all(
+        getattr(type(module), name) is getattr(nn.Sequential, name)
+        for name in ("forward", "__iter__")
+    )
+
+
+def _held_elsewhere(model: nn.Module) -> set[nn.Module]:
+    """Modules in lists and the like: what stands there would not follow ``model`` to eval mode."""
+    found: set[nn.Module] = set()
+    values = [v for m in model.modules() for k, v in m.__dict__.items() if k not in _OWN]
+    while values:
+        value = values.pop()
+        if isinstance(value, nn.Module):
+            found.add(value)
+        elif isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            values += value
+    return found
 
 
 def unswap_batch_norms(model: nn.Module) -> nn.Module:
