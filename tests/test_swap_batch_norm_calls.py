@@ -129,7 +129,8 @@ class Listed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.activation = block(nn.SiLU())
-        self.steps = {"all": [self.conv, (self.norm, self.activation)]}
+        self.steps: dict[str, Any] = {"all": [self.conv, (self.norm, self.activation)]}
+        self.steps["again"] = self.steps
 
     def forward(self, x: Tensor) -> Tensor:
         conv, rest = self.steps["all"]

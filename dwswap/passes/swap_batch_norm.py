@@ -71,15 +71,15 @@ def _runs_its_children(module: nn.Module) -> bool:
 def _held_elsewhere(model: nn.Module) -> set[nn.Module]:
     """Modules in lists and the like: what stands there would not follow ``model`` to eval mode."""
     found: set[nn.Module] = set()
+    seen: set[int] = set()
     values = [v for m in model.modules() for k, v in m.__dict__.items() if k not in _OWN]
     while values:
         value = values.pop()
         if isinstance(value, nn.Module):
             found.add(value)
-        elif isinstance(value, dict):
-            values += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            values += value
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))  # one may be in itself
+            values += value.values() if isinstance(value, dict) else value
     return found
 
 
