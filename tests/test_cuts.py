@@ -363,6 +363,7 @@ def test_batch_norm_covers_every_value(cuts):
         )
     ]
     runs = list(itertools.product(problems, DEVICES))
+    times: list[int] = []
     for (problem, device), cut in zip(runs, cuts("batch_norm", runs), strict=True):
         matrix, vector, columns, of_channel, lanes, rows, chunks, splits, positions, us = cut
         what = f"{problem} on {device}: {cut}"
@@ -385,7 +386,8 @@ def test_batch_norm_covers_every_value(cuts):
         assert 1 <= splits <= 65535, what
         assert splits == 1 or (splits - 1) * rows < positions, what
         assert chunks * splits >= 3 * device[0] or splits * rows * 4 >= positions, what
-        assert us < 1000, what
+        times.append(us)
+    assert sorted(times)[len(times) // 2] < 100
 
 
 def test_separable_conv2d_can_be_launched(cuts):
