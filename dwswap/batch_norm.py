@@ -140,21 +140,11 @@ def batch_norm(
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        batches: Tensor | None,
-        momentum: float,
-        eps: float,
-        activation: int,
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Any
     ) -> Tensor:
-        ctx.eps, ctx.activation = eps, activation
-        output, stats = operator(
-            input, weight, bias, running_mean, running_var, batches, momentum, eps, activation
-        )
+        """``others``: the arguments of the operator behind these."""
+        ctx.eps, ctx.activation = others[-2:]
+        output, stats = operator(input, weight, bias, *others)
         ctx.save_for_backward(input, weight, stats)
         # aten's backward does not need it, so it may change; a second one here does.
         ctx.bias, ctx.bias_version = bias, None if bias is None else bias._version

@@ -13,7 +13,7 @@ from dwswap.copying import modules_by_path
 from dwswap.eligibility import HOOKS
 from dwswap.forward_code import called_functions, codes, global_names, package_of
 
-__all__ = ["only_called"]
+__all__ = ["only_called", "runs_its_children"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a module is reached without its name in the code.
@@ -22,6 +22,14 @@ _ALL_CHILDREN = {"children", "named_children", "modules", "named_modules", "get_
 _ALL_CHILDREN |= {"_modules", "__dict__", "__getattr__"}
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
 _LOAD_ATTR_LOADS_METHODS = sys.version_info >= (3, 12)
+
+
+def runs_its_children(module: nn.Module) -> bool:
+    """An ``nn.Sequential``, of a subclass too, whose class runs them one after the other."""
+    return isinstance(module, nn.Sequential) and all(
+        getattr(type(module), name) is getattr(nn.Sequential, name)
+        for name in ("forward", "__iter__", "__call__")
+    )
 
 
 def only_called(model: nn.Module, path: str) -> bool:

@@ -39,11 +39,9 @@ class _TrainingNorm(_StandIn):
         ordinary = type(input) is not Tensor or torch.compiler.is_compiling()
         if ordinary or not self.training or self.momentum is None:
             return self._ordinary(input)
-        activation = self._activation()
         parameters, buffers = self._parameters, self._buffers
         # What is no parameter or buffer any more is an attribute.
-        complete = parameters.keys() >= _PARAMETERS and buffers.keys() >= _BUFFERS
-        if activation is None or not complete:
+        if not (parameters.keys() >= _PARAMETERS and buffers.keys() >= _BUFFERS):
             return self._ordinary(input)
         weight, bias = parameters["weight"], parameters["bias"]
         mean = var = batches = None
@@ -51,6 +49,9 @@ class _TrainingNorm(_StandIn):
             mean, var = buffers["running_mean"], buffers["running_var"]
             batches = buffers["num_batches_tracked"]
         if not has_batch_norm(input, weight, bias, mean, var):
+            return self._ordinary(input)
+        activation = self._activation()
+        if activation is None:
             return self._ordinary(input)
         output = batch_norm(
             input, weight, bias, mean, var, batches, self.momentum, self.eps, activation

@@ -229,7 +229,7 @@ def _add_gradient_errors(label: str, case: Case, device: str, judge: Judge) -> N
     before = convolution(case, exact_leaves, exact=True)
     generator = torch.Generator(device).manual_seed(case.seed + 1)
     grad = torch.randn(before.shape, generator=generator, device=device)
-    grad = grad.masked_fill_(_near_kinks(case.activation, before.detach(), case.dtype), 0.0)
+    grad = grad.masked_fill_(near_kinks(case.activation, before.detach(), case.dtype), 0.0)
     grad = grad.to(case.dtype)
     if case.seed % 4 == 0 and case.layout == "channels_last" and grad.dim() == 4:
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -250,7 +250,8 @@ def _add_gradient_errors(label: str, case: Case, device: str, judge: Judge) -> N
         judge.add(f"grad_{name} of {label}", *results)
 
 
-def _near_kinks(activation: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+def near_kinks(activation: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where rounding decides the derivative."""
     distance = {torch.float16: 0.05, torch.bfloat16: 0.3}.get(dtype, 1e-3)
     near = torch.zeros_like(x, dtype=torch.bool)
     for kink in KINKS.get(activation, ()):
@@ -264,5 +265,5 @@ def _avoid_kinks(case: Case, tensors: Tensors) -> None:
         before = tensors.input.double()
         if tensors.input_bias is not None:
             before = before + tensors.input_bias.double()[:, None, None]
-        near = _near_kinks(case.input_activation, before, case.dtype)
+        near = near_kinks(case.input_activation, before, case.dtype)
         tensors.input.add_(near.to(case.dtype))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import depthwise, image
+from tiny_models import Backwards, Parts, depthwise, image
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 from torch.profiler import ProfilerActivity, profile
@@ -119,11 +119,6 @@ class Patient(nn.Sequential):
         hidden = self[1](self[0](input))
         self[2](hidden)
         return hidden
-
-
-class Backwards(nn.Sequential):
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(list(self._modules.values())[::-1])
 
 
 class OwnActivation(nn.ReLU6):
@@ -243,30 +238,10 @@ def test_copies_restore_as_well(copied: Any) -> None:
     assert in_place(dwswap.restore(fast)) == [True, True]
 
 
-class Parts(nn.Module):
-    """A Sequential of which the model takes parts."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how, self.layers = how, nn.Sequential(depthwise(), nn.BatchNorm2d(8), nn.ReLU6(True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.how == "slices":
-            hidden = self.layers[:2](x)
-            return self.layers[2:](hidden) + hidden
-        if self.how == "loop":
-            seen = []
-            for layer in self.layers:
-                x = layer(x)
-                seen.append(x)
-            return seen[1] + seen[2]
-        return self.layers(x)
-
-
 @pytest.mark.parametrize("how", ["slices", "loop", "call"])  # code that does not run counts
 def test_a_model_that_reads_what_the_activation_changes(how: str) -> None:
     torch.manual_seed(0)
-    model = Parts(how).train()
+    model = Parts(how, depthwise(), nn.BatchNorm2d(8), nn.ReLU6(inplace=True)).train()
     fast = dwswap.optimize(copy.deepcopy(model))
     assert in_place(fast) == [True]
     for ours, theirs in zip(three_steps(fast), three_steps(model), strict=True):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from norm_models import Calls, Change, Patient, at, block, norm, same, silu, step, trains_as
-from tiny_models import depthwise, image
+from tiny_models import Backwards, Parts, depthwise, image
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
@@ -20,39 +20,12 @@ from dwswap.training_modules import BatchNorm2d
 # --- what must stay ------------------------------------------------------------------------------
 
 
-class Backwards(nn.Sequential):
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(list(self._modules.values())[::-1])
-
-
 class OwnNorm(nn.BatchNorm2d):
     pass
 
 
 class OwnActivation(nn.SiLU):
     pass
-
-
-class Parts(nn.Module):
-    """A Sequential of which the model takes parts."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how, self.layers = how, block(nn.SiLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.how == "indices":
-            return cast(Tensor, self.layers[1](self.layers[0](x)))
-        if self.how == "slices":
-            hidden = self.layers[:2](x)
-            return cast(Tensor, self.layers[2:](hidden) + hidden)
-        if self.how == "loop":
-            seen = []
-            for layer in self.layers:
-                x = layer(x)
-                seen.append(x)
-            return seen[1] + seen[2]
-        return cast(Tensor, self.layers(x))
 
 
 def with_change(change: Change) -> nn.Module:
@@ -102,10 +75,10 @@ SPECIAL: dict[str, tuple[Callable[[], nn.Module], Calls]] = {
     "norm in eval mode": (lambda: with_change(lambda b: b[1].eval()), []),
     "own forward": (lambda: Patient(depthwise(), norm(), nn.SiLU()), ["none"]),
     "own order": (lambda: Backwards(nn.SiLU(), norm(), depthwise()), ["none"]),
-    "indices": (lambda: Parts("indices"), ["none"]),
-    "slices": (lambda: Parts("slices"), ["none"]),
-    "loop": (lambda: Parts("loop"), ["none"]),
-    "calls": (lambda: Parts("call"), ["silu"]),
+    "indices": (lambda: Parts("indices", *block(nn.SiLU())), ["none"]),
+    "slices": (lambda: Parts("slices", *block(nn.SiLU())), ["none"]),
+    "loop": (lambda: Parts("loop", *block(nn.SiLU())), ["none"]),
+    "calls": (lambda: Parts("call", *block(nn.SiLU())), ["silu"]),
 }
 
 

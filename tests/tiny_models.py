@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -155,3 +155,30 @@ def snapshot(model: nn.Module) -> list[Any]:
         if k != "_extra_state"
     ]
     return [*modules, *tensors, *values]
+
+
+class Backwards(nn.Sequential):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(self._modules.values())[::-1])
+
+
+class Parts(nn.Module):
+    """A Sequential of three layers of which the model takes parts."""
+
+    def __init__(self, how: str, *layers: nn.Module) -> None:
+        super().__init__()
+        self.how, self.layers = how, nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "indices":
+            return cast(Tensor, self.layers[1](self.layers[0](x)))
+        if self.how == "slices":
+            hidden = self.layers[:2](x)
+            return cast(Tensor, self.layers[2:](hidden) + hidden)
+        if self.how == "loop":
+            seen = []
+            for layer in self.layers:
+                x = layer(x)
+                seen.append(x)
+            return seen[1] + seen[2]
+        return cast(Tensor, self.layers(x))

@@ -27,6 +27,9 @@ struct Cut {
   int chunks;  // blocks along the columns, or channels
   int splits;  // blocks along the positions
   int64_t positions;
+
+  // Two sums for each column of each split.
+  int64_t partials() const { return 2 * int64_t{splits} * columns; }
 };
 
 // The lanes with which the fewest threads of all blocks are idle; rows of 128 bytes and more.
@@ -47,7 +50,8 @@ inline Cut choose_cut(const BatchNormParams& p, int multiprocessors) {
   constexpr int kBlocks = 3;  // of a multiprocessor, resident at once
   constexpr int kWaves = 4;   // of blocks whose channels have few positions
   constexpr int kSmallPlane = 256;
-  const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2, wide = 16 / element_bytes;
+  const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  const int wide = kVectorBytes / element_bytes;
   const bool last = p.layout == Layout::kChannelsLast;
   const auto places = reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.output) |
                       reinterpret_cast<uintptr_t>(p.output_gradient);

@@ -61,6 +61,34 @@ __device__ __forceinline__ void multiply_by_derivative(float (&gradient)[N], con
   }
 }
 
+// Of the channels of a thread.
+template <typename T, int V, bool MATRIX>
+struct Statistics {
+  static constexpr int kColumns = Share<T, V, MATRIX>::kColumns;
+  float mean[kColumns], scale[kColumns], bias[kColumns];
+
+  __device__ __forceinline__ Statistics(const BatchNormParams& p, const Places& places,
+                                        const Share<T, V, MATRIX>& share) {
+    share.load_row(places, p.stats, mean);
+    share.load_row(places, p.stats + 2 * p.channels, scale);
+    share.load_row(places, p.stats + 3 * p.channels, bias);
+  }
+
+  // x - mean, and dz.
+  __device__ __forceinline__ void differentiate(const Pair<T, V>& pair, Activation activation,
+                                                float (&x)[V], float (&gradient)[V]) const {
+    float z[V];
+    widen_all(pair.x, x);
+    widen_all(pair.gradient, gradient);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const int c = MATRIX ? i : 0;
+      x[i] -= mean[c], z[i] = fmaf(x[i], scale[c], bias[c]);
+    }
+    multiply_by_derivative<T>(gradient, z, activation);
+  }
+};
+
 // Afterwards the threads of a block's first row have the sums over all rows of their lane.
 template <int N>
 __device__ __forceinline__ void sum_over_rows(float (&sums)[N], int row, const Places& places) {
@@ -151,25 +179,15 @@ __global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
   float sums[2 * N] = {};
   if constexpr (BACKWARD) {
     const T* const gradients = static_cast<const T*>(p.output_gradient);
-    float mean[N], scale[N], bias[N];
-    share.load_row(places, p.stats, mean);
-    share.load_row(places, p.stats + 2 * p.channels, scale);
-    share.load_row(places, p.stats + 3 * p.channels, bias);
+    const Statistics<T, V, MATRIX> of(p, places, share);
     share.template for_each<false>(
         p, places,
         [&](int64_t at) {
           return Pair<T, V>{load_words<V>(input + at), load_words<V>(gradients + at)};
         },
         [&](int64_t, const Pair<T, V>& pair) {
-          float x[V], gradient[V], z[V];
-          widen_all(pair.x, x);
-          widen_all(pair.gradient, gradient);
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            const int c = MATRIX ? i : 0;
-            x[i] -= mean[c], z[i] = fmaf(x[i], scale[c], bias[c]);
-          }
-          multiply_by_derivative<T>(gradient, z, p.activation);
+          float x[V], gradient[V];
+          of.differentiate(pair, p.activation, x, gradient);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             const int c = MATRIX ? i : 0;
@@ -303,10 +321,7 @@ __global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
   constexpr int N = Share<T, V, MATRIX>::kColumns;
   const T* const input = static_cast<const T*>(p.input);
   T* const output = static_cast<T*>(p.output);
-  float mean[N], scale[N], bias[N];
-  share.load_row(places, p.stats, mean);
-  share.load_row(places, p.stats + 2 * p.channels, scale);
-  share.load_row(places, p.stats + 3 * p.channels, bias);
+  const Statistics<T, V, MATRIX> of(p, places, share);
   if constexpr (BACKWARD) {
     const T* const gradients = static_cast<const T*>(p.output_gradient);
     float added[N], slope[N];
@@ -318,19 +333,12 @@ __global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
           return Pair<T, V>{load_words<V>(input + at), load_words<V>(gradients + at)};
         },
         [&](int64_t at, const Pair<T, V>& pair) {
-          float x[V], gradient[V], z[V];
-          widen_all(pair.x, x);
-          widen_all(pair.gradient, gradient);
+          float x[V], gradient[V];
+          of.differentiate(pair, p.activation, x, gradient);
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             const int c = MATRIX ? i : 0;
-            x[i] -= mean[c], z[i] = fmaf(x[i], scale[c], bias[c]);
-          }
-          multiply_by_derivative<T>(gradient, z, p.activation);
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            const int c = MATRIX ? i : 0;
-            gradient[i] = fmaf(gradient[i], scale[c], fmaf(x[i], slope[c], added[c]));
+            gradient[i] = fmaf(gradient[i], of.scale[c], fmaf(x[i], slope[c], added[c]));
           }
           store(output + at, gradient);
         });
@@ -343,7 +351,7 @@ __global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
 #pragma unroll
           for (int i = 0; i < V; ++i) {
             const int c = MATRIX ? i : 0;
-            x[i] = fmaf(x[i] - mean[c], scale[c], bias[c]);
+            x[i] = fmaf(x[i] - of.mean[c], of.scale[c], of.bias[c]);
           }
           activate(x, p.activation);
           store(output + at, x);

@@ -24,7 +24,7 @@ struct BatchNormParams : Planes {
   int64_t* batches;       // how many were seen, or null
   void* weight_gradient;  // (channels) or null, as bias_gradient
   void* bias_gradient;
-  float* partials;  // batch_norm_partials() sums of parts of the batch
+  float* partials;  // Cut::partials() sums of parts of the batch
   float* stats;     // (4, channels): mean, 1 / sqrt(variance + eps), that times weight, bias
   float* terms;     // (2, channels), of the backward: what the gradient of the input adds
   float momentum, eps;
@@ -32,13 +32,5 @@ struct BatchNormParams : Planes {
   DataType dtype, parameter_type, running_type;
   Activation activation;
 };
-
-// Whether there are kernels for such images.
-bool covers_batch_norm(const BatchNormParams& params);
-// How many sums the kernels put down before they add them up.
-int64_t batch_norm_partials(const BatchNormParams& params);
-// On `stream` of the current device; the CUDA status of the launches.
-cudaError_t launch_batch_norm(const BatchNormParams& params, cudaStream_t stream);
-cudaError_t launch_batch_norm_backward(const BatchNormParams& params, cudaStream_t stream);
 
 }  // namespace dwswap

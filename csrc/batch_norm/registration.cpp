@@ -6,11 +6,10 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "batch_norm/params.h"
+#include "batch_norm/launch.h"
 #include "common/tensor.h"
 
 namespace dwswap {
@@ -53,11 +52,6 @@ BatchNormParams describe(const char* op, const Tensor& input, int64_t activation
   return p;
 }
 
-std::string device_string(const Tensor& tensor) {
-  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
-  return tensor.is_cpu() ? "cpu" : "another kind of device";
-}
-
 // A vector of a value per channel on the input's device, float32 or of the input's dtype, and of
 // the type of those before it. Its data, or null for none.
 void* channel_data(const char* op, const char* name, const std::optional<Tensor>& tensor,
@@ -68,9 +62,7 @@ void* channel_data(const char* op, const char* name, const std::optional<Tensor>
                   " must be 1-D of length ", channels, ", got shape ", shape_string(*tensor));
   DWSWAP_CHECK_IN(op, tensor->is_contiguous(), name, " must be contiguous, got stride ",
                   tensor->stride(0));
-  DWSWAP_CHECK_IN(op, tensor->is_cuda() && tensor->get_device_index() == input.get_device_index(),
-                  name, " must be on the input's device, cuda:", input.get_device_index(), ", got ",
-                  device_string(*tensor));
+  check_device(op, name, *tensor, input);
   const ScalarType given = tensor->scalar_type();
   DWSWAP_CHECK_IN(op, given == ScalarType::Float || given == input.scalar_type(), name,
                   " must be float32 or have the input's dtype ",
@@ -95,12 +87,12 @@ Tensor allocate_like(const char* op, const char* what, const Tensor& tensor) {
                   dtype_of(op, tensor));
 }
 
-std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const std::optional<Tensor>& weight,
-                                      const std::optional<Tensor>& bias,
-                                      const std::optional<Tensor>& running_mean,
-                                      const std::optional<Tensor>& running_var,
-                                      const std::optional<Tensor>& batches, double momentum,
-                                      double eps, int64_t activation) {
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const std::optional<Tensor>& weight,
+                                   const std::optional<Tensor>& bias,
+                                   const std::optional<Tensor>& running_mean,
+                                   const std::optional<Tensor>& running_var,
+                                   const std::optional<Tensor>& batches, double momentum,
+                                   double eps, int64_t activation) {
   BatchNormParams p = describe(kForward, input, activation);
   const int32_t device = input.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -115,7 +107,7 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const std::optional<T
   if (batches.has_value()) {
     DWSWAP_CHECK_IN(kForward,
                     batches->numel() == 1 && batches->scalar_type() == ScalarType::Long &&
-                        batches->is_cuda() && batches->get_device_index() == device,
+                        on_device_of(*batches, input),
                     "batches must be one int64 on the input's device, got shape ",
                     shape_string(*batches), " of ",
                     torch::headeronly::toString(batches->scalar_type()), " on ",
@@ -125,20 +117,21 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const std::optional<T
   const Tensor output = allocate_like(kForward, "output", input);
   const Tensor stats = allocate_floats(kForward, "statistics", kStatistics, p.channels, input);
   p.input = input.const_data_ptr(), p.output = output.mutable_data_ptr();
-  const Tensor partials = allocate_floats(kForward, "sums", 1, batch_norm_partials(p), input);
+  const batch_norm::Cut cut = batch_norm::choose_cut(p, current_device().multiprocessors);
+  const Tensor partials = allocate_floats(kForward, "sums", 1, cut.partials(), input);
   p.stats = static_cast<float*>(stats.mutable_data_ptr());
   p.partials = static_cast<float*>(partials.mutable_data_ptr());
   p.momentum = static_cast<float>(momentum), p.eps = static_cast<float>(eps);
-  check_launch(kForward, launch_batch_norm(p, current_stream(kForward, device)), "batch norm");
+  check_launch(kForward, launch_batch_norm(p, cut, false, current_stream(kForward, device)),
+               "batch norm");
   return {output, stats};
 }
 
 // Gradients of input, weight and bias; what is not wanted is undefined.
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output,
-                                                       const Tensor& input, const Tensor& stats,
-                                                       const std::optional<Tensor>& weight,
-                                                       int64_t activation,
-                                                       const std::vector<bool>& wanted) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                            const Tensor& stats,
+                                            const std::optional<Tensor>& weight, int64_t activation,
+                                            const std::vector<bool>& wanted) {
   BatchNormParams p = describe(kBackward, input, activation);
   DWSWAP_CHECK_IN(kBackward, wanted.size() == 3, "output_mask must have 3 entries, got ",
                   wanted.size());
@@ -160,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
   DWSWAP_CHECK_IN(kBackward,
                   stats.dim() == 2 && stats.size(0) == kStatistics && stats.size(1) == p.channels &&
                       stats.is_contiguous() && stats.scalar_type() == ScalarType::Float &&
-                      stats.is_cuda() && stats.get_device_index() == device,
+                      on_device_of(stats, input),
                   "stats must be those of the forward, (4, ", p.channels,
                   ") of float32 on the input's device, got shape ", shape_string(stats), " of ",
                   torch::headeronly::toString(stats.scalar_type()), " on ", device_string(stats));
@@ -178,12 +171,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
   p.output = wanted[0] ? grad_input.mutable_data_ptr() : nullptr;
   p.weight_gradient = wanted[1] ? grad_weight.mutable_data_ptr() : nullptr;
   p.bias_gradient = wanted[2] ? grad_bias.mutable_data_ptr() : nullptr;
-  const int64_t sums = batch_norm_partials(p);
-  const Tensor partials = allocate_floats(kBackward, "sums", 1, sums + kTerms * p.channels, input);
+  const batch_norm::Cut cut = batch_norm::choose_cut(p, current_device().multiprocessors);
+  const Tensor partials =
+      allocate_floats(kBackward, "sums", 1, cut.partials() + kTerms * p.channels, input);
   p.stats = static_cast<float*>(const_cast<void*>(stats.const_data_ptr()));
   p.partials = static_cast<float*>(partials.mutable_data_ptr());
-  p.terms = p.partials + sums;
-  check_launch(kBackward, launch_batch_norm_backward(p, current_stream(kBackward, device)),
+  p.terms = p.partials + cut.partials();
+  check_launch(kBackward, launch_batch_norm(p, cut, true, current_stream(kBackward, device)),
                "batch norm");
   return gradients;
 }
@@ -191,8 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dwswap, CUDA, m) {
-  m.impl("_batch_norm", TORCH_BOX(&batch_norm));
-  m.impl("_batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+  m.impl("_batch_norm", TORCH_BOX(&forward));
+  m.impl("_batch_norm_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace dwswap

@@ -93,13 +93,25 @@ inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline std::string device_string(const Tensor& tensor) {
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return tensor.is_cpu() ? "cpu" : "another kind of device";
+}
+
+inline bool on_device_of(const Tensor& tensor, const Tensor& input) {
+  return tensor.is_cuda() && tensor.get_device_index() == input.get_device_index();
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor,
+                         const Tensor& input) {
+  DWSWAP_CHECK_IN(op, on_device_of(tensor, input), name,
+                  " must be on the input's device, cuda:", input.get_device_index(), ", got ",
+                  device_string(tensor));
+}
+
 inline void check_same(const char* op, const char* name, const Tensor& tensor,
                        const Tensor& input) {
-  DWSWAP_CHECK_IN(op, tensor.is_cuda() && tensor.get_device_index() == input.get_device_index(),
-                  name, " must be on the input's device, cuda:", input.get_device_index(), ", got ",
-                  tensor.is_cuda()
-                      ? "cuda:" + std::to_string(tensor.get_device_index())
-                      : std::string(tensor.is_cpu() ? "cpu" : "another kind of device"));
+  check_device(op, name, tensor, input);
   DWSWAP_CHECK_IN(op, tensor.scalar_type() == input.scalar_type(), name,
                   " must have the input's dtype ", torch::headeronly::toString(input.scalar_type()),
                   ", got ", torch::headeronly::toString(tensor.scalar_type()));

@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import nn
 from torch.nn.modules import module as module_globals
 
-from dwswap.called_modules import only_called
+from dwswap.called_modules import only_called, runs_its_children
 from dwswap.changes import CHANGE_REASONS, Change
 from dwswap.eligibility import reason_not_plain
 from dwswap.modules import DepthwiseConv2d, as_class
@@ -33,7 +33,6 @@ _RETURN_A_NEW_TENSOR = frozenset(
         *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm),
     }
 )
-_SEQUENTIAL_METHODS = ("forward", "__iter__", "__call__")
 
 
 def out_of_place(model: nn.Module) -> dict[str, tuple[Change, ...]]:
@@ -53,7 +52,9 @@ def out_of_place(model: nn.Module) -> dict[str, tuple[Change, ...]]:
     new: dict[nn.Module, nn.Module] = {}
     changes: dict[str, tuple[Change, ...]] = {}
     for path, parent in model.named_modules():
-        if not _is_plain_sequential(parent) or not only_called(model, path):
+        if not runs_its_children(parent) or reason_not_plain(parent):
+            continue
+        if not only_called(model, path):
             continue
         for before, (name, module) in pairwise(parent._modules.items()):
             if type(module) not in _KEEP_THEIR_INPUT or not (module.inplace and module.training):
@@ -78,17 +79,6 @@ def in_place_again(model: nn.Module) -> None:
 def is_marked(module: nn.Module) -> bool:
     """Whether :func:`out_of_place` made ``module``."""
     return _MARK in module.__dict__
-
-
-def _is_plain_sequential(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Sequential)
-        and all(
-            getattr(type(module), name) is getattr(nn.Sequential, name)
-            for name in _SEQUENTIAL_METHODS
-        )
-        and reason_not_plain(module) is None
-    )
 
 
 def _changed(module: nn.Module, inplace: bool) -> nn.Module:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from dwswap.called_modules import runs_its_children
 from dwswap.changes import CHANGE_REASONS, Change
 from dwswap.eligibility import reason_not_plain
 from dwswap.modules import as_class
@@ -41,7 +42,7 @@ def swap_batch_norms(model: nn.Module) -> dict[str, tuple[Change, ...]]:
     new = {m: as_class(m, kind) for m, kind in norms.items() if type(m) is not kind}
     behind: dict[nn.Module, nn.Module] = {}
     for parent in model.modules():
-        if not _runs_its_children(parent):
+        if not runs_its_children(parent):
             continue
         for norm, activation in pairwise(parent._modules.values()):
             if norm not in norms or activation is None or reason_not_plain(activation):
@@ -58,14 +59,6 @@ def swap_batch_norms(model: nn.Module) -> dict[str, tuple[Change, ...]]:
             changes[path] = (change,)
     replace_modules(model, new)
     return changes
-
-
-def _runs_its_children(module: nn.Module) -> bool:
-    """An ``nn.Sequential``, of a subclass too, that runs them one after the other."""
-    return isinstance(module, nn.Sequential) and all(
-        getattr(type(module), name) is getattr(nn.Sequential, name)
-        for name in ("forward", "__iter__")
-    )
 
 
 def _held_elsewhere(model: nn.Module) -> set[nn.Module]:

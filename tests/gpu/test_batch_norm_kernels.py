@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import ACTIVATIONS, KINKS, MIN_GRADIENTS, WIDE_ACTIVATIONS, Judge, poison
+from numerics import ACTIVATIONS, MIN_GRADIENTS, WIDE_ACTIVATIONS, Judge, near_kinks, poison
 from torch import Tensor, nn
 
 import dwswap
@@ -94,21 +94,12 @@ def results(tensors: Tensors, gradient: Tensor, activation: str, kind: str) -> d
     return named | dict(zip(("grad_input", "grad_weight", "grad_bias"), gradients, strict=False))
 
 
-def near_kinks(tensors: Tensors, activation: str) -> Tensor:
-    """Where rounding decides the derivative."""
-    wide = tensors.cast(torch.float64)
-    z = F.batch_norm(wide.input, None, None, wide.weight, wide.bias, True, 0.0, EPS)
-    distance = {torch.float16: 0.05, torch.bfloat16: 0.3}.get(tensors.input.dtype, 1e-3)
-    near = torch.zeros_like(z, dtype=torch.bool)
-    for kink in KINKS.get(activation, ()):
-        near |= (z - kink).abs() < distance
-    return near
-
-
 def add(judge: Judge, tensors: Tensors, activation: str, seed: int = 5) -> None:
     input = tensors.input
-    gradient = draw(input.shape, seed + 50).masked_fill_(near_kinks(tensors, activation), 0.0)
-    gradient = gradient.to(input.dtype)
+    wide = tensors.cast(torch.float64)
+    z = F.batch_norm(wide.input, None, None, wide.weight, wide.bias, True, 0.0, EPS)
+    near = near_kinks(activation, z, input.dtype)
+    gradient = draw(input.shape, seed + 50).masked_fill_(near, 0.0).to(input.dtype)
     if seed % 2:  # laid out as the input, or as it comes
         gradient = torch.empty_like(input).copy_(gradient)
     exact = results(tensors.cast(torch.float64), gradient, activation, "exact")
