@@ -159,6 +159,13 @@ def gradient_problems() -> Iterator[Problem]:
                 ragged = Problem(dtype, memory_format, shape, size, stride, offset=offset)
                 yield ragged
                 yield ragged._replace(shape=(2, channels, 33, 29), extra_padding=(1, 0))
+            if memory_format is torch.channels_last and dtype in HALVES:
+                # diagonal_sums, which has the 72 above too: several boxes, a few channels of a box.
+                ragged = Problem(dtype, memory_format, (3, 136, 9, 35), size, stride)
+                yield ragged
+                yield ragged._replace(shape=(5, 24, 15, 70))
+                yield ragged._replace(shape=(5, 40, 6, 7), extra_padding=(-1, -1))
+                yield ragged._replace(shape=(2, 72, 33, 29), backward="channel_sums")
             yield Problem(dtype, memory_format, (2, 5, 11, 13), size, stride, extra_padding=(9, 5))
     for memory_format, dtype in itertools.product(FORMATS, (*fast, torch.float64)):
         general = Problem(dtype, memory_format, (2, 33, 10, 13), (3, 3), backward="general")

@@ -170,6 +170,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "offset_channels_last": lambda x: _dense(x, (0, 2, 3, 1), 1),
     # Aligned to a pair of channels, and to nothing more.
     "offset_by_pair": lambda x: _dense(x, (0, 2, 3, 1), 2),
+    "offset_by_vector": lambda x: _dense(x, (0, 2, 3, 1), 8),
     "transposed": lambda x: _dense(x, (0, 1, 3, 2)),
     "batch_inside": lambda x: _dense(x, (1, 0, 2, 3)),
     "sliced": lambda x: _sliced(x, 0, 3, 5),

@@ -59,6 +59,8 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
     program = tmp_path_factory.mktemp("cuts") / "cuts"
     sources = [
         Path(__file__).parent / "host" / "cuts.cpp",
+        FOLDER / "backward" / "diagonal_sums_cut.cpp",
+        FOLDER / "backward" / "split.cpp",
         FOLDER / "plane_bands_cut.cpp",
         FOLDER / "plane_strips_cut.cpp",
         FOLDER / "channel_columns_cut.cpp",
@@ -386,6 +388,43 @@ def test_batch_norm_covers_every_value(cuts):
         assert 1 <= splits <= 65535, what
         assert splits == 1 or (splits - 1) * rows < positions, what
         assert chunks * splits >= 3 * device[0] or splits * rows * 4 >= positions, what
+        times.append(us)
+    assert sorted(times)[len(times) // 2] < 100
+
+
+def test_diagonal_sums_has_every_pixel_and_channel(cuts):
+    problems = [
+        Problem(64, s.channels, s.height, s.width, *s.kernel, s.stride[0], 2)
+        for s in torchvision_shapes()
+        if s.channels % 8 == 0 and s.kernel[0] in (3, 5, 7) and s.dilation == (1, 1)
+    ]
+    problems += [
+        problem._replace(channels=channels)
+        for problem in ragged(4000)
+        for channels in (8, 72, 136, 200, 1632)
+        if problem.kernel_h == problem.kernel_w
+    ]
+    runs = [(problem, DEVICES[0]) for problem in problems]  # on sm_90 alone
+    times: list[int] = []
+    for (problem, device), cut in zip(runs, cuts("diagonal_sums", runs), strict=True):
+        groups, teams, box, swizzle, segments, images, rows, columns, threads, shared, *split = cut
+        strip, share, shares, us = split
+        what = f"{problem}: {cut}"
+        kernel = problem.kernel_h
+        # A team has 4 segments, and every team some; registers are for so many warps.
+        assert 4 * (teams - 1) < segments * images <= 4 * teams, what
+        assert threads == 32 * groups * teams, what
+        assert threads <= 32 * {3: 24, 5: 16, 7: 12}[kernel], what
+        assert groups % box == 0, what
+        # Neighbouring pixels in different banks.
+        assert swizzle == {2: 0x10, 4: 0x30, 8: 0x70}[box] if box % 2 == 0 else swizzle == 0, what
+        assert shared <= device[2], what
+        assert max(columns, rows * problem.stride, images, segments * 8) <= 256, what
+        assert images <= problem.batch, what
+        assert images == 1 or segments * 8 >= problem.out_w, what
+        tiles, strips = -(-problem.out_w // (8 * segments)), -(-problem.out_h // strip)
+        items = tiles * strips * -(-problem.batch // images)
+        assert (shares - 1) * share < items <= shares * share, what
         times.append(us)
     assert sorted(times)[len(times) // 2] < 100
 

@@ -19,6 +19,15 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address
                : "memory");
 }
 
+// The same, each of them transposed: lane 4 i + j gets the elements of column i in rows 2 j and
+// 2 j + 1.
+__device__ __forceinline__ void load_transposed_matrices(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
 // Two of them: the addresses of lanes 16 to 31 do not count.
 __device__ __forceinline__ void load_matrices(uint32_t (&x)[2], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"

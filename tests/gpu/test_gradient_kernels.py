@@ -26,6 +26,7 @@ from dwswap.schema import depthwise_conv2d_backward
 
 DEVICE = os.environ.get("DWSWAP_FUZZ_DEVICE", "cuda")
 FAST = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 SQUARES = ((3, 3), (5, 5), (7, 7))
 SIZES = ((7, 7), (13, 9), (14, 14), (33, 29), (1, 23), (5, 113), (56, 57))
 ALL = (True, True, True)
@@ -96,6 +97,28 @@ ROWS = {
     "plane sums, dilation": Row("sums", "plane_sums", "contiguous", strides=(1,), dilation=2),
     "plane sums, no padding": Row("sums", "plane_sums", "contiguous", extra_padding=(-1, -1)),
     "plane sums, more padding": Row("sums", "plane_sums", "contiguous", extra_padding=(1, 4)),
+    "diagonal sums": Row(
+        "sums", "diagonal_sums", "channels_last", channels=(8, 32, 72, 80, 136, 200), dtypes=HALVES
+    ),
+    "diagonal sums, misaligned by pixels": Row(
+        "sums", "diagonal_sums", "offset_by_vector", channels=(8, 72), dtypes=HALVES
+    ),
+    "diagonal sums, no padding": Row(
+        "sums",
+        "diagonal_sums",
+        "channels_last",
+        channels=(24,),
+        dtypes=HALVES,
+        extra_padding=(-1, -1),
+    ),
+    "diagonal sums, more padding": Row(
+        "sums",
+        "diagonal_sums",
+        "channels_last",
+        channels=(24,),
+        dtypes=HALVES,
+        extra_padding=(1, 4),
+    ),
     "channel sums": Row("sums", "channel_sums", "channels_last", channels=(1, 3, 8, 58, 72, 130)),
     "channel sums, misaligned": Row("sums", "channel_sums", "offset_channels_last"),
     "channel sums, pairs": Row("sums", "channel_sums", "offset_by_pair", channels=(8, 58)),

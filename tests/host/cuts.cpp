@@ -12,6 +12,7 @@
 #include <string>
 
 #include "batch_norm/cut.h"
+#include "depthwise_conv2d/backward/diagonal_sums_cut.h"
 #include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/channel_direct_cut.h"
 #include "depthwise_conv2d/plane_bands_cut.h"
@@ -90,6 +91,16 @@ int main() {
       std::printf("%d %d %lld %d %d %d %d %d %lld %.0f\n", cut.matrix, cut.vector,
                   static_cast<long long>(cut.columns), cut.columns_of_channel, cut.lanes, cut.rows,
                   cut.chunks, cut.splits, static_cast<long long>(cut.positions), took.count());
+    } else if (family == "diagonal_sums") {
+      GradientParams q{};
+      static_cast<DepthwiseConv2dParams&>(q) = p;
+      const auto cut = diagonal_sums::choose_cut(q, device);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %d %d %d %d %d %d %d %d %lld %lld %lld %.0f\n", cut.groups, cut.teams,
+                  cut.box_groups(), cut.swizzle(), cut.segments, cut.images, cut.stage_rows,
+                  cut.input_columns(), cut.threads(), cut.shared_bytes(),
+                  static_cast<long long>(cut.split.rows), static_cast<long long>(cut.split.share),
+                  static_cast<long long>(cut.split.shares), took.count());
     } else if (family == "stem_conv2d") {
       StemConv2dParams q{};
       q.batch = p.batch, q.channels = p.channels, q.height = p.in_h, q.width = p.in_w;

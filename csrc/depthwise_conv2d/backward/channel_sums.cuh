@@ -16,6 +16,7 @@
 #pragma once
 
 #include "common/async_copy.cuh"
+#include "common/dependent_launch.cuh"
 #include "common/integer.h"
 #include "common/sum.cuh"
 #include "depthwise_conv2d/backward/channel_sums_cut.h"
@@ -220,6 +221,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)
     fold();
   }
 
+  release_next_kernel();
   // [sum][group][channel]
   wait_for_copies();
   __syncthreads();

@@ -23,6 +23,7 @@ constexpr Family kInputFamilies[] = {
     {{"general", no_bytes, launch_general_gather}, always},
 };
 constexpr Family kWeightFamilies[] = {
+    {{"diagonal_sums", diagonal_sums_workspace_bytes, launch_diagonal_sums}, covers_diagonal_sums},
     {{"channel_sums", channel_sums_workspace_bytes, launch_channel_sums}, covers_channel_sums},
     {{"plane_sums", plane_sums_workspace_bytes, launch_plane_sums}, covers_plane_sums},
     {{"general", general_sums_workspace_bytes, launch_general_sums}, always},

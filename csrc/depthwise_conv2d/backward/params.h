@@ -48,6 +48,10 @@ cudaError_t launch_general_gather(const GradientParams& params, cudaStream_t str
 
 // --- gradients of weight and bias: see sums.cuh
 
+bool covers_diagonal_sums(const GradientParams& params);
+int64_t diagonal_sums_workspace_bytes(const GradientParams& params);
+cudaError_t launch_diagonal_sums(const GradientParams& params, cudaStream_t stream);
+
 bool covers_channel_sums(const GradientParams& params);
 int64_t channel_sums_workspace_bytes(const GradientParams& params);
 cudaError_t launch_channel_sums(const GradientParams& params, cudaStream_t stream);

@@ -1,4 +1,5 @@
 // Adds up the sums of the shares: see sums.h.
+#include "common/dependent_launch.cuh"
 #include "common/integer.h"
 #include "common/sum.cuh"
 #include "depthwise_conv2d/backward/sums.cuh"
@@ -19,6 +20,7 @@ __global__ void __launch_bounds__(kLanes* kRows)
   const int64_t index = first_value * channels + static_cast<int64_t>(blockIdx.x) * kLanes + lane;
   const bool mine = index < end_value * channels;
   sum_t<T> sum;
+  await_previous_kernel();
   if (mine) {
 #pragma unroll 4
     for (int64_t share = row; share < count; share += kRows) sum.add(shares[share * sums + index]);
@@ -38,10 +40,9 @@ cudaError_t launch(const GradientParams& p, int64_t shares, cudaStream_t stream)
   const Gradients<T> gradients{static_cast<T*>(p.grad_weight), static_cast<T*>(p.grad_bias),
                                p.taps()};
   const auto blocks = static_cast<unsigned>(ceil_div((end - first) * p.out_channels(), kLanes));
-  reduction_kernel<T><<<blocks, dim3(kLanes, kRows), 0, stream>>>(
-      static_cast<const accumulator_t<T>*>(p.workspace), shares, p.out_channels(), first, end,
-      gradients);
-  return cudaGetLastError();
+  return launch_dependent(reduction_kernel<T>, blocks, dim3(kLanes, kRows), stream,
+                          static_cast<const accumulator_t<T>*>(p.workspace), shares,
+                          p.out_channels(), first, end, gradients);
 }
 
 }  // namespace

@@ -1,0 +1,307 @@
+// channels_last in half precision on the tensor cores, the gradients of weight and bias, K = 3, 5
+// and 7, stride 1 and 2 (sm_90).
+//
+// Of 8 channels and 16 pixels, the product of what a tap sees of the input (8 channels x 16 pixels)
+// and of grad_output (16 pixels x 8 channels) has the sums of that tap on its diagonal; a matrix
+// instruction takes two taps side by side. 7 of 8 sums are of two channels and thrown away, and
+// still a tap takes fewer instructions than its multiply-adds would. Both matrices come from shared
+// memory as the copy engine put them there, transposed by ldmatrix.
+//
+// A block keeps some channels. It walks down the rows of one strip after another, a stage at a
+// time, while the copy engine fetches the stages behind. Every row of input is read once, and
+// multiplied by all the rows of grad_output that see it, which wait in registers. The sums are
+// added up in the end.
+//
+// An infinity or a NaN reaches the sums of its own channel alone.
+#pragma once
+
+#include "common/dependent_launch.cuh"
+#include "common/integer.h"
+#include "common/matrix.cuh"
+#include "common/numeric.cuh"
+#include "common/tma.cuh"
+#include "depthwise_conv2d/backward/diagonal_sums_cut.h"
+#include "depthwise_conv2d/backward/sums.cuh"
+#include "depthwise_conv2d/tensor_map.h"
+
+namespace dwswap {
+namespace diagonal_sums {
+
+template <typename T_, int K_, int STRIDE_>
+struct Traits {
+  using T = T_;
+  static constexpr int kKernel = K_;
+  static constexpr int kStride = STRIDE_;
+  static constexpr int kSeen = seen_rows(K_, STRIDE_);
+  static constexpr int kTaps = K_ * K_;
+};
+
+struct Arguments {
+  int channels, in_h, out_h, padding_h, padding_w;
+  int segments, images, stage_rows;
+  int rows, share, items;  // of a strip; strips of a block, and of all images
+  int slices;              // of channels
+  int groups, pixel_bytes;
+  int input_row_bytes, grad_row_bytes;
+  int box_channels;  // a block's are in one box or several
+  uint32_t stage_bytes, part_bytes, input_bytes, box_bytes;
+  uint32_t swizzle;
+  Divisor by_columns, by_strips;
+  bool wants_bias;
+};
+
+struct Strip {
+  int image, row, column;  // of grad_output, the first ones
+  int rows, stages;
+};
+
+template <typename Traits>
+__device__ __forceinline__ Strip strip_at(const Arguments& a, int index) {
+  uint32_t column, strip;
+  const uint32_t image = a.by_strips.divide(a.by_columns.divide(index, &column), &strip);
+  Strip s{};
+  s.image = static_cast<int>(image) * a.images;
+  s.row = static_cast<int>(strip) * a.rows;
+  s.column = static_cast<int>(column) * a.segments * kSegment;
+  s.rows = min(a.rows, a.out_h - s.row);
+  // Rows behind those of the strip see its last rows of input, where there are any.
+  constexpr int S = Traits::kStride;
+  const int input_rows = a.in_h - (s.row * S - a.padding_h);
+  const int steps = min(s.rows + Traits::kSeen - 1, (input_rows + S - 1) / S);
+  s.stages = (steps + a.stage_rows - 1) / a.stage_rows;
+  return s;
+}
+
+template <typename T>
+constexpr uint32_t kOnes = 0x3c003c00;  // two
+template <>
+inline constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80;
+
+template <typename Traits>
+__global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
+    kernel(const __grid_constant__ CUtensorMap input_map,
+           const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ Arguments a,
+           const Sums<typename Traits::T> target) {
+#if DWSWAP_BULK_COPIES
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride, SEEN = Traits::kSeen;
+  extern __shared__ __align__(kAlignment) unsigned char shared[];
+  unsigned char* const zeros = shared + kSlots * a.stage_bytes;
+  auto* const full = reinterpret_cast<uint64_t*>(zeros + kZerosBytes);
+
+  const int share = blockIdx.x / a.slices, width = a.groups * kGroup;
+  const int first_channel = blockIdx.x % a.slices * width;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = warp % a.groups, team = warp / a.groups;
+  const int end_item = min(a.items, (share + 1) * a.share);
+  const int channels = min(width, a.channels - first_channel);
+  const int boxes = (channels + a.box_channels - 1) / a.box_channels;
+
+  // The next stage that thread 0 asks for. The strip is found anew each time: registers are few.
+  int ahead_index = share * a.share, ahead_stage = 0;
+  const auto fetch = [&](int slot) {
+    if (ahead_index >= end_item) return;
+    const Strip ahead = strip_at<Traits>(a, ahead_index);
+    const int row = ahead.row + ahead_stage * a.stage_rows;
+    barrier_expect(&full[slot], boxes * a.box_bytes);
+    for (int box = 0; box < boxes; ++box) {
+      unsigned char* const part = shared + slot * a.stage_bytes + box * a.part_bytes;
+      const int channel = first_channel + box * a.box_channels;
+      copy_box(part, &input_map, &full[slot], channel, ahead.column * S - a.padding_w,
+               row * S - a.padding_h, ahead.image);
+      copy_box(part + a.input_bytes, &grad_map, &full[slot], channel, ahead.column, row,
+               ahead.image);
+    }
+    if (++ahead_stage < ahead.stages) return;
+    ahead_stage = 0, ++ahead_index;
+  };
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<uint4*>(zeros) = uint4{};
+    for (int slot = 0; slot < kSlots; ++slot) barrier_init(&full[slot]);
+    for (int slot = 0; slot < kSlots; ++slot) fetch(slot);
+  }
+
+  // A lane gives the address of a pixel of one of four matrices: of grad_output the halves of both
+  // products, zeros where there is no segment for them; of the input the halves of a product at
+  // either of two taps.
+  const int matrix = lane / 8, all_segments = a.segments * a.images;
+  const auto column_of = [&](int segment) { return segment % a.segments * kSegment + lane % 8; };
+  const int first_segment = team * 2 * kProducts;
+  const uint32_t origin = shared_address(shared);
+  const int box_groups = a.box_channels / kGroup;
+  const uint32_t place = group / box_groups * a.part_bytes + group % box_groups * kGroupBytes;
+  const int segment = first_segment + matrix;
+  const bool has_segment = segment < all_segments;
+  const uint32_t grad_offset = a.input_bytes +
+                               segment / a.segments * a.stage_rows * a.grad_row_bytes +
+                               column_of(segment) * a.pixel_bytes + place;
+  const uint32_t zeros_address = shared_address(zeros);
+  const auto input_offset = [&](int wanted, int tap) -> uint32_t {
+    const int present = min(wanted, all_segments - 1);
+    return present / a.segments * a.stage_rows * S * a.input_row_bytes +
+           (column_of(present) * S + tap) * a.pixel_bytes + place;
+  };
+  uint32_t offsets[kProducts];
+#pragma unroll
+  for (int p = 0; p < kProducts; ++p)
+    offsets[p] = input_offset(first_segment + 2 * p + matrix / 2, matrix % 2);
+  // The copy engine's swizzle: pieces of 16 bytes change places, by the lines of 128 bytes in which
+  // they are. Stages begin where it begins anew.
+  const auto load_pixels = [&](uint32_t (&x)[4], uint32_t address) {
+    load_transposed_matrices(x, address ^ (address >> 3 & a.swizzle));
+  };
+  __syncthreads();
+
+  // Of two taps side by side. Behind the last one of a row comes the next pixel of the stage, whose
+  // sums are not used.
+  constexpr int PAIRS = K / 2 + 1;
+  float sums[K][PAIRS][4] = {}, bias[4] = {};
+  uint32_t grad[kProducts][SEEN][2];  // the newest row first
+  // Of several boxes the last one may have groups beyond the last channel.
+  const int stage_rows = K != 3 || group * kGroup < channels ? a.stage_rows : 0;
+  int slot = 0;
+  uint32_t parity = 0;
+  for (int item = share * a.share; item < end_item; ++item) {
+    const Strip s = strip_at<Traits>(a, item);
+#pragma unroll
+    for (int i = 0; i < kProducts * SEEN; ++i)
+      grad[i / SEEN][i % SEEN][0] = grad[i / SEEN][i % SEEN][1] = 0;
+    int rows_left = s.rows, ih = s.row * S - a.padding_h;
+    for (int stage = 0; stage < s.stages; ++stage) {
+      barrier_wait(&full[slot], parity);
+      uint32_t row_address = origin + slot * a.stage_bytes;
+      uint32_t grad_address = row_address + grad_offset;
+#pragma unroll 1
+      for (int r = 0; r < stage_rows; ++r) {
+#pragma unroll
+        for (int p = 0; p < kProducts; ++p) {
+#pragma unroll
+          for (int age = SEEN - 1; age > 0; --age)
+            grad[p][age][0] = grad[p][age - 1][0], grad[p][age][1] = grad[p][age - 1][1];
+        }
+        uint32_t newest[4] = {};
+        if (rows_left > 0) load_pixels(newest, has_segment ? grad_address : zeros_address);
+        grad[0][0][0] = newest[0], grad[0][0][1] = newest[1];
+        grad[1][0][0] = newest[2], grad[1][0][1] = newest[3];
+        if (a.wants_bias) multiply_add<T>(bias, newest, {kOnes<T>, kOnes<T>});
+        --rows_left;
+#pragma unroll
+        for (int e = 0; e < S; ++e) {
+          if (static_cast<unsigned>(ih) < static_cast<unsigned>(a.in_h)) {
+            // It is row e of the windows of the newest row of grad_output, row e + S of those of
+            // the one before, and so on.
+#pragma unroll
+            for (int p = 0; p < kProducts; ++p) {
+#pragma unroll
+              for (int i = 0; i < PAIRS; ++i) {
+                uint32_t x[4];  // the lower halves of the pixels at either tap, then the upper ones
+                load_pixels(x, row_address + offsets[p] + 2 * i * a.pixel_bytes);
+#pragma unroll
+                for (int kh = e; kh < K; kh += S) multiply_add<T>(sums[kh][i], x, grad[p][kh / S]);
+              }
+            }
+          }
+          row_address += a.input_row_bytes;
+          ++ih;
+        }
+        grad_address += a.grad_row_bytes;
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) fetch(slot);
+      if (++slot == kSlots) slot = 0, parity ^= 1;
+    }
+  }
+
+  release_next_kernel();
+  // [team][value][channel]. A lane has two columns of a row: one lane of a row has its diagonal.
+  __syncthreads();
+  auto* const partials = reinterpret_cast<float*>(shared);
+  const int own = lane / 4;
+  float* const mine = partials + team * (Traits::kTaps + 1) * width + group * kGroup + own;
+  if (lane % 4 == own / 2) {
+    const auto diagonal = [&](const float (&sum)[4], int half) {
+      return own % 2 == 0 ? sum[2 * half] : sum[2 * half + 1];
+    };
+#pragma unroll
+    for (int i = 0; i < Traits::kTaps; ++i)
+      mine[i * width] = diagonal(sums[i / K][i % K / 2], i % K % 2);
+    mine[Traits::kTaps * width] = diagonal(bias, 0) + diagonal(bias, 1);
+  }
+  __syncthreads();
+  const int values = (Traits::kTaps + 1) * width, teams = blockDim.x / (32 * a.groups);
+  for (int i = threadIdx.x; i < values; i += blockDim.x) {
+    float sum = partials[i];
+    for (int other = 1; other < teams; ++other) sum += partials[other * values + i];
+    if (i % width < channels) target.set(share, first_channel + i % width, i / width, sum);
+  }
+#else
+  __trap();  // the host chose it for an image of sm_90
+#endif
+}
+
+template <typename Traits>
+cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device,
+                   cudaStream_t stream) {
+  using T = typename Traits::T;
+  constexpr int S = Traits::kStride;
+  const int columns = static_cast<int>(ceil_div(p.out_w, cut.grad_columns()));
+  const int strips = static_cast<int>(ceil_div(p.out_h, cut.split.rows));
+  Arguments a{};
+  a.channels = static_cast<int>(p.channels);
+  a.in_h = static_cast<int>(p.in_h), a.out_h = static_cast<int>(p.out_h);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.segments = cut.segments, a.images = cut.images, a.stage_rows = cut.stage_rows;
+  a.rows = static_cast<int>(cut.split.rows), a.share = static_cast<int>(cut.split.share);
+  a.items = static_cast<int>(columns * strips * ceil_div(p.batch, cut.images));
+  a.slices = static_cast<int>(ceil_div(p.channels, cut.groups * kGroup));
+  a.groups = cut.groups, a.pixel_bytes = cut.pixel_bytes();
+  a.input_row_bytes = cut.input_columns() * cut.pixel_bytes();
+  a.grad_row_bytes = cut.grad_columns() * cut.pixel_bytes();
+  a.box_channels = cut.box_groups() * kGroup, a.part_bytes = cut.part_bytes();
+  a.stage_bytes = cut.stage_bytes(), a.input_bytes = cut.input_bytes();
+  a.box_bytes = cut.images * cut.stage_rows * (S * a.input_row_bytes + a.grad_row_bytes);
+  a.swizzle = cut.swizzle();
+  a.by_columns = Divisor(columns), a.by_strips = Divisor(strips);
+  a.wants_bias = p.wants_bias;
+
+  CUtensorMap input_map{}, grad_map{};
+  const bool swizzled = cut.swizzle() != 0;
+  const Box input_box{a.box_channels, cut.input_columns(), S * cut.stage_rows, cut.images,
+                      swizzled};
+  const Box grad_box{a.box_channels, cut.grad_columns(), cut.stage_rows, cut.images, swizzled};
+  if (!encode_input<T>(&input_map, p, input_box) ||
+      !encode_pixels<T>(&grad_map, p.grad_output, p.batch, p.out_h, p.out_w, p.channels, grad_box))
+    return cudaErrorInvalidValue;
+
+  const auto function = kernel<Traits>;
+  // The most of any cut: threads that launch at the same time must not lower each other's limit.
+  cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            device.shared_per_block);
+  if (status != cudaSuccess) return status;
+  function<<<static_cast<unsigned>(a.slices * cut.split.shares), cut.threads(), cut.shared_bytes(),
+             stream>>>(input_map, grad_map, a, Sums<T>(p, cut.split.shares));
+  status = cudaGetLastError();
+  if (status != cudaSuccess || cut.split.shares == 1) return status;
+  return launch_reduction(p, cut.split.shares, stream);
+}
+
+// One file per element type instantiates this.
+template <typename T>
+cudaError_t launch_typed(const GradientParams& p, const Device& device, cudaStream_t stream) {
+  const Cut cut = choose_cut(p, device);
+#define DWSWAP_CASE(K, S)                                   \
+  if (p.kernel_h == K && p.stride_h == S) {                 \
+    return launch<Traits<T, K, S>>(p, cut, device, stream); \
+  }
+  DWSWAP_CASE(3, 1)
+  DWSWAP_CASE(3, 2)
+  DWSWAP_CASE(5, 1)
+  DWSWAP_CASE(5, 2)
+  DWSWAP_CASE(7, 1)
+  DWSWAP_CASE(7, 2)
+#undef DWSWAP_CASE
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace diagonal_sums
+}  // namespace dwswap

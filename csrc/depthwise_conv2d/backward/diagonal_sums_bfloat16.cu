@@ -1,0 +1,6 @@
+#include "depthwise_conv2d/backward/diagonal_sums.cuh"
+
+namespace dwswap::diagonal_sums {
+template cudaError_t launch_typed<__nv_bfloat16>(const GradientParams&, const Device&,
+                                                 cudaStream_t);
+}
