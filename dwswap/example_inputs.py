@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -94,40 +95,55 @@ def observe_shapes(model: nn.Module, arguments: Arguments) -> ObservedShapes:
         ValueError: the model fails on ``arguments``.
     """
     seen = ObservedShapes()
-    subject = runnable_copy(model)
-    with _recording(subject, seen):
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        subject = runnable_copy(model, mode.from_tensor)
+        with _recording(subject, seen), torch.no_grad(), mode:
+            arguments.map(mode.from_tensor).call(subject)
+    except Exception as reason:  # anything: a real run decides
         try:
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            with torch.no_grad(), mode:
-                arguments.map(mode.from_tensor).call(subject)
-        except Exception as reason:  # anything: a real run decides
-            try:
-                if not any(p.is_meta for p in subject.parameters()):
+            if not any(p.is_meta for p in model.parameters()):
+                subject = runnable_copy(model)
+                with _recording(subject, seen):
                     run(subject, arguments)
-            except Exception as error:
-                raise ValueError(
-                    f"example_inputs must be inputs that {type(model).__name__} accepts; it fails "
-                    f"on them: {type(error).__name__}: {error}"
-                ) from reason
+        except Exception as error:
+            raise ValueError(
+                f"example_inputs must be inputs that {type(model).__name__} accepts; it fails "
+                f"on them: {type(error).__name__}: {error}"
+            ) from reason
     if isinstance(model, fx.GraphModule):
         seen.nodes = _node_shapes(model, arguments)
     return seen
 
 
-def runnable_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares the parameters of ``model``, in eval mode.
+def _copied(tensor: Tensor) -> Tensor:
+    if type(tensor) is nn.Parameter:  # without its gradient
+        return nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    return copy.deepcopy(tensor) if isinstance(tensor, nn.Parameter) else tensor.clone()
 
-    It has buffers of its own, as a forward may change them.
+
+def runnable_copy(model: nn.Module, copied: Callable[[Tensor], Tensor] = _copied) -> nn.Module:
+    """A copy in eval mode, with parameters and buffers of its own, as a forward may change them.
+
+    Args:
+        model: parameters of TorchScript modules inside are shared.
+        copied: what makes the copy of a parameter or buffer.
     """
     subject = share_model(model)
     copies: dict[int, Tensor] = {}
     for module in subject.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            module.eval()
+            continue
         # Not .eval(): models override it with side effects.
         module.training = False
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                copies.setdefault(id(buffer), buffer.clone())
-                module._buffers[name] = copies[id(buffer)]
+        own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in own:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = copied(tensor)
+                    tensors[name] = copies[id(tensor)]
     return subject
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import math
 import random
+import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,10 @@ class Tracer(GuardingTracer):
         return super().call_module(m, forward, args, kwargs)
 
 
+# torch.fx puts functions of its own in the place of nn.Module's, for all threads.
+_TRACING = threading.Lock()
+
+
 def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     """The graph of ``model`` and the constants that it needs beside the model's attributes.
 
@@ -103,7 +109,8 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     random_states = _random_states()
     tracer = Tracer(inlined)
     try:
-        graph = tracer.trace(subject)
+        with _TRACING:
+            graph = tracer.trace(subject)
     except NotTraceable:
         raise
     except Exception as error:  # a forward that gets proxies for tensors may raise anything
@@ -183,7 +190,8 @@ def is_training(model: nn.Module) -> bool:
         # A subclass may have no ``meta``: torchvision's feature extractors.
         if "train" in model.__dict__ or EXPORTED in getattr(model, "meta", ()):
             return False
-    return any(m.training for m in model.modules() if type(m) is not nn.Module)
+    # A frozen TorchScript module has no mode.
+    return any(getattr(m, "training", False) for m in model.modules() if type(m) is not nn.Module)
 
 
 def _trains(node: fx.Node) -> bool:
@@ -283,21 +291,34 @@ def _check_root(model: nn.Module) -> None:
         raise NotTraceable("its forward has arguments that may be None, which a graph cannot test")
 
 
-def _random_states() -> tuple[Any, Tensor, list[Tensor]]:
+class _RandomStates(NamedTuple):
+    python: Any
+    cpu: Tensor
+    gpus: list[Tensor]
+    numpy: Any  # None where it was not imported
+
+
+def _random_states() -> _RandomStates:
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return random.getstate(), torch.get_rng_state(), on_gpu
+    numpy = sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state(legacy=False)
+    return _RandomStates(random.getstate(), torch.get_rng_state(), on_gpu, of_numpy)
 
 
-def _restore_random_states(states: tuple[Any, Tensor, list[Tensor]]) -> bool:
+def _restore_random_states(states: _RandomStates) -> bool:
     """Back to ``states``; whether anything had been drawn since."""
     now = _random_states()
-    same = now[0] == states[0] and torch.equal(now[1], states[1])
-    same = same and all(map(torch.equal, now[2], states[2]))
+    same = now.python == states.python and torch.equal(now.cpu, states.cpu)
+    same = same and all(map(torch.equal, now.gpus, states.gpus))
+    # Arrays are among them, which have no equality.
+    same = same and (states.numpy is None or repr(now.numpy) == repr(states.numpy))
     if not same:
-        random.setstate(states[0])
-        torch.set_rng_state(states[1])
-        if states[2]:
-            torch.cuda.set_rng_state_all(states[2])
+        random.setstate(states.python)
+        torch.set_rng_state(states.cpu)
+        if states.gpus:
+            torch.cuda.set_rng_state_all(states.gpus)
+        if states.numpy is not None:
+            sys.modules["numpy"].random.set_state(states.numpy)
     return not same
 
 

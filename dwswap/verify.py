@@ -55,7 +55,7 @@ def verify_result(
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise ValueError("verify needs a model with data, got one on the meta device")
     notes = []
-    if any(module.training for module in model.modules()):
+    if any(getattr(module, "training", False) for module in model.modules()):
         notes.append("the model is in train mode; copies of it were compared in eval mode")
     with float32_convolutions():
         return _verify(model, result, report, arguments, notes)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import MODES, Block, ControlFlow, depthwise, image, optimized, snapshot
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 import dwswap
@@ -414,3 +414,35 @@ def test_kernels_of_a_model_on_a_gpu(
 def test_kernels_of_a_model_without_gpu() -> None:
     assert dwswap.explain(Block()).kernels == "composite (CPU)"
     assert dwswap.explain(Block().to("meta")).kernels == "composite (META)"
+
+
+class _WeightsChange(nn.Module):
+    """As a layer with a constraint on the norm of its weights does, in either way."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.conv = depthwise()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.in_place:
+                self.conv.weight.mul_(0.9)
+            else:
+                self.conv.weight.data = self.conv.weight.data.clamp(-0.1, 0.1)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("options", [{}, {"fuse": False}, {"verify": True}, None])
+def test_example_inputs_leave_weights_that_a_forward_changes(in_place, train, options) -> None:
+    model = _WeightsChange(in_place).train(train)
+    weight, values = model.conv.weight, model.conv.weight.detach().clone()
+    if options is None:
+        dwswap.explain(model, image(8))
+    else:
+        fast = dwswap.optimize(model, image(8), **options)
+        assert not fast.conv.weight.is_meta
+    assert model.conv.weight is weight
+    assert torch.equal(weight, values)

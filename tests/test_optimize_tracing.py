@@ -7,6 +7,7 @@ import copy
 import operator
 import pickle
 import random
+import threading
 import types
 from collections import OrderedDict, defaultdict
 from typing import Any
@@ -557,3 +558,47 @@ def test_augmented_assignments_change_what_they_change(kind: str) -> None:
     torch.testing.assert_close(fast(ours), expected)
     assert torch.equal(ours, given)
     assert torch.equal(given, image(8)) == (kind != "input")
+
+
+def test_random_numbers_of_numpy_rule_out_a_graph() -> None:
+    numpy = pytest.importorskip("numpy")
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = depthwise()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + float(numpy.random.randn())
+
+    state = numpy.random.get_state()
+    report = dwswap.report(dwswap.optimize(Noisy().eval()))
+    assert "random" in str(report.not_traced)
+    first = numpy.random.randn()
+    numpy.random.set_state(state)
+    assert numpy.random.randn() == first
+
+
+def test_threads_trace_one_after_another() -> None:
+    modes: list[str] = []
+
+    def run(model: nn.Module) -> None:
+        modes.append(dwswap.report(dwswap.optimize(model)).mode)
+
+    models = [nn.Sequential(*(depthwise() for _ in range(30))).eval() for _ in range(4)]
+    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert modes == ["graph"] * 4
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_frozen_script_modules_have_no_mode() -> None:
+    frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(depthwise(), nn.ReLU()).eval()))
+    model = nn.Sequential(depthwise(), frozen).eval()
+    fast = dwswap.optimize(model, image(8))
+    assert len(dwswap.report(fast).swapped) == 1
+    assert torch.equal(fast(image(8)), model(image(8)))
+    assert not dwswap.explain(frozen).swapped
