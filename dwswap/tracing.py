@@ -28,6 +28,7 @@ from dwswap.frozen_norm import is_frozen_norm
 from dwswap.guarded_proxy import GuardingTracer, NotTraceable
 from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph
 from dwswap.ops import depthwise_conv2d
+from dwswap.passes.aliasing import changed_tensors
 
 __all__ = ["NotTraceable", "Tracer", "is_training", "trace", "traceable_submodules"]
 
@@ -151,6 +152,7 @@ def build_graph_module(model: nn.Module) -> InferenceGraph:
         n for f in called_functions(type(model), type(model).forward) for n in names_in(f.__code__)
     }
     result = InferenceGraph.from_trace(model, graph, constants, read)
+    _check_constants(result, constants)
     for path, module in model.named_modules():
         if result.get_submodule(path) is not module:
             _check_saving(module, path)
@@ -158,6 +160,18 @@ def build_graph_module(model: nn.Module) -> InferenceGraph:
     if difference:
         raise NotTraceable(f"a graph would have other state_dict keys: {difference[0]}")
     return result
+
+
+def _check_constants(graph_module: fx.GraphModule, constants: dict[str, Any]) -> None:
+    """Refuse tensors that ``forward`` makes for each call, and that are not the same after it."""
+    changed = changed_tensors(graph_module)
+    if any(id(value) in changed for value in constants.values()):
+        raise NotTraceable("its forward changes a tensor that it makes, which a graph would keep")
+    for node in graph_module.graph.output_node().all_input_nodes:
+        if node.op == "get_attr" and node.target in constants:
+            raise NotTraceable(
+                "its forward returns a tensor that it makes, which a graph would share"
+            )
 
 
 def traceable_submodules(model: nn.Module) -> Iterator[tuple[str, InferenceGraph]]:

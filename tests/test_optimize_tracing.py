@@ -602,3 +602,69 @@ def test_frozen_script_modules_have_no_mode() -> None:
     assert len(dwswap.report(fast).swapped) == 1
     assert torch.equal(fast(image(8)), model(image(8)))
     assert not dwswap.explain(frozen).swapped
+
+
+def _accumulated(y: Tensor) -> Tensor:
+    total = torch.zeros(1, 8, 1, 1)
+    total += y.mean((0, 2, 3), keepdim=True)
+    return total
+
+
+def _filled(y: Tensor) -> Tensor:
+    filled = torch.zeros(2, 2, 8, 9, 9)
+    filled[0] = y
+    return filled
+
+
+def _copied(y: Tensor) -> Tensor:
+    copied = torch.zeros(2, 8, 9, 9)
+    copied[1:].copy_(y[1:])
+    return copied + 1
+
+
+def _written(y: Tensor) -> Tensor:
+    out = torch.zeros(2, 8, 9, 9)
+    torch.add(y, 1, out=out)
+    return out * 2
+
+
+def _of_its_own(y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return y, [torch.zeros(4)]
+
+
+@pytest.mark.parametrize("behind", [_accumulated, _filled, _copied, _written, _of_its_own])
+def test_tensors_that_a_forward_makes_are_new_in_every_call(behind) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = depthwise()
+
+        def forward(self, x: Tensor) -> Any:
+            return behind(self.conv(x))
+
+    model = Model().eval()
+    fast = dwswap.optimize(model)
+    assert "a tensor that it makes" in str(dwswap.report(fast).not_traced)
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), model(x))
+
+
+def test_tensors_that_a_forward_makes_and_reads_are_constants() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = depthwise()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x) * torch.linspace(0, 1, 9).view(1, 1, 1, 9)
+            return y.add_(torch.ones(8, 1, 1))
+
+    model = Model().eval()
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == "graph"
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x))

@@ -21,6 +21,8 @@ _OPERATORS = (
     *(operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor),
     *(operator.ilshift, operator.irshift, operator.setitem, operator.delitem),
 )
+# The same as methods, of tensors that are no proxies in a trace.
+_METHODS = frozenset(f"__{function.__name__}__" for function in _OPERATORS)
 # Their result is new memory.
 _ARITHMETIC = (
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg),
@@ -37,7 +39,7 @@ def is_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":
-        return _is_in_place_name(str(node.target))
+        return _is_in_place_name(str(node.target)) or node.target in _METHODS
     if node.op != "call_function":
         return False
     target: Any = node.target
@@ -51,7 +53,9 @@ def is_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def changed_operand(node: fx.Node) -> Any:
-    """What ``node`` changes, where it is in place: its first argument, or its residual."""
+    """What ``node`` changes, where it is in place: ``out``, its first argument, or its residual."""
+    if node.kwargs.get("out") is not None:
+        return node.kwargs["out"]
     residual = _residual(node)
     return residual if residual is not None or not node.args else node.args[0]
 
