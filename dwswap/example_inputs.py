@@ -199,10 +199,10 @@ class _ShapeRecorder(fx.Interpreter):
 def _node_shapes(
     graph_module: fx.GraphModule, arguments: Arguments
 ) -> dict[fx.Node, tuple[int, ...]]:
-    subject = runnable_copy(graph_module)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    subject = runnable_copy(graph_module, mode.from_tensor)
     assert isinstance(subject, fx.GraphModule)
     recorder = _ShapeRecorder(subject)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     # A graph that needs real values yields the shapes up to there.
     with torch.no_grad(), mode, contextlib.suppress(Exception):
         recorder.run(*arguments.map(mode.from_tensor).positional(graph_module.forward))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import pickle
 import random
 import sys
 import threading
@@ -309,13 +310,13 @@ class _RandomStates(NamedTuple):
     python: Any
     cpu: Tensor
     gpus: list[Tensor]
-    numpy: Any  # None where it was not imported
+    numpy: bytes | None  # pickled, as it holds an array; None where NumPy was not imported
 
 
 def _random_states() -> _RandomStates:
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     numpy = sys.modules.get("numpy")
-    of_numpy = None if numpy is None else numpy.random.get_state(legacy=False)
+    of_numpy = None if numpy is None else pickle.dumps(numpy.random.get_state(legacy=False))
     return _RandomStates(random.getstate(), torch.get_rng_state(), on_gpu, of_numpy)
 
 
@@ -324,15 +325,14 @@ def _restore_random_states(states: _RandomStates) -> bool:
     now = _random_states()
     same = now.python == states.python and torch.equal(now.cpu, states.cpu)
     same = same and all(map(torch.equal, now.gpus, states.gpus))
-    # Arrays are among them, which have no equality.
-    same = same and (states.numpy is None or repr(now.numpy) == repr(states.numpy))
+    same = same and states.numpy in (None, now.numpy)
     if not same:
         random.setstate(states.python)
         torch.set_rng_state(states.cpu)
         if states.gpus:
             torch.cuda.set_rng_state_all(states.gpus)
         if states.numpy is not None:
-            sys.modules["numpy"].random.set_state(states.numpy)
+            sys.modules["numpy"].random.set_state(pickle.loads(states.numpy))
     return not same
 
 

@@ -65,7 +65,7 @@ def _verify(
     model: nn.Module, result: nn.Module, report: Report, arguments: Arguments, notes: list[str]
 ) -> tuple[nn.Module, Report]:
     original = _run_original(runnable_copy(model), arguments, "its own dtype")
-    exact_model = runnable_copy(copy_model(model).double())
+    exact_model = runnable_copy(copy_model(model).double(), copied=_same)
     exact = _run_original(exact_model, arguments.map(_double), "float64")
     graphs = (m for m in result.modules() if isinstance(m, fx.GraphModule))
     folded = any(FOLDED in graph.meta for graph in graphs)
@@ -103,6 +103,11 @@ def _verify(
     verification = Verification(passed, outputs, (*notes, *more))
     layers = [checked(layer) for layer in report.layers]
     return result, dataclasses.replace(report, layers=layers, verification=verification)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    """For a copy of what nobody else has."""
+    return tensor
 
 
 def _run_original(model: nn.Module, arguments: Arguments, how: str) -> Any:
@@ -156,11 +161,11 @@ def _pooled_errors(
     floats = {p: t for p, t in _leaves(original).items() if _is_float(t)}
     few = {path for path, tensor in floats.items() if _is_few(tensor)}
     pooled = dict.fromkeys(floats if folded else few, 0.0)
-    subject = copy_model(model) if folded else runnable_copy(model)
+    # Parameters of TorchScript modules, which a runnable copy shares, are to be rounded too.
+    subject = runnable_copy(copy_model(model), copied=_same) if folded else runnable_copy(model)
     generator = torch.Generator().manual_seed(0)
     for i in range(_RUNS if few else _RUNS_OF_MANY if folded else 0):
         if folded:
-            subject = runnable_copy(subject)
             _round_again(subject, model, generator)
         inputs = arguments.map(lambda tensor: _nudged(tensor, generator))
         theirs = _leaves(_run_original(subject, inputs, "its own dtype, one ulp off"))
