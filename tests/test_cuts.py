@@ -65,6 +65,7 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
         FOLDER / "plane_strips_cut.cpp",
         FOLDER / "channel_columns_cut.cpp",
         FOLDER / "channel_direct_cut.cpp",
+        FOLDER / "diagonal_cut.cpp",
         FOLDER / "toeplitz_cut.cpp",
         csrc_dir() / "squeeze_excitation" / "cut.cpp",
     ]
@@ -407,24 +408,63 @@ def test_diagonal_sums_has_every_pixel_and_channel(cuts):
     runs = [(problem, DEVICES[0]) for problem in problems]  # on sm_90 alone
     times: list[int] = []
     for (problem, device), cut in zip(runs, cuts("diagonal_sums", runs), strict=True):
-        groups, teams, box, swizzle, segments, images, rows, columns, threads, shared, *split = cut
+        groups, teams, box, swizzle, columns, images, rows, seen, threads, shared, *split = cut
         strip, share, shares, us = split
         what = f"{problem}: {cut}"
         kernel = problem.kernel_h
-        # A team has 4 segments, and every team some; registers are for so many warps.
-        assert 4 * (teams - 1) < segments * images <= 4 * teams, what
+        # A team has 32 pixels, and every team some; registers are for so many warps.
+        assert 32 * (teams - 1) < columns * images <= 32 * teams, what
         assert threads == 32 * groups * teams, what
         assert threads <= 32 * {3: 24, 5: 16, 7: 12}[kernel], what
         assert groups % box == 0, what
         # Neighbouring pixels in different banks.
         assert swizzle == {2: 0x10, 4: 0x30, 8: 0x70}[box] if box % 2 == 0 else swizzle == 0, what
         assert shared <= device[2], what
-        assert max(columns, rows * problem.stride, images, segments * 8) <= 256, what
+        assert max(seen, rows * problem.stride, images) <= 256, what
         assert images <= problem.batch, what
-        assert images == 1 or segments * 8 >= problem.out_w, what
-        tiles, strips = -(-problem.out_w // (8 * segments)), -(-problem.out_h // strip)
+        assert images == 1 or columns == problem.out_w, what
+        tiles, strips = -(-problem.out_w // columns), -(-problem.out_h // strip)
         items = tiles * strips * -(-problem.batch // images)
         assert (shares - 1) * share < items <= shares * share, what
+        times.append(us)
+    assert sorted(times)[len(times) // 2] < 100
+
+
+def test_diagonal_has_every_pixel_and_channel(cuts):
+    problems = [
+        Problem(batch, s.channels, s.height, s.width, *s.kernel, s.stride[0], 2)
+        for s in torchvision_shapes()
+        for batch in (1, 64)
+        if s.channels % 8 == 0 and s.kernel[0] in (5, 7) and s.dilation == (1, 1)
+    ]
+    problems += [
+        problem._replace(channels=channels)
+        for problem in ragged(4000)
+        for channels in (8, 72, 136, 200, 1632, 16384)
+        if problem.kernel_h == problem.kernel_w != 3
+    ]
+    runs = [(problem, DEVICES[0]) for problem in problems]  # on sm_90 alone
+    times: list[int] = []
+    for (problem, device), cut in zip(runs, cuts("diagonal", runs), strict=True):
+        teams, columns, images, rows, stages, units, chunks, parts, seen, shared, us = cut
+        what = f"{problem}: {cut}"
+        assert 1 <= teams <= 4, what
+        assert columns * images <= teams * (16 if problem.kernel_h == 7 else 32), what
+        # Boxes of the copy engine.
+        rows_seen = (problem.kernel_h - 1) // problem.stride + 1
+        assert max(seen, rows_seen * problem.stride, images) <= 256, what
+        assert shared <= device[2], what
+        assert images <= problem.batch, what
+        assert images == 1 or columns == problem.out_w, what
+        # Every row of output leaves in a stage of its unit.
+        assert stages * rows_seen >= rows + rows_seen - 1, what
+        tiles, strips = -(-problem.out_w // columns), -(-problem.out_h // rows)
+        assert units == tiles * strips * -(-problem.batch // images), what
+        assert (chunks - 1) * 32 < problem.channels <= chunks * 32, what
+        assert 1 <= parts <= units, what
+        # Blocks run at once, where every chunk can have one.
+        at_once = device[0] * min(4 // teams, device[1] // (shared + 1024))
+        assert parts == 1 or chunks * parts <= at_once, what
         times.append(us)
     assert sorted(times)[len(times) // 2] < 100
 

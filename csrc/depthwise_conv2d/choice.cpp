@@ -85,12 +85,11 @@ bool suits_channel_tiles(const DepthwiseConv2dParams& p) {
   return !p.is_dilated() || lattice_columns(p) >= kFewColumns - 1;
 }
 
-// 5x5 over a tiny image is over before the pipeline of stages is full. Of long rows channel_tiles
-// is at 71 to 94 % of a copy, and this at 45 to 48 %.
+// A small problem is over before the pipeline of stages is full. Of long rows channel_tiles is at
+// 71 to 94 % of a copy, and this at 45 to 48 %.
 bool suits_diagonal(const DepthwiseConv2dParams& p) {
-  constexpr int64_t kTinyImage = 8 * 8, kLargeKernel = 7;
-  if (p.in_w > (p.stride_w == 1 ? 72 : 100)) return false;
-  return is_stream(p) && (p.kernel_h >= kLargeKernel || p.in_h * p.in_w > kTinyImage);
+  constexpr int64_t kEnough = 10000;
+  return outputs_per_multiprocessor(p) >= kEnough && p.in_w <= (p.stride_w == 1 ? 72 : 100);
 }
 
 // It computes whole tiles of columns, and a small problem is over before the bands are loaded; that

@@ -46,11 +46,11 @@ struct Arguments {
   const void* bias;
   void* output;
   int batch, channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int segments, images, unit_rows;
+  int columns, images, unit_rows;
   int stages;  // of a unit
   int units, chunks, parts;
   int tile_row_bytes;
-  uint32_t stage_bytes, box_bytes;
+  uint32_t stage_bytes, box_bytes, result_bytes;
   Divisor by_columns, by_strips;
   Activation activation;
 };
@@ -63,10 +63,11 @@ __device__ __forceinline__ Unit unit_at(const Arguments& a, int index) {
   uint32_t column, strip;
   const uint32_t image = a.by_strips.divide(a.by_columns.divide(index, &column), &strip);
   return {static_cast<int>(image) * a.images, static_cast<int>(strip) * a.unit_rows,
-          static_cast<int>(column) * a.segments * kSegment};
+          static_cast<int>(column) * a.columns};
 }
 
-// The copy engine's swizzle of pixels of 64 bytes: their 16-byte pieces change places.
+// The copy engine's swizzle of pixels of 64 bytes: their 16-byte pieces change places, by the lines
+// of 128 bytes in which they are.
 __device__ __forceinline__ uint32_t swizzled(uint32_t byte) { return byte ^ (byte >> 3 & 0x30); }
 static_assert(kPixelBytes == 64);
 
@@ -96,7 +97,7 @@ __device__ __noinline__ void recompute(const Arguments& a, int first_channel) {
     const Unit u = unit_at(a, index);
     const int images = min(a.images, a.batch - u.image);
     const int rows = min(a.unit_rows, a.out_h - u.row);
-    const int columns = min(a.segments * kSegment, a.out_w - u.column);
+    const int columns = min(a.columns, a.out_w - u.column);
     for (int i = threadIdx.x; i < images * rows * columns * channels; i += blockDim.x) {
       const int c = first_channel + i % channels, pixel = i / channels;
       const int x = u.column + pixel % columns, y = u.row + pixel / columns % rows;
@@ -129,21 +130,22 @@ __device__ __forceinline__ void load_diagonals(uint32_t (&taps)[Traits::kKernel 
 #endif
 
 template <typename Traits>
-__global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
+__global__ void __launch_bounds__(32 * kGroups * kMostTeams)
     kernel(const __grid_constant__ CUtensorMap input_map,
            const __grid_constant__ CUtensorMap output_map, const __grid_constant__ Arguments a) {
 #if DWSWAP_BULK_COPIES
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride;
   constexpr int RING = Traits::kRing, STAGE_ROWS = Traits::kStageRows, PAIRS = Traits::kPairs;
-  constexpr int PRODUCTS = Traits::kProducts, ROW_BYTES = Cut::row_bytes(K);
+  constexpr int PRODUCTS = Traits::kProducts;
   extern __shared__ __align__(kAlignment) unsigned char shared[];
   unsigned char* const results = shared + kSlots * a.stage_bytes;
-  auto* const full = reinterpret_cast<uint64_t*>(results + 2 * RING * ROW_BYTES);
+  auto* const full = reinterpret_cast<uint64_t*>(results + 2 * RING * a.result_bytes);
 
   const int chunk = blockIdx.x % a.chunks, part = blockIdx.x / a.chunks;
   const int first_channel = chunk * kUnitChannels;
-  const int group = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = threadIdx.x / 32 % kGroups, team = threadIdx.x / (32 * kGroups);
+  const int lane = threadIdx.x % 32;
   const int channel = first_channel + group * kGroup;
 
   // The next stage that thread 0 asks for.
@@ -170,21 +172,24 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
   if (a.bias != nullptr && channel + lane % 4 * 2 < a.channels)
     load(static_cast<const T*>(a.bias) + channel + lane % 4 * 2, bias);
 
-  // Of the 16 pixels of a product, a lane gives the address of one, at either of two taps.
+  // Of the 16 pixels of a product, a lane gives the address of one, at either of two taps. The
+  // pixels of a row are those of all images of a unit.
   const uint32_t origin = shared_address(shared);
+  const int first_pixel = team * PRODUCTS * kProductPixels;
   uint32_t offsets[PRODUCTS][PAIRS + 1];
 #pragma unroll
   for (int p = 0; p < PRODUCTS; ++p) {
-    const int segment = min(2 * p + lane / 8 % 2, a.segments * a.images - 1);
-    const int column = (segment % a.segments * kSegment + lane % 8) * S;
+    const int pixel = min(first_pixel + p * kProductPixels + lane % 16, a.columns * a.images - 1);
+    const int column = pixel % a.columns * S;
 #pragma unroll
     for (int i = 0; i <= PAIRS; ++i) {
       const int at = column + 2 * i + (i < PAIRS ? lane / 16 : 0);
-      offsets[p][i] = segment / a.segments * STAGE_ROWS * a.tile_row_bytes +
-                      swizzled(at * kPixelBytes + group * 16);
+      offsets[p][i] =
+          pixel / a.columns * STAGE_ROWS * a.tile_row_bytes + at * kPixelBytes + group * 16;
     }
   }
-  const uint32_t target = shared_address(results) + swizzled(lane % 16 * kPixelBytes + group * 16);
+  const uint32_t target =
+      shared_address(results) + swizzled((first_pixel + lane % 16) * kPixelBytes + group * 16);
   __syncthreads();
 
   Unit u = unit_at(a, part);
@@ -203,7 +208,7 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     barrier_wait(&full[slot], parity);
     const int top = u.row * S - a.padding_h + stage * STAGE_ROWS;
     uint32_t row_address = origin + slot * a.stage_bytes;
-    uint32_t row_target = target + buffer * RING * ROW_BYTES;
+    uint32_t row_target = target + buffer * RING * a.result_bytes;
 #pragma unroll
     for (int i = 0; i < STAGE_ROWS; ++i) {
       if (static_cast<unsigned>(top + i) < static_cast<unsigned>(a.in_h)) {
@@ -213,9 +218,9 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
           for (int j = 0; j <= PAIRS; ++j) {
             uint32_t x[4], last[2];
             if (j < PAIRS) {
-              load_matrices(x, row_address + offsets[p][j]);
+              load_matrices(x, swizzled(row_address + offsets[p][j]));
             } else {
-              load_matrices(last, row_address + offsets[p][j]);
+              load_matrices(last, swizzled(row_address + offsets[p][j]));
             }
 #pragma unroll
             for (int h = 0; h < K; ++h) {
@@ -240,10 +245,10 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
         const uint32_t upper = form.apply(pairs[0]).data[0];
         const uint32_t lower = form.apply(pairs[1]).data[0];
         most = maximum_word<T>(most, maximum_word<T>(upper, lower));
-        store_matrices(row_target + p * 2 * kSegment * kPixelBytes, upper, lower);
+        store_matrices(row_target + p * kProductPixels * kPixelBytes, upper, lower);
         reset(sum);
       }
-      row_target += ROW_BYTES;
+      row_target += a.result_bytes;
     }
     if (threadIdx.x < RING) wait_for_bulk_reads();  // of the other buffer
     fence_for_bulk_copies();
@@ -251,8 +256,8 @@ __global__ void __launch_bounds__(32 * kWarps, kMinBlocks)
     if (threadIdx.x < RING) {
       const int row = stage * RING - (RING - 1) + static_cast<int>(threadIdx.x);
       if (row >= 0 && row < min(a.unit_rows, a.out_h - u.row))
-        write_box(&output_map, results + (buffer * RING + threadIdx.x) * ROW_BYTES, first_channel,
-                  u.column, u.row + row, u.image);
+        write_box(&output_map, results + (buffer * RING + threadIdx.x) * a.result_bytes,
+                  first_channel, u.column, u.row + row, u.image);
       if (threadIdx.x == 0) fetch(slot);
     }
     buffer ^= 1;
@@ -281,26 +286,19 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
   a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.segments = cut.segments, a.images = cut.images, a.unit_rows = cut.rows;
-  a.stages = static_cast<int>(ceil_div((cut.rows - 1) * S + K, Traits::kStageRows));
-  const auto columns = static_cast<uint32_t>(ceil_div(p.out_w, cut.segments * kSegment));
-  const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
-  a.units = static_cast<int>(columns * strips * ceil_div(p.batch, cut.images));
-  a.chunks = static_cast<int>(ceil_div(p.channels, kUnitChannels));
-  const int64_t slots =
-      static_cast<int64_t>(device.multiprocessors) * resident_blocks(cut, K, S, device);
-  const int64_t turns = ceil_div(static_cast<int64_t>(a.units) * a.chunks, slots);
-  a.parts = static_cast<int>(ceil_div(a.units, turns));
-  const int tile_columns = diagonal::tile_columns(cut.segments, K, S);
+  a.columns = cut.columns, a.images = cut.images, a.unit_rows = cut.rows;
+  a.stages = cut.stages, a.units = cut.units, a.chunks = cut.chunks, a.parts = cut.parts;
+  const int tile_columns = diagonal::tile_columns(cut.columns, K, S);
   a.tile_row_bytes = tile_columns * kPixelBytes;
-  a.stage_bytes = cut.stage_bytes(K, S);
+  a.stage_bytes = cut.stage_bytes(K, S), a.result_bytes = cut.row_bytes(K);
   a.box_bytes = cut.images * Traits::kStageRows * a.tile_row_bytes;
-  a.by_columns = Divisor(columns), a.by_strips = Divisor(strips);
+  a.by_columns = Divisor(static_cast<uint32_t>(ceil_div(p.out_w, cut.columns)));
+  a.by_strips = Divisor(static_cast<uint32_t>(ceil_div(p.out_h, cut.rows)));
   a.activation = p.activation;
 
   CUtensorMap input_map{}, output_map{};
   const Box in_box{kUnitChannels, tile_columns, Traits::kStageRows, cut.images, true};
-  const Box out_box{kUnitChannels, cut.segments * kSegment, 1, cut.images, true};
+  const Box out_box{kUnitChannels, cut.columns, 1, cut.images, true};
   if (!encode_input<T>(&input_map, p, in_box) || !encode_output<T>(&output_map, p, out_box))
     return cudaErrorInvalidValue;
 
@@ -310,7 +308,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   const cudaError_t status = cudaFuncSetAttribute(
       function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
   if (status != cudaSuccess) return status;
-  function<<<a.chunks * a.parts, 32 * kWarps, shared, stream>>>(input_map, output_map, a);
+  function<<<a.chunks * a.parts, cut.threads(), shared, stream>>>(input_map, output_map, a);
   return cudaGetLastError();
 }
 

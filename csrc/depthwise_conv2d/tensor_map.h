@@ -60,14 +60,16 @@ struct Box {
   static constexpr int extent(int count, int step) { return (count - 1) * step + 1; }
 };
 
-// A channels_last tensor as boxes. False: it was refused.
+// Of a channels_last tensor, every `step`-th column from `first` on, as boxes. False: it was
+// refused.
 template <typename T>
-bool encode_pixels(CUtensorMap* map, const void* pixels, int64_t batch, int64_t height,
-                   int64_t width, int64_t channels, const Box& box) {
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(channels), static_cast<cuuint64_t>(width),
+bool encode_columns(CUtensorMap* map, const void* pixels, int64_t batch, int64_t height,
+                    int64_t width, int64_t channels, int64_t first, int64_t step, const Box& box) {
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(channels),
+                               static_cast<cuuint64_t>((width - first + step - 1) / step),
                                static_cast<cuuint64_t>(height), static_cast<cuuint64_t>(batch)};
-  const cuuint64_t pitches[3] = {sizes[0] * sizeof(T), sizes[0] * sizes[1] * sizeof(T),
-                                 sizes[0] * sizes[1] * sizes[2] * sizeof(T)};
+  const cuuint64_t pixel = sizes[0] * sizeof(T), row = static_cast<cuuint64_t>(width) * pixel;
+  const cuuint64_t pitches[3] = {static_cast<cuuint64_t>(step) * pixel, row, row * sizes[2]};
   const cuuint32_t extents[4] = {static_cast<cuuint32_t>(box.channels),
                                  static_cast<cuuint32_t>(Box::extent(box.columns, box.column_step)),
                                  static_cast<cuuint32_t>(Box::extent(box.rows, box.row_step)),
@@ -79,10 +81,19 @@ bool encode_pixels(CUtensorMap* map, const void* pixels, int64_t batch, int64_t 
                        : bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
                        : bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                      : CU_TENSOR_MAP_SWIZZLE_128B;
-  return tensor_map_encoder()(map, kTensorMapType<T>, 4, const_cast<void*>(pixels), sizes, pitches,
-                              extents, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+  auto* const start =
+      const_cast<T*>(static_cast<const T*>(pixels)) + static_cast<int64_t>(first) * channels;
+  return tensor_map_encoder()(map, kTensorMapType<T>, 4, start, sizes, pitches, extents, steps,
+                              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// All of its columns.
+template <typename T>
+bool encode_pixels(CUtensorMap* map, const void* pixels, int64_t batch, int64_t height,
+                   int64_t width, int64_t channels, const Box& box) {
+  return encode_columns<T>(map, pixels, batch, height, width, channels, 0, 1, box);
 }
 
 template <typename T>

@@ -15,6 +15,7 @@
 #include "depthwise_conv2d/backward/diagonal_sums_cut.h"
 #include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/channel_direct_cut.h"
+#include "depthwise_conv2d/diagonal_cut.h"
 #include "depthwise_conv2d/plane_bands_cut.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
 #include "depthwise_conv2d/toeplitz_cut.h"
@@ -97,10 +98,18 @@ int main() {
       const auto cut = diagonal_sums::choose_cut(q, device);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
       std::printf("%d %d %d %d %d %d %d %d %d %d %lld %lld %lld %.0f\n", cut.groups, cut.teams,
-                  cut.box_groups(), cut.swizzle(), cut.segments, cut.images, cut.stage_rows,
+                  cut.box_groups(), cut.swizzle(), cut.columns, cut.images, cut.stage_rows,
                   cut.input_columns(), cut.threads(), cut.shared_bytes(),
                   static_cast<long long>(cut.split.rows), static_cast<long long>(cut.split.share),
                   static_cast<long long>(cut.split.shares), took.count());
+    } else if (family == "diagonal") {
+      const auto cut = diagonal::choose_cut(p, device);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
+      std::printf("%d %d %d %d %d %d %d %d %d %d %.0f\n", cut.teams, cut.columns, cut.images,
+                  cut.rows, cut.stages, cut.units, cut.chunks, cut.parts,
+                  diagonal::tile_columns(cut.columns, kernel, stride),
+                  cut.shared_bytes(kernel, stride), took.count());
     } else if (family == "stem_conv2d") {
       StemConv2dParams q{};
       q.batch = p.batch, q.channels = p.channels, q.height = p.in_h, q.width = p.in_w;

@@ -10,6 +10,7 @@ bool covers_diagonal_sums(const GradientParams& p) {
   constexpr uint64_t kCopyEngineBytes = 16;
   if (p.dtype != DataType::kFloat16 && p.dtype != DataType::kBFloat16) return false;
   if (!p.channels_last() || !sums_squares(p) || p.multiplier != 1 || p.is_dilated()) return false;
+  if (p.stride_w == 2 && p.in_w == 1) return false;  // there are no odd columns
   const uint64_t places = static_cast<uint64_t>(p.channels) * 2 |
                           reinterpret_cast<uintptr_t>(p.grad_output) |
                           reinterpret_cast<uintptr_t>(p.input);

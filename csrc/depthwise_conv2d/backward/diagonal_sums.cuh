@@ -12,6 +12,9 @@
 // multiplied by all the rows of grad_output that see it, which wait in registers. The sums are
 // added up in the end.
 //
+// With stride 2 even and odd columns of the input are images of their own: pixels that are two
+// apart would have their channels in the same banks.
+//
 // An infinity or a NaN reaches the sums of its own channel alone.
 #pragma once
 
@@ -38,13 +41,13 @@ struct Traits {
 
 struct Arguments {
   int channels, in_h, out_h, padding_h, padding_w;
-  int segments, images, stage_rows;
-  int rows, share, items;  // of a strip; strips of a block, and of all images
-  int slices;              // of channels
+  int columns, images, stage_rows;
+  int rows, items;     // of a strip; strips of all images
+  int slices, shares;  // of channels, and of strips
   int groups, pixel_bytes;
   int input_row_bytes, grad_row_bytes;
   int box_channels;  // a block's are in one box or several
-  uint32_t stage_bytes, part_bytes, input_bytes, box_bytes;
+  uint32_t stage_bytes, part_bytes, plane_bytes, box_bytes;
   uint32_t swizzle;
   Divisor by_columns, by_strips;
   bool wants_bias;
@@ -62,7 +65,7 @@ __device__ __forceinline__ Strip strip_at(const Arguments& a, int index) {
   Strip s{};
   s.image = static_cast<int>(image) * a.images;
   s.row = static_cast<int>(strip) * a.rows;
-  s.column = static_cast<int>(column) * a.segments * kSegment;
+  s.column = static_cast<int>(column) * a.columns;
   s.rows = min(a.rows, a.out_h - s.row);
   // Rows behind those of the strip see its last rows of input, where there are any.
   constexpr int S = Traits::kStride;
@@ -77,9 +80,15 @@ constexpr uint32_t kOnes = 0x3c003c00;  // two
 template <>
 inline constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80;
 
+// Of all columns, or of those with an even and an odd distance from a tile's first one.
+template <int STRIDE>
+struct InputMaps {
+  CUtensorMap planes[STRIDE];
+};
+
 template <typename Traits>
 __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
-    kernel(const __grid_constant__ CUtensorMap input_map,
+    kernel(const __grid_constant__ InputMaps<Traits::kStride> input_maps,
            const __grid_constant__ CUtensorMap grad_map, const __grid_constant__ Arguments a,
            const Sums<typename Traits::T> target) {
 #if DWSWAP_BULK_COPIES
@@ -93,27 +102,31 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
   const int first_channel = blockIdx.x % a.slices * width;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = warp % a.groups, team = warp / a.groups;
-  const int end_item = min(a.items, (share + 1) * a.share);
   const int channels = min(width, a.channels - first_channel);
   const int boxes = (channels + a.box_channels - 1) / a.box_channels;
 
   // The next stage that thread 0 asks for. The strip is found anew each time: registers are few.
-  int ahead_index = share * a.share, ahead_stage = 0;
+  int ahead_index = share, ahead_stage = 0;
   const auto fetch = [&](int slot) {
-    if (ahead_index >= end_item) return;
+    if (ahead_index >= a.items) return;
     const Strip ahead = strip_at<Traits>(a, ahead_index);
     const int row = ahead.row + ahead_stage * a.stage_rows;
     barrier_expect(&full[slot], boxes * a.box_bytes);
     for (int box = 0; box < boxes; ++box) {
       unsigned char* const part = shared + slot * a.stage_bytes + box * a.part_bytes;
       const int channel = first_channel + box * a.box_channels;
-      copy_box(part, &input_map, &full[slot], channel, ahead.column * S - a.padding_w,
-               row * S - a.padding_h, ahead.image);
-      copy_box(part + a.input_bytes, &grad_map, &full[slot], channel, ahead.column, row,
+      // Column w of an image is column w / 2 of a plane. 2 ow is even, so that the plane of the
+      // tile's first column is the same for all tiles.
+      const int first = ahead.column * S - a.padding_w;
+#pragma unroll
+      for (int plane = 0; plane < S; ++plane)
+        copy_box(part + plane * a.plane_bytes, &input_maps.planes[plane], &full[slot], channel,
+                 S == 1 ? first : (first + plane) >> 1, row * S - a.padding_h, ahead.image);
+      copy_box(part + S * a.plane_bytes, &grad_map, &full[slot], channel, ahead.column, row,
                ahead.image);
     }
     if (++ahead_stage < ahead.stages) return;
-    ahead_stage = 0, ++ahead_index;
+    ahead_stage = 0, ahead_index += a.shares;
   };
   if (threadIdx.x == 0) {
     *reinterpret_cast<uint4*>(zeros) = uint4{};
@@ -122,29 +135,28 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
   }
 
   // A lane gives the address of a pixel of one of four matrices: of grad_output the halves of both
-  // products, zeros where there is no segment for them; of the input the halves of a product at
-  // either of two taps.
-  const int matrix = lane / 8, all_segments = a.segments * a.images;
-  const auto column_of = [&](int segment) { return segment % a.segments * kSegment + lane % 8; };
-  const int first_segment = team * 2 * kProducts;
-  const uint32_t origin = shared_address(shared);
+  // products, zeros where there is no pixel for them; of the input the halves of a product at
+  // either of two taps. The pixels of a row are those of all images of a stage.
+  const int matrix = lane / 8, all_pixels = a.columns * a.images;
+  const int first_pixel = team * kTeamPixels + lane % 8;
+  const uint32_t origin = shared_address(shared), zeros_address = shared_address(zeros);
   const int box_groups = a.box_channels / kGroup;
   const uint32_t place = group / box_groups * a.part_bytes + group % box_groups * kGroupBytes;
-  const int segment = first_segment + matrix;
-  const bool has_segment = segment < all_segments;
-  const uint32_t grad_offset = a.input_bytes +
-                               segment / a.segments * a.stage_rows * a.grad_row_bytes +
-                               column_of(segment) * a.pixel_bytes + place;
-  const uint32_t zeros_address = shared_address(zeros);
-  const auto input_offset = [&](int wanted, int tap) -> uint32_t {
-    const int present = min(wanted, all_segments - 1);
-    return present / a.segments * a.stage_rows * S * a.input_row_bytes +
-           (column_of(present) * S + tap) * a.pixel_bytes + place;
-  };
+  const int pixel = first_pixel + 8 * matrix;
+  const bool has_pixel = pixel < all_pixels;
+  const uint32_t grad_offset = S * a.plane_bytes + place +
+                               pixel / a.columns * a.stage_rows * a.grad_row_bytes +
+                               pixel % a.columns * a.pixel_bytes;
   uint32_t offsets[kProducts];
 #pragma unroll
-  for (int p = 0; p < kProducts; ++p)
-    offsets[p] = input_offset(first_segment + 2 * p + matrix / 2, matrix % 2);
+  for (int p = 0; p < kProducts; ++p) {
+    const int seen = min(first_pixel + 16 * p + matrix / 2 * 8, all_pixels - 1), tap = matrix % 2;
+    const int column = seen % a.columns + (S == 1 ? tap : 0);
+    offsets[p] = (S == 1 ? 0 : tap * a.plane_bytes) + place + column * a.pixel_bytes +
+                 seen / a.columns * a.stage_rows * S * a.input_row_bytes;
+  }
+  // From a pair of taps to the next.
+  const int pair_bytes = (S == 1 ? 2 : 1) * a.pixel_bytes;
   // The copy engine's swizzle: pieces of 16 bytes change places, by the lines of 128 bytes in which
   // they are. Stages begin where it begins anew.
   const auto load_pixels = [&](uint32_t (&x)[4], uint32_t address) {
@@ -161,7 +173,7 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
   const int stage_rows = K != 3 || group * kGroup < channels ? a.stage_rows : 0;
   int slot = 0;
   uint32_t parity = 0;
-  for (int item = share * a.share; item < end_item; ++item) {
+  for (int item = share; item < a.items; item += a.shares) {
     const Strip s = strip_at<Traits>(a, item);
 #pragma unroll
     for (int i = 0; i < kProducts * SEEN; ++i)
@@ -180,7 +192,7 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
             grad[p][age][0] = grad[p][age - 1][0], grad[p][age][1] = grad[p][age - 1][1];
         }
         uint32_t newest[4] = {};
-        if (rows_left > 0) load_pixels(newest, has_segment ? grad_address : zeros_address);
+        if (rows_left > 0) load_pixels(newest, has_pixel ? grad_address : zeros_address);
         grad[0][0][0] = newest[0], grad[0][0][1] = newest[1];
         grad[1][0][0] = newest[2], grad[1][0][1] = newest[3];
         if (a.wants_bias) multiply_add<T>(bias, newest, {kOnes<T>, kOnes<T>});
@@ -195,7 +207,7 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
 #pragma unroll
               for (int i = 0; i < PAIRS; ++i) {
                 uint32_t x[4];  // the lower halves of the pixels at either tap, then the upper ones
-                load_pixels(x, row_address + offsets[p] + 2 * i * a.pixel_bytes);
+                load_pixels(x, row_address + offsets[p] + i * pair_bytes);
 #pragma unroll
                 for (int kh = e; kh < K; kh += S) multiply_add<T>(sums[kh][i], x, grad[p][kh / S]);
               }
@@ -244,33 +256,40 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device
                    cudaStream_t stream) {
   using T = typename Traits::T;
   constexpr int S = Traits::kStride;
-  const int columns = static_cast<int>(ceil_div(p.out_w, cut.grad_columns()));
+  const int columns = static_cast<int>(ceil_div(p.out_w, cut.columns));
   const int strips = static_cast<int>(ceil_div(p.out_h, cut.split.rows));
   Arguments a{};
   a.channels = static_cast<int>(p.channels);
   a.in_h = static_cast<int>(p.in_h), a.out_h = static_cast<int>(p.out_h);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.segments = cut.segments, a.images = cut.images, a.stage_rows = cut.stage_rows;
-  a.rows = static_cast<int>(cut.split.rows), a.share = static_cast<int>(cut.split.share);
+  a.columns = cut.columns, a.images = cut.images, a.stage_rows = cut.stage_rows;
+  a.rows = static_cast<int>(cut.split.rows);
   a.items = static_cast<int>(columns * strips * ceil_div(p.batch, cut.images));
   a.slices = static_cast<int>(ceil_div(p.channels, cut.groups * kGroup));
   a.groups = cut.groups, a.pixel_bytes = cut.pixel_bytes();
   a.input_row_bytes = cut.input_columns() * cut.pixel_bytes();
-  a.grad_row_bytes = cut.grad_columns() * cut.pixel_bytes();
+  a.grad_row_bytes = cut.columns * cut.pixel_bytes();
   a.box_channels = cut.box_groups() * kGroup, a.part_bytes = cut.part_bytes();
-  a.stage_bytes = cut.stage_bytes(), a.input_bytes = cut.input_bytes();
-  a.box_bytes = cut.images * cut.stage_rows * (S * a.input_row_bytes + a.grad_row_bytes);
+  a.stage_bytes = cut.stage_bytes(), a.plane_bytes = cut.plane_bytes();
+  a.box_bytes = cut.images * cut.stage_rows * (S * S * a.input_row_bytes + a.grad_row_bytes);
   a.swizzle = cut.swizzle();
   a.by_columns = Divisor(columns), a.by_strips = Divisor(strips);
   a.wants_bias = p.wants_bias;
+  a.shares = static_cast<int>(cut.split.shares);
 
-  CUtensorMap input_map{}, grad_map{};
   const bool swizzled = cut.swizzle() != 0;
   const Box input_box{a.box_channels, cut.input_columns(), S * cut.stage_rows, cut.images,
                       swizzled};
-  const Box grad_box{a.box_channels, cut.grad_columns(), cut.stage_rows, cut.images, swizzled};
-  if (!encode_input<T>(&input_map, p, input_box) ||
-      !encode_pixels<T>(&grad_map, p.grad_output, p.batch, p.out_h, p.out_w, p.channels, grad_box))
+  const Box grad_box{a.box_channels, cut.columns, cut.stage_rows, cut.images, swizzled};
+  InputMaps<S> input_maps{};
+  CUtensorMap grad_map{};
+  for (int plane = 0; plane < S; ++plane) {
+    const int first = (static_cast<int>(p.padding_w) + plane) % S;
+    if (!encode_columns<T>(&input_maps.planes[plane], p.input, p.batch, p.in_h, p.in_w, p.channels,
+                           first, S, input_box))
+      return cudaErrorInvalidValue;
+  }
+  if (!encode_pixels<T>(&grad_map, p.grad_output, p.batch, p.out_h, p.out_w, p.channels, grad_box))
     return cudaErrorInvalidValue;
 
   const auto function = kernel<Traits>;
@@ -278,11 +297,11 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device
   cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             device.shared_per_block);
   if (status != cudaSuccess) return status;
-  function<<<static_cast<unsigned>(a.slices * cut.split.shares), cut.threads(), cut.shared_bytes(),
-             stream>>>(input_map, grad_map, a, Sums<T>(p, cut.split.shares));
+  function<<<static_cast<unsigned>(a.slices * a.shares), cut.threads(), cut.shared_bytes(),
+             stream>>>(input_maps, grad_map, a, Sums<T>(p, a.shares));
   status = cudaGetLastError();
-  if (status != cudaSuccess || cut.split.shares == 1) return status;
-  return launch_reduction(p, cut.split.shares, stream);
+  if (status != cudaSuccess || a.shares == 1) return status;
+  return launch_reduction(p, a.shares, stream);
 }
 
 // One file per element type instantiates this.

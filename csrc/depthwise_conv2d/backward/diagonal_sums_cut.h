@@ -11,11 +11,11 @@ namespace diagonal_sums {
 
 constexpr int kGroup = 8;  // channels of one product: those of a warp
 constexpr int kGroupBytes = 2 * kGroup;
-constexpr int kBoxGroups = 8;     // of a copied pixel, where there are more: 128 bytes
-constexpr int kSegment = 8;       // columns of grad_output of half a product
-constexpr int kProducts = 2;      // side by side, of a warp: they share the sums
-constexpr int kSlots = 3;         // stages in shared memory
-constexpr int kAlignment = 1024;  // of a stage, in bytes: a swizzle's period
+constexpr int kBoxGroups = 8;                // of a copied pixel, where there are more: 128 bytes
+constexpr int kProducts = 2;                 // side by side, of a warp: they share the sums
+constexpr int kTeamPixels = 16 * kProducts;  // of a row of grad_output
+constexpr int kSlots = 3;                    // stages in shared memory
+constexpr int kAlignment = 1024;             // of a stage, in bytes: a swizzle's period
 constexpr int kMostStageRows = 4;
 constexpr int kZerosBytes = 16;
 // Behind the stages: what stands for pixels that are not there, and a barrier per slot.
@@ -32,12 +32,12 @@ constexpr int align(int bytes) {
   return static_cast<int>(ceil_div(bytes, kAlignment) * kAlignment);
 }
 
-// A stage: rows of grad_output, of so many segments of so many images, and what is below them of
-// the input.
+// A stage: rows of grad_output, of so many columns of so many images, and what they see of the
+// input.
 struct Cut {
   int kernel, stride;
   int groups, teams;  // of 8 channels; of warps that have all of them
-  int segments, images, stage_rows;
+  int columns, images, stage_rows;
   Split split;
 
   // Pixels of 32, 64 and 128 bytes are copied with a swizzle, so that the same channels of
@@ -49,15 +49,15 @@ struct Cut {
   int boxes() const { return groups / box_groups(); }
   int box_groups() const { return groups % kBoxGroups == 0 ? kBoxGroups : groups; }
   int pixel_bytes() const { return box_groups() * kGroupBytes; }
-  int grad_columns() const { return segments * kSegment; }
-  int input_columns() const { return (grad_columns() - 1) * stride + kernel; }
-  int input_bytes() const {
+  // Of a plane: with stride 2 there are two, of even and of odd columns.
+  int input_columns() const { return columns + (stride == 1 ? kernel - 1 : kernel / 2); }
+  int plane_bytes() const {
     return align(images * stage_rows * stride * input_columns() * pixel_bytes());
   }
-  int stage_bytes() const { return boxes() * part_bytes(); }
   int part_bytes() const {
-    return input_bytes() + align(images * stage_rows * grad_columns() * pixel_bytes());
+    return stride * plane_bytes() + align(images * stage_rows * columns * pixel_bytes());
   }
+  int stage_bytes() const { return boxes() * part_bytes(); }
   int threads() const { return 32 * groups * teams; }
   int shared_bytes() const {
     const int stages = kSlots * stage_bytes() + kTailBytes;
