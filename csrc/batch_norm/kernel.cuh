@@ -21,6 +21,7 @@
 #include "batch_norm/launch.h"
 #include "batch_norm/share.cuh"
 #include "common/activation.cuh"
+#include "common/dependent_launch.cuh"
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "common/sum.cuh"
@@ -210,6 +211,7 @@ __global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
           }
         });
   }
+  release_next_kernel();
   sum_over_rows(sums, share.row, places);
   if (!share.active || share.row != 0) return;
   float* const target = p.partials + int64_t{blockIdx.y} * 2 * places.columns + share.column;
@@ -272,6 +274,8 @@ struct Totals {
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarps)
     statistics_kernel(const BatchNormParams p, const Places places) {
+  await_previous_kernel();
+  release_next_kernel();
   if (p.batches != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*p.batches;
   const Totals totals(p, places);
   if (!totals.answers) return;
@@ -300,6 +304,8 @@ __global__ void __launch_bounds__(kWarp* kWarps)
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarps)
     terms_kernel(const BatchNormParams p, const Places places) {
+  await_previous_kernel();
+  release_next_kernel();
   const Totals totals(p, places);
   if (!totals.answers) return;
   const int c = totals.channel;
@@ -317,6 +323,7 @@ __global__ void __launch_bounds__(kWarp* kWarps)
 template <typename T, int V, bool MATRIX, bool BACKWARD>
 __global__ void __launch_bounds__(kThreads, BACKWARD ? 2 : 3)
     normalize_kernel(const BatchNormParams p, const Places places) {
+  await_previous_kernel();
   const Share<T, V, MATRIX> share(places);
   constexpr int N = Share<T, V, MATRIX>::kColumns;
   const T* const input = static_cast<const T*>(p.input);
@@ -375,14 +382,13 @@ cudaError_t launch_cut(const BatchNormParams& p, const Cut& cut, cudaStream_t st
   const auto channel_blocks = static_cast<unsigned>(ceil_div(p.channels, kWarps));
   constexpr int kTotalThreads = kWarp * kWarps;
   sum_kernel<T, V, MATRIX, BACKWARD><<<grid, kThreads, 0, stream>>>(p, places);
-  if constexpr (BACKWARD) {
-    terms_kernel<T><<<channel_blocks, kTotalThreads, 0, stream>>>(p, places);
-  } else {
-    statistics_kernel<T><<<channel_blocks, kTotalThreads, 0, stream>>>(p, places);
-  }
-  if (p.output != nullptr)
-    normalize_kernel<T, V, MATRIX, BACKWARD><<<grid, kThreads, 0, stream>>>(p, places);
-  return cudaGetLastError();
+  cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) return status;
+  const auto totals = BACKWARD ? terms_kernel<T> : statistics_kernel<T>;
+  status = launch_dependent(totals, channel_blocks, kTotalThreads, stream, p, places);
+  if (status != cudaSuccess || p.output == nullptr) return status;
+  return launch_dependent(normalize_kernel<T, V, MATRIX, BACKWARD>, grid, kThreads, stream, p,
+                          places);
 }
 
 // One file per element type instantiates this.
