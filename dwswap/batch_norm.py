@@ -28,7 +28,7 @@ from dwswap.schema import batch_norm as operator
 from dwswap.schema import batch_norm_backward as backward_operator
 from dwswap.schema import library
 
-__all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm"]
+__all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm", "is_batched"]
 
 NORM_ACTIVATIONS = frozenset({"none", "relu", "relu6", "hardswish", "silu"})
 """The activations whose derivatives the kernels have."""
@@ -165,7 +165,7 @@ class _BatchNorm(torch.autograd.Function):
             grads = _differentiable_backward(
                 grad_output, input, weight, ctx.bias, ctx.eps, ctx.activation, wanted
             )
-        elif _is_batched(grad_output):
+        elif is_batched(grad_output):
             grads = _backward_aten(grad_output, input, stats, weight, ctx.activation, wanted)
         else:
             last = input.is_contiguous(memory_format=torch.channels_last)
@@ -182,7 +182,7 @@ class _BatchNorm(torch.autograd.Function):
         return *kept, None, None, None, None, None, None
 
 
-def _is_batched(grad: Tensor) -> bool:
+def is_batched(grad: Tensor) -> bool:
     """By ``torch.func.vmap`` around a backward, or by ``is_grads_batched`` of ``autograd.grad``."""
     functorch = torch._C._functorch
     return torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(grad)

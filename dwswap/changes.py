@@ -74,7 +74,8 @@ class Change:
             front of it, ``"layer_norm"`` of a layer normalization,
             ``"stem"`` of the first convolution of a network, ``"separable"`` of a depthwise
             convolution that is one call with the pointwise one after it, or, in train mode,
-            ``"inplace"`` of an activation or ``"batch_norm"`` of a BatchNorm and what is behind it.
+            ``"inplace"`` of an activation, ``"batch_norm"`` of a BatchNorm and what is behind it or
+            ``"excitation"`` of the pooling and the scaling of a squeeze-and-excitation.
         subject: what was folded, absorbed or left: the path of a module, or the name of a node.
         done: whether it is gone from the graph.
         reason: a key of :data:`CHANGE_REASONS`, or of ``dwswap.report.REASONS`` where a layer is
@@ -108,7 +109,7 @@ class Change:
         if self.kind == "batch_norm":
             behind = "" if self.name is None else f", and {self.name} after it"
             return f"runs {self.detail}{behind}"
-        if self.kind in ("layer_norm", "stem"):
+        if self.kind in ("layer_norm", "stem", "excitation"):
             return f"runs {self.detail}"
         if self.kind == "separable":
             return f"one call with {self.subject} after it, {self.detail}"

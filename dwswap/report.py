@@ -292,7 +292,7 @@ class Report:
         lines: list[str] = []
         counted: Counter[str] = Counter()
         for path, found in self.elsewhere.items():
-            if found[0].kind in ("inplace", "batch_norm"):
+            if found[0].kind in ("inplace", "batch_norm", "excitation"):
                 counted[found[0].kind] += 1
                 counted["absorbed"] += found[0].kind == "batch_norm" and found[0].name is not None
             else:
@@ -301,6 +301,11 @@ class Report:
             lines.append(
                 f"runs {counted['batch_norm']} BatchNorm, and {counted['absorbed']} activations "
                 "with them, on kernels of dwswap in training on CUDA"
+            )
+        if counted["excitation"]:
+            lines.append(
+                f"runs the pooling and the scaling of {counted['excitation']} "
+                "squeeze-and-excitations on kernels of dwswap in training on CUDA"
             )
         if counted["inplace"]:
             lines.append(

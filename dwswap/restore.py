@@ -12,8 +12,7 @@ from dwswap.means import channel_means
 from dwswap.modules import DepthwiseConv2d
 from dwswap.ops import squeeze_excitation
 from dwswap.passes.inplace_activations import in_place_again, is_marked
-from dwswap.passes.substitution import unswap_modules
-from dwswap.passes.swap_batch_norm import unswap_batch_norms
+from dwswap.passes.substitution import unswap_modules, unswap_training_modules
 from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.report import detach, has_report
 from dwswap.shuffling import interleaved
@@ -27,8 +26,9 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Every ``DepthwiseConv2d`` becomes an ``nn.Conv2d`` and every call of the operator in a graph
     ``torch.conv2d``, with the same parameters and ``state_dict`` keys. What was replaced for
-    training, BatchNorm and activations, is PyTorch's again. A model that was rewritten
-    by substitution has its own class all along; one that became a graph remains a graph.
+    training, BatchNorm, activations and squeeze-and-excitation, is what it was again. A model that
+    was rewritten by substitution has its own class all along; one that became a graph remains a
+    graph.
 
     Args:
         model: any model; where there is nothing to undo it is returned as it is.
@@ -87,7 +87,7 @@ def _restore(model: nn.Module) -> nn.Module:
             for node in list(swapped_calls(module)):
                 unswap_call(module, node)
             module.recompile()
-    model = unswap_batch_norms(unswap_modules(model))
+    model = unswap_training_modules(unswap_modules(model))
     in_place_again(model)
     disable_cuda_graphs(model)
     detach(model)

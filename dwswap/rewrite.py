@@ -25,8 +25,9 @@ from dwswap.passes import EXACT_PASSES, INFERENCE_PASSES, Context, run_passes
 from dwswap.passes.count_calls import count_calls
 from dwswap.passes.inplace_activations import out_of_place
 from dwswap.passes.memory_format import MemoryFormat, set_memory_format
-from dwswap.passes.substitution import swap_modules
-from dwswap.passes.swap_batch_norm import swap_batch_norms, unswap_batch_norms
+from dwswap.passes.substitution import swap_modules, unswap_training_modules
+from dwswap.passes.swap_batch_norm import swap_batch_norms
+from dwswap.passes.swap_excitation import swap_excitations
 from dwswap.report import Report, attach
 from dwswap.selection import select_faster
 from dwswap.tracing import (
@@ -69,7 +70,8 @@ def optimize(
     ``fuse=False``, and in all that is no graph, modules are replaced: the result has the model's
     class, ``state_dict`` keys, attributes and hooks, shares nothing else, and trains. In train mode
     ``nn.BatchNorm2d`` runs the kernels of dwswap on CUDA, with the activation behind it in an
-    ``nn.Sequential``, and activations such as ``nn.ReLU6(inplace=True)``, whose input autograd
+    ``nn.Sequential``, and so do the pooling and the scaling of the squeeze-and-excitation of
+    torchvision and timm; activations such as ``nn.ReLU6(inplace=True)``, whose input autograd
     copies first, get ``inplace=False`` behind a convolution or normalization there. What cannot be
     rewritten safely stays; ``dwswap.report`` tells why.
 
@@ -295,7 +297,7 @@ def _rewrite(
         context.skip = lambda path: "skipped" if skip(_nearest(model, path), path) else None
     inference = fuse and not is_training(model)
     if inference:
-        unswap_batch_norms(workspace)  # of a model that was optimized to be trained
+        unswap_training_modules(workspace)  # of a model that was optimized to be trained
     result = workspace
     graph_module = workspace if isinstance(workspace, fx.GraphModule) else None
     if graph_module is None and not is_convolution(model):
@@ -357,6 +359,7 @@ def _train_faster(result: nn.Module, report: Report) -> None:
     """What is done where modules were replaced, and the model trains."""
     if report.mode == "substitution" and is_training(result):
         report.elsewhere = out_of_place(result) | swap_batch_norms(result)
+        report.elsewhere |= swap_excitations(result)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

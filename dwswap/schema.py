@@ -9,6 +9,8 @@ __all__ = [
     "batch_norm_backward",
     "channel_means",
     "channel_norm",
+    "channel_scale",
+    "channel_scale_backward",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "direct",
@@ -125,6 +127,17 @@ library.define(
     "int activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
 )
 
+# The channels of an image times gates, (N, C) or (N, C, 1, 1), whose activation is `activation`, as
+# above of none and of it; plus `spread`, of as many values, spread evenly over the pixels. And the
+# gradient of the gates.
+library.define(
+    "_channel_scale(Tensor input, Tensor gates, Tensor? spread, int activation) -> Tensor"
+)
+library.define(
+    "_channel_scale_backward(Tensor grad_output, Tensor input, Tensor gates, int activation) "
+    "-> Tensor"
+)
+
 # Whether the residual is the sum now; if not, it is as it was. No tags: what changes an argument
 # and returns no tensor cannot be made functional.
 library.define("_pointwise_residual_(Tensor input, Tensor weight, Tensor(a!) residual) -> bool")
@@ -133,6 +146,8 @@ batch_norm = torch.ops.dwswap._batch_norm.default
 batch_norm_backward = torch.ops.dwswap._batch_norm_backward.default
 channel_means = torch.ops.dwswap._channel_means.default
 channel_norm = torch.ops.dwswap._channel_norm.default
+channel_scale = torch.ops.dwswap._channel_scale.default
+channel_scale_backward = torch.ops.dwswap._channel_scale_backward.default
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default

@@ -12,7 +12,15 @@ from torch.nn.modules import module as module_globals
 
 from dwswap.batch_norm import batch_norm, has_batch_norm
 
-__all__ = ["ABSORBABLE", "BatchNorm2d", "activation_of", "base_of", "norm_for"]
+__all__ = [
+    "ABSORBABLE",
+    "BatchNorm2d",
+    "StandIn",
+    "activation_of",
+    "base_of",
+    "is_changed",
+    "norm_for",
+]
 
 _MARK = "_dwswap_activated"
 _SEQUENTIAL_FORWARD = nn.Sequential.forward.__code__
@@ -22,11 +30,11 @@ _BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
 _TIMM = ("timm.layers.norm_act", "BatchNormAct2d")
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """What takes the place of a module of the last of its bases."""
 
 
-class _TrainingNorm(_StandIn):
+class _TrainingNorm(StandIn):
     """BatchNorm that runs the dwswap operator in training on CUDA."""
 
     # Of the base class.
@@ -91,7 +99,7 @@ class BatchNorm2d(_TrainingNorm, nn.BatchNorm2d):
 
     def _activation(self) -> str:
         behind = _next_in_sequential(self)
-        if behind is None or _is_changed(self) or _is_changed(behind) or _is_beside_compiled_code():
+        if behind is None or is_changed(self) or is_changed(behind) or _is_beside_compiled_code():
             return "none"
         return _NAMES.get(type(behind), "none") if isinstance(behind, _Absorbed) else "none"
 
@@ -131,7 +139,7 @@ def _is_beside_compiled_code() -> bool:
     return get_eval_frame_callback() is not None
 
 
-class _Absorbed(_StandIn):
+class _Absorbed(StandIn):
     """An activation that the ``BatchNorm2d`` in front of it may have computed already."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -194,7 +202,7 @@ def base_of(module: nn.Module) -> type[nn.Module] | None:
     """The class that ``module`` stands in for; None where it is what it is."""
     # Not of classes that PyTorch derives from ours, as parametrize does.
     first, *others = type(module).__bases__
-    return others[-1] if first in (_TrainingNorm, _Absorbed) else None
+    return others[-1] if first.__bases__ == (StandIn,) else None
 
 
 def activation_of(norm: nn.Module, behind: nn.Module | None) -> str | None:
@@ -204,7 +212,7 @@ def activation_of(norm: nn.Module, behind: nn.Module | None) -> str | None:
     return None if name == "none" else name
 
 
-def _is_changed(module: nn.Module) -> bool:
+def is_changed(module: nn.Module) -> bool:
     """Whether a call of ``module`` may do more than its class."""
     return bool(
         "forward" in module.__dict__
@@ -241,7 +249,7 @@ def _timm_norm() -> type[nn.Module]:
     def activation(self: Any) -> str | None:
         modules = self._modules
         act, drop = modules.get("act"), modules.get("drop")
-        if type(drop) is not nn.Identity or act is None or _is_changed(drop) or _is_changed(act):
+        if type(drop) is not nn.Identity or act is None or is_changed(drop) or is_changed(act):
             return None
         return _NAMES.get(type(act))
 

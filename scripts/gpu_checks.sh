@@ -78,6 +78,7 @@ for dtype in float32 float16 bfloat16 float64; do
   tests "gradients-$dtype" 1 tests/gpu/test_gradient_kernels.py -k "$chosen"
 done
 tests batch-norm 1 tests/gpu/test_batch_norm_kernels.py
+tests channel-scale 1 tests/gpu/test_channel_scale_kernels.py
 tests small-kernels 1 tests/gpu/test_classifier_kernels.py tests/gpu/test_excitation_kernels.py tests/gpu/test_interleave_kernels.py \
   tests/gpu/test_mean_kernels.py tests/gpu/test_norm_kernels.py tests/gpu/test_separable_kernels.py \
   tests/gpu/test_stem_kernels.py

@@ -34,7 +34,13 @@ from dwswap.means import channel_means
 from dwswap.norms import channel_norm
 from dwswap.ops import squeeze_excitation
 from dwswap.registration import kernel_family
-from dwswap.schema import batch_norm, batch_norm_backward, depthwise_conv2d_backward
+from dwswap.schema import (
+    batch_norm,
+    batch_norm_backward,
+    channel_scale,
+    channel_scale_backward,
+    depthwise_conv2d_backward,
+)
 from dwswap.schema import separable_conv2d as separable_operator
 from dwswap.shuffling import interleaved
 from dwswap.stems import stem_conv2d
@@ -256,6 +262,29 @@ def batch_norms() -> Iterator[BatchNorm]:
             yield BatchNorm(dtype, memory_format, shape, offset, activation)
 
 
+class Scaling(NamedTuple):
+    """A problem of the kernels of squeeze-and-excitation in training, forward and backward."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    shape: tuple[int, int, int, int]
+    offset: int
+    gate_dtype: torch.dtype
+
+
+def scalings() -> Iterator[Scaling]:
+    """Every width of an access; blocks of several groups and groups of several blocks; vectors of
+    two planes, and planes smaller than a vector."""
+    shapes = (
+        *((2, 24, 8, 8), (3, 40, 7, 7), (3, 20, 7, 5), (5, 57, 3, 5), (2, 600, 4, 9)),
+        *((1, 3, 37, 61), (300, 16, 1, 1), (70, 8, 2, 1), (1, 32, 120, 111)),
+    )
+    for dtype, memory_format in itertools.product((torch.float32, *HALVES), FORMATS):
+        for i, (shape, offset) in enumerate(itertools.product(shapes, (0, 1, 4))):
+            narrower = HALVES[i % 2] if dtype is torch.float32 and i % 3 == 0 else dtype
+            yield Scaling(dtype, memory_format, shape, offset, narrower)
+
+
 class Stem(NamedTuple):
     """A problem of the kernels of the first layer of a network."""
 
@@ -344,7 +373,7 @@ def interleavings() -> Iterator[Interleaving]:
 
 def place(
     values: torch.Tensor,
-    problem: Problem | Excitation | Interleaving | Means | Norm | BatchNorm | Stem,
+    problem: Problem | Excitation | Interleaving | Means | Norm | BatchNorm | Scaling | Stem,
 ) -> torch.Tensor:
     """A copy on the GPU in the memory format and at the offset of the problem."""
     laid_out = values.contiguous(memory_format=problem.memory_format)
@@ -515,6 +544,38 @@ def check_batch_norm(problem: BatchNorm) -> str | None:
     return None
 
 
+def check_scaling(problem: Scaling) -> str | None:
+    """Run one problem of squeeze-and-excitation in training; returns what is wrong with it."""
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (
+        torch.randn(problem.shape, generator=generator).to(problem.dtype) for _ in range(2)
+    )
+    z, spread = torch.randn((2, *problem.shape[:2]), generator=generator)
+    z, spread = z.to(problem.gate_dtype), spread.to(problem.dtype)
+    image, grad, gates = place(x, problem), place(gradient, problem), z.cuda()
+    number = PAIRS["none", "sigmoid"]
+    outputs = (
+        channel_scale(image, gates, None, number),
+        channel_scale(grad, gates, spread.cuda(), number),
+        channel_scale_backward(grad, image, gates, number),
+    )
+    wide, slope, factors = x.double(), gradient.double(), z.double().sigmoid()
+    pixels = problem.shape[2] * problem.shape[3]
+    exact = (
+        wide * factors[..., None, None],
+        slope * factors[..., None, None] + spread.double()[..., None, None] / pixels,
+        (wide * slope).sum((2, 3)) * factors * (1 - factors),
+    )
+    names = ("output", "grad_input", "grad_gates")
+    dtypes = (problem.dtype, problem.dtype, problem.gate_dtype)
+    for name, ours, right, dtype in zip(names, outputs, exact, dtypes, strict=True):
+        # A kernel reads the result here, so that initcheck misses no element that nobody wrote.
+        wrong = difference((ours * 1).cpu().double(), right, dtype)
+        if wrong is not None:
+            return f"{name}: {wrong}"
+    return None
+
+
 def check_stem(problem: Stem) -> str | None:
     """Run one problem of the kernels of the first layer; returns what is wrong with its result."""
     generator = torch.Generator().manual_seed(0)
@@ -634,6 +695,7 @@ def main(arguments: list[str]) -> int:
     checks += [functools.partial(check_means, problem) for problem in means()]
     checks += [functools.partial(check_norm, problem) for problem in norms()]
     checks += [functools.partial(check_batch_norm, problem) for problem in batch_norms()]
+    checks += [functools.partial(check_scaling, problem) for problem in scalings()]
     checks += [functools.partial(check_stem, problem) for problem in stems()]
     checks += [functools.partial(check_classifier, problem) for problem in classifiers()]
     checks += [functools.partial(check_separable, problem) for problem in separables()]

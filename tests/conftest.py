@@ -64,6 +64,23 @@ def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.fixture
+def excitation_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Squeeze-and-excitation in training runs its operators on the CPU; with which gates."""
+    module = importlib.import_module("dwswap.channel_scale")
+    seen: list[str] = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        seen.append(arguments[2])
+        return module.excite(*arguments)
+
+    monkeypatch.setattr(module, "has_kernels", lambda tensor: tensor.dtype is not torch.float64)
+    monkeypatch.setattr(module, "_capability", lambda device: 9)
+    monkeypatch.setattr(module, "build", SimpleNamespace(load=lambda: True))
+    monkeypatch.setattr("dwswap.excitation_modules.excite", counted)
+    return seen
+
+
 @pytest.fixture(autouse=True)
 def _no_tf32() -> Iterator[None]:
     """PyTorch's own error is the measure of ours, so it must not be that of TF32."""

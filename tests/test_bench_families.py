@@ -55,6 +55,10 @@ NAMES = {
     ELEMENTWISE: [
         "void dwswap::excite_kernel<__half, 8, true>(dwswap::SqueezeExcitationParams, "
         "dwswap::ExcitationCut)",
+        "void dwswap::channel_scale::scale_kernel<__half, 8>(dwswap::ChannelScaleParams, "
+        "dwswap::channel_scale::Places)",
+        "void dwswap::channel_scale::product_sums_kernel<__half, 8, true>("
+        "dwswap::ChannelScaleParams, dwswap::channel_scale::Places)",
         # Inductor names what it fused: none of these is a convolution, a copy or a reduction.
         "triton_poi_fused__native_batch_norm_legit_no_training_convolution_hardtanh_3",
         "triton_poi_fused_clone_mean_mul_7",

@@ -393,6 +393,41 @@ def test_batch_norm_covers_every_value(cuts):
     assert sorted(times)[len(times) // 2] < 100
 
 
+def test_channel_scale_covers_every_value(cuts):
+    sizes = ((1, 1), (1, 2), (3, 5), (7, 7), (14, 14), (9, 16), (28, 28), (33, 31), (112, 112))
+    channels = (1, 3, 8, 20, 32, 57, 58, 72, 96, 144, 240, 576, 672, 1152, 2500, 4104)
+    problems = [
+        Problem(batch, c, *size, kernel, 1, stride, element_bytes)
+        for batch, c, size, kernel, stride, element_bytes in itertools.product(
+            (1, 2, 33, 256, 100000), channels, sizes, (1, 2), (1, 2), (2, 4)
+        )
+        if batch < 1000 or size[0] < 3 > c
+    ]
+    runs = list(itertools.product(problems, DEVICES))
+    for (problem, device), cut in zip(runs, cuts("channel_scale", runs), strict=True):
+        vector, lanes, rows, groups, chunks, splits, positions, span, units, us = cut
+        what = f"{problem} on {device}: {cut}"
+        pixels, last = problem.height * problem.width, problem.stride == 1
+        assert vector * problem.element_bytes in (16, 8, problem.element_bytes), what
+        assert min(lanes, rows, groups, chunks, splits, span) >= 1, what
+        assert lanes * rows * groups <= 256 < lanes * rows * (groups + 1), what
+        # All channels, and no chunk without one.
+        if last:
+            assert problem.channels % vector == 0, what
+            vectors = problem.channels // vector
+            assert (chunks - 1) * lanes < vectors <= chunks * lanes, what
+            assert positions == pixels, what
+        else:
+            assert (lanes, chunks, positions * vector) == (1, 1, pixels), what
+        # All positions, and no split without one.
+        assert (splits - 1) * span < positions <= splits * span, what
+        assert units == problem.batch * (chunks if last else problem.channels) * splits, what
+        assert units < 1 << 31, what
+        # Loads enough for a thread, where there are positions enough.
+        assert splits == 1 or span >= rows, what
+        assert us < 1000, what
+
+
 def test_diagonal_sums_has_every_pixel_and_channel(cuts):
     problems = [
         Problem(64, s.channels, s.height, s.width, *s.kernel, s.stride[0], 2)

@@ -5,6 +5,7 @@
 
 #include "batch_norm/params.h"
 #include "common/integer.h"
+#include "common/lanes.h"
 
 namespace dwswap {
 namespace batch_norm {
@@ -32,20 +33,6 @@ struct Cut {
   int64_t partials() const { return 2 * int64_t{splits} * columns; }
 };
 
-// The lanes with which the fewest threads of all blocks are idle; rows of 128 bytes and more.
-inline int choose_lanes(int64_t vectors, int vector_bytes) {
-  constexpr int kRowBytes = 128, kFewRows = 4;  // fewer rows have little to add up in a block
-  const int least = std::max(1, kRowBytes / vector_bytes);
-  int lanes = static_cast<int>(std::min<int64_t>(vectors, kThreads / kFewRows));
-  double best = 0.0;
-  for (int candidate = lanes; candidate >= std::min(least, lanes); --candidate) {
-    const double threads = static_cast<double>(ceil_div(vectors, candidate)) * kThreads;
-    const double busy = static_cast<double>(vectors) * (kThreads / candidate) / threads;
-    if (busy > best) best = busy, lanes = candidate;
-  }
-  return lanes;
-}
-
 inline Cut choose_cut(const BatchNormParams& p, int multiprocessors) {
   constexpr int kBlocks = 3;  // of a multiprocessor, resident at once
   constexpr int kWaves = 4;   // of blocks whose channels have few positions
@@ -69,7 +56,7 @@ inline Cut choose_cut(const BatchNormParams& p, int multiprocessors) {
   cut.vector = fits(wide, width) ? wide : fits(wide / 2, width) ? wide / 2 : 1;
   if (cut.matrix) {
     const int64_t vectors = width / cut.vector;
-    cut.lanes = choose_lanes(vectors, cut.vector * element_bytes);
+    cut.lanes = choose_lanes(vectors, cut.vector * element_bytes, kThreads);
     cut.chunks = static_cast<int>(ceil_div(vectors, cut.lanes));
     cut.positions = int64_t{p.batch} * (flat ? 1 : p.pixels);
   } else {

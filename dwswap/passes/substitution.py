@@ -7,10 +7,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from dwswap.modules import DepthwiseConv2d
+from dwswap.modules import DepthwiseConv2d, as_class
 from dwswap.report import Layer
+from dwswap.training_modules import base_of
 
-__all__ = ["replace_modules", "swap_modules", "unswap_modules"]
+__all__ = ["replace_modules", "swap_modules", "unswap_modules", "unswap_training_modules"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,10 +42,18 @@ def unswap_modules(model: nn.Module, paths: Iterable[str] | None = None) -> nn.M
     return replace_modules(model, new)
 
 
+def unswap_training_modules(model: nn.Module) -> nn.Module:
+    """Take away what stands in for modules where a model trains; returns the new root."""
+    bases = {module: base_of(module) for module in model.modules()}
+    new = {module: as_class(module, base) for module, base in bases.items() if base is not None}
+    return replace_modules(model, new)
+
+
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put ``new[m]`` in the place of ``m`` in every parent; returns the new root."""
     if new:
-        for parent in list(model.modules()):
+        # One that is replaced may have had another in it.
+        for parent in (*model.modules(), *new.values()):
             for name, child in parent._modules.items():
                 if child is not None and child in new:
                     parent._modules[name] = new[child]

@@ -11,9 +11,9 @@ from dwswap.changes import CHANGE_REASONS, Change
 from dwswap.eligibility import reason_not_plain
 from dwswap.modules import as_class
 from dwswap.passes.substitution import replace_modules
-from dwswap.training_modules import ABSORBABLE, activation_of, base_of, norm_for
+from dwswap.training_modules import ABSORBABLE, activation_of, norm_for
 
-__all__ = ["swap_batch_norms", "unswap_batch_norms"]
+__all__ = ["held_elsewhere", "swap_batch_norms"]
 
 # Where nn.Module has its children and tensors.
 _OWN = ("_modules", "_parameters", "_buffers")
@@ -29,7 +29,7 @@ def swap_batch_norms(model: nn.Module) -> dict[str, tuple[Change, ...]]:
     the model has in a list as well. Which activation is part of which call is decided when it is
     made (``training_modules``), so what replaces one here may be called in any way.
     """
-    held = _held_elsewhere(model)
+    held = held_elsewhere(model)
     norms = {
         module: kind
         for module in model.modules()
@@ -61,7 +61,7 @@ def swap_batch_norms(model: nn.Module) -> dict[str, tuple[Change, ...]]:
     return changes
 
 
-def _held_elsewhere(model: nn.Module) -> set[nn.Module]:
+def held_elsewhere(model: nn.Module) -> set[nn.Module]:
     """Modules in lists and the like: what stands there would not follow ``model`` to eval mode."""
     found: set[nn.Module] = set()
     seen: set[int] = set()
@@ -74,10 +74,3 @@ def _held_elsewhere(model: nn.Module) -> set[nn.Module]:
             seen.add(id(value))  # one may be in itself
             values += value.values() if isinstance(value, dict) else value
     return found
-
-
-def unswap_batch_norms(model: nn.Module) -> nn.Module:
-    """The inverse; returns the new root."""
-    bases = {module: base_of(module) for module in model.modules()}
-    new = {module: as_class(module, base) for module, base in bases.items() if base is not None}
-    return replace_modules(model, new)

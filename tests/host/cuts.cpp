@@ -12,6 +12,7 @@
 #include <string>
 
 #include "batch_norm/cut.h"
+#include "channel_scale/cut.h"
 #include "depthwise_conv2d/backward/diagonal_sums_cut.h"
 #include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/channel_direct_cut.h"
@@ -92,6 +93,18 @@ int main() {
       std::printf("%d %d %lld %d %d %d %d %d %lld %.0f\n", cut.matrix, cut.vector,
                   static_cast<long long>(cut.columns), cut.columns_of_channel, cut.lanes, cut.rows,
                   cut.chunks, cut.splits, static_cast<long long>(cut.positions), took.count());
+    } else if (family == "channel_scale") {
+      ChannelScaleParams q{};
+      q.batch = static_cast<int32_t>(p.batch), q.channels = static_cast<int32_t>(p.channels);
+      q.pixels = static_cast<int32_t>(p.in_h * p.in_w);
+      q.dtype = element_bytes == 4 ? DataType::kFloat32 : DataType::kFloat16;
+      q.layout = p.stride_h == 1 ? Layout::kChannelsLast : Layout::kContiguous;
+      const auto cut = p.kernel_h == 1 ? channel_scale::scale_cut(q, device.multiprocessors)
+                                       : channel_scale::sums_cut(q, device.multiprocessors);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %d %d %d %d %d %d %lld %.0f\n", cut.vector, cut.lanes, cut.rows,
+                  cut.groups, cut.chunks, cut.splits, cut.positions, cut.span,
+                  static_cast<long long>(cut.units), took.count());
     } else if (family == "diagonal_sums") {
       GradientParams q{};
       static_cast<DepthwiseConv2dParams&>(q) = p;

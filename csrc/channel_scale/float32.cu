@@ -1,0 +1,6 @@
+#include "channel_scale/kernel.cuh"
+
+namespace dwswap::channel_scale {
+template cudaError_t launch_scale<float>(const ChannelScaleParams&, cudaStream_t);
+template cudaError_t launch_sums<float>(const ChannelScaleParams&, const Cut&, cudaStream_t);
+}  // namespace dwswap::channel_scale
