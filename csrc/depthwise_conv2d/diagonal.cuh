@@ -297,8 +297,9 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.activation = p.activation;
 
   CUtensorMap input_map{}, output_map{};
-  const Box in_box{kUnitChannels, tile_columns, Traits::kStageRows, cut.images, true};
   const Box out_box{kUnitChannels, cut.columns, 1, cut.images, true};
+  Box in_box{kUnitChannels, tile_columns, Traits::kStageRows, cut.images, true};
+  in_box.promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   if (!encode_input<T>(&input_map, p, in_box) || !encode_output<T>(&output_map, p, out_box))
     return cudaErrorInvalidValue;
 

@@ -56,6 +56,8 @@ struct Box {
   int channels, columns, rows, images;
   bool swizzled = false;
   int column_step = 1, row_step = 1;
+  // Bytes that the cache reads where one is missing.
+  CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
 
   static constexpr int extent(int count, int step) { return (count - 1) * step + 1; }
 };
@@ -84,8 +86,7 @@ bool encode_columns(CUtensorMap* map, const void* pixels, int64_t batch, int64_t
   auto* const start =
       const_cast<T*>(static_cast<const T*>(pixels)) + static_cast<int64_t>(first) * channels;
   return tensor_map_encoder()(map, kTensorMapType<T>, 4, start, sizes, pitches, extents, steps,
-                              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, box.promotion,
                               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

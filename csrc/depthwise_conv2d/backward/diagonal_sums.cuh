@@ -277,10 +277,15 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device
   a.wants_bias = p.wants_bias;
   a.shares = static_cast<int>(cut.split.shares);
 
-  const bool swizzled = cut.swizzle() != 0;
-  const Box input_box{a.box_channels, cut.input_columns(), S * cut.stage_rows, cut.images,
-                      swizzled};
-  const Box grad_box{a.box_channels, cut.columns, cut.stage_rows, cut.images, swizzled};
+  // The cache reads little beside a block's channels.
+  const Box grad_box{.channels = a.box_channels,
+                     .columns = cut.columns,
+                     .rows = cut.stage_rows,
+                     .images = cut.images,
+                     .swizzled = cut.swizzle() != 0,
+                     .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B};
+  Box input_box = grad_box;
+  input_box.columns = cut.input_columns(), input_box.rows = S * cut.stage_rows;
   InputMaps<S> input_maps{};
   CUtensorMap grad_map{};
   for (int plane = 0; plane < S; ++plane) {
