@@ -123,6 +123,7 @@ def _graph_hook(watch: Callable[[LayerCall], None], ours: set[str]) -> Callable[
     def hook(module: fx.GraphModule, args: Any, kwargs: Any) -> None:
         # Of its own: what the forward returns may be an argument that it changes.
         given = Arguments(args, kwargs).map(Tensor.clone)
-        Watcher(module).run(*given.positional(module.forward))
+        # The call that follows starts from the same state.
+        Watcher(runnable_copy(module)).run(*given.positional(module.forward))
 
     return hook

@@ -64,8 +64,8 @@ def verify_result(
 def _verify(
     model: nn.Module, result: nn.Module, report: Report, arguments: Arguments, notes: list[str]
 ) -> tuple[nn.Module, Report]:
-    original = _run_original(runnable_copy(model), arguments, "its own dtype")
-    exact_model = runnable_copy(copy_model(model).double(), copied=_same)
+    original = _run_original(model, arguments, "its own dtype")
+    exact_model = copy_model(model).double()
     exact = _run_original(exact_model, arguments.map(_double), "float64")
     graphs = (m for m in result.modules() if isinstance(m, fx.GraphModule))
     folded = any(FOLDED in graph.meta for graph in graphs)
@@ -105,14 +105,10 @@ def _verify(
     return result, dataclasses.replace(report, layers=layers, verification=verification)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    """For a copy of what nobody else has."""
-    return tensor
-
-
 def _run_original(model: nn.Module, arguments: Arguments, how: str) -> Any:
+    """Outputs of ``model`` in eval mode, which keeps its state: every run starts from the same."""
     try:
-        return run(model, arguments)
+        return run(runnable_copy(model), arguments)
     except Exception as error:  # whatever a user's model raises
         raise ValueError(
             f"verify needs a model that runs on example_inputs in {how}, got "
@@ -161,8 +157,7 @@ def _pooled_errors(
     floats = {p: t for p, t in _leaves(original).items() if _is_float(t)}
     few = {path for path, tensor in floats.items() if _is_few(tensor)}
     pooled = dict.fromkeys(floats if folded else few, 0.0)
-    # Parameters of TorchScript modules, which a runnable copy shares, are to be rounded too.
-    subject = runnable_copy(copy_model(model), copied=_same) if folded else runnable_copy(model)
+    subject = copy_model(model) if folded else model
     generator = torch.Generator().manual_seed(0)
     for i in range(_RUNS if few else _RUNS_OF_MANY if folded else 0):
         if folded:

@@ -449,6 +449,27 @@ def test_an_output_that_is_an_input_changed_in_place() -> None:
     assert dwswap.report(fast).mode == "graph"
 
 
+class CountingCalls(nn.Module):
+    """Every call returns something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = depthwise()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return (F.relu(self.depthwise(x)) * self.calls).mean((2, 3))
+
+
+def test_every_run_starts_from_the_same_state() -> None:
+    model = CountingCalls().eval()
+    fast, verification = verified(model, image(8))
+    assert verification.passed
+    assert dwswap.report(fast).mode == "graph"
+    assert [m.calls.item() for m in (model, fast)] == [0, 0]
+
+
 @pytest.mark.parametrize("x", [image(8)[:0], image(8) * math.nan])
 def test_nothing_to_compare_is_told(x: Tensor) -> None:
     _, verification = verified(depthwise().eval(), x)
