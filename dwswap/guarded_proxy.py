@@ -1,8 +1,9 @@
 """Proxies that refuse what torch.fx decides while it traces or leaves out of the graph.
 
-A plain ``torch.fx.Proxy`` answers ``isinstance(x, list)`` and ``hasattr(x, "mask")`` for itself,
-forgets ``x.data = ...``, takes ``x += y`` for ``x = x + y``, and raises for control flow an error
-that a forward may swallow.
+A plain ``torch.fx.Proxy`` answers ``isinstance(x, list)``, ``hasattr(x, "mask")``, ``hash(x)`` and
+``str(x)`` for itself, forgets ``x.data = ...``, takes ``x += y`` for ``x = x + y``, and raises for
+control flow an error that a forward may swallow. ``mask is None`` asks nobody: the code that makes
+calls of the graph is searched for it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
+import torch
 from torch import fx
 from torch.fx.proxy import Attribute
+
+from dwswap.identity_tests import tests_of_locals, tests_result_for_none
 
 __all__ = ["GuardedProxy", "GuardingTracer", "NotTraceable"]
 
@@ -49,15 +53,21 @@ class GuardingTracer(fx.Tracer):
         super().__init__(*args, **kwargs)
         self._refused: str | None = None
         self._type_tests: dict[tuple[CodeType, int], str] = {}
+        self._texts: list[tuple[str, str]] = []
 
     @property
     def refused(self) -> str | None:
         """The first refusal, if any."""
-        return next(iter(self._type_tests.values()), self._refused)
+        noted = [*self._type_tests.values(), *(reason for _, reason in self._texts)]
+        return next(iter(noted), self._refused)
 
     def refuse(self, reason: str) -> NoReturn:
-        self._refused = self._refused or reason
+        self.note(reason)
         raise NotTraceable(reason)
+
+    def note(self, reason: str) -> None:
+        """Refuse in the end."""
+        self._refused = self._refused or reason
 
     def note_type_test(self, frame: FrameType) -> None:
         """Refuse in the end, unless the test turns out to be part of a torch function's call."""
@@ -68,6 +78,46 @@ class GuardingTracer(fx.Tracer):
         # The argument parser of a torch function written in C++ asks for types, too, before it
         # hands the call to __torch_function__. Such a test is at the same instruction.
         self._type_tests.pop((frame.f_code, frame.f_lasti), None)
+
+    def note_text(self, text: str, frame: FrameType) -> None:
+        """Refuse in the end, unless ``text`` turns out to be in the message of an assertion."""
+        self._texts.append((text, f"{_where(frame)} makes text of a value, {text} in a trace"))
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        if target is torch._assert:
+            message = str(kwargs.get("message", args[-1]))
+            self._texts = [noted for noted in self._texts if noted[0] not in message]
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind != "placeholder":
+            self._check_identity_tests(node, sys._getframe(1))
+        return node
+
+    def _check_identity_tests(self, node: fx.Node, frame: FrameType | None) -> None:
+        """Look for tests of ``node`` in the code that makes it, and of the values around it."""
+        innermost = True
+        while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
+            tests = tests_of_locals(frame.f_code)
+            if (innermost or tests) and not _is_trusted(frame):
+                if innermost:
+                    for_none = tests_result_for_none(frame.f_code, frame.f_lasti)
+                    if for_none is False or (for_none and _may_be_none(node)):
+                        self.note(_compares(frame, node.name))
+                    innermost = False
+                for name, for_none in tests:
+                    value = frame.f_locals.get(name)
+                    if type(value) is GuardedAttribute or (
+                        type(value) is GuardedProxy and (not for_none or _may_be_none(value.node))
+                    ):
+                        self.note(_compares(frame, name))
+            frame = frame.f_back
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return GuardedProxy(node, self)
@@ -103,6 +153,8 @@ class _Guarded(fx.Proxy):
         opcode = dis.opname[frame.f_code.co_code[frame.f_lasti]]
         if opcode not in _READS and not _is_trusted(frame):
             self.tracer.refuse(f"{_where(frame)} asks whether a value has the attribute {k}")
+        if tests_result_for_none(frame.f_code, frame.f_lasti) is not None:
+            self.tracer.note(_compares(frame, f"the attribute {k}"))
         return GuardedAttribute(self, k)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -116,6 +168,27 @@ class _Guarded(fx.Proxy):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self.tracer.refuse("its forward makes a deep copy of a value")
+
+    def __hash__(self) -> int:
+        frame = _caller(2)
+        if not _is_trusted(frame):
+            self.tracer.refuse(f"{_where(frame)} needs the hash of {self.node.name}")
+        return object.__hash__(self)
+
+    def __repr__(self) -> str:
+        return self._text(_caller(2))
+
+    def __str__(self) -> str:
+        return self._text(_caller(2))
+
+    def __format__(self, spec: str) -> str:
+        return self._text(_caller(2))
+
+    def _text(self, frame: FrameType) -> str:
+        text = f"Proxy({self.node.name})"
+        if not _is_trusted(frame):
+            self.tracer.note_text(text, frame)
+        return text
 
     def __len__(self) -> int:
         self.tracer.refuse(f"its forward needs the length of {self.node.name}")
@@ -138,6 +211,15 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
 
 for _name in _IN_PLACE:
     setattr(_Guarded, f"__{_name}__", _in_place(_name))
+
+
+def _may_be_none(node: fx.Node) -> bool:
+    """Whether it may be ``None``: an argument, an attribute, or an item of what may hold it."""
+    if node.target is not operator.getitem:
+        return node.op == "placeholder" or node.target is getattr
+    while isinstance(node, fx.Node) and node.target is operator.getitem:
+        node = node.args[0]  # type: ignore[assignment]
+    return isinstance(node, fx.Node) and node.op in ("placeholder", "call_module")
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -173,3 +255,7 @@ def _is_trusted(frame: FrameType) -> bool:
 
 def _where(frame: FrameType) -> str:
     return f"{frame.f_code.co_name} in {frame.f_globals.get('__name__', '?')}"
+
+
+def _compares(frame: FrameType, what: str) -> str:
+    return f"{_where(frame)} compares {what} with `is`, but gets a proxy in a trace"
