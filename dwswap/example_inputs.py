@@ -37,7 +37,11 @@ class Arguments:
         """
         result = cls.of(example_inputs)
         try:
-            inspect.signature(model.forward).bind(*result.args, **result.kwargs)
+            signature = inspect.signature(model.forward)
+        except ValueError:  # TorchScript that was traced or frozen has none; a call will tell
+            return result
+        try:
+            signature.bind(*result.args, **result.kwargs)
         except TypeError as error:
             raise ValueError(
                 f"example_inputs must fit the forward of {type(model).__name__}: {error}"

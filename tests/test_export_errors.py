@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import Block, image
+from tiny_models import Block, depthwise, image
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -83,6 +83,16 @@ def test_unwritable_folder_is_found_before_the_work(fast, tmp_path, monkeypatch)
 def test_not_a_model(tmp_path, model):
     with pytest.raises(TypeError, match=f"nn.Module or .*, got {type(model).__name__}"):
         save(model, tmp_path / "m.pt2", image())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda m: torch.jit.freeze(torch.jit.script(m))]
+)
+def test_torchscript(tmp_path, make):
+    script = make(depthwise().eval())
+    with pytest.raises(ExportError, match="takes no TorchScript, got a RecursiveScriptM"):
+        save(script, tmp_path / "m.pt2", image(8), dynamic_batch=True)
 
 
 def test_no_example_inputs(fast, tmp_path):

@@ -99,6 +99,11 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             "model must not be compiled, got the result of torch.compile: give the model itself"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ExportError(
+            f"torch.export takes no TorchScript, got a {type(model).__name__}: export the model "
+            "that it was made from"
+        )
     if is_training(model):
         raise ValueError("model must be in eval mode, got one in train mode: call model.eval()")
 
