@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -350,6 +351,31 @@ def test_export_errors(own, capsys, wide, arguments, status, text):
     assert text in err
     assert "Traceback" not in err
     assert ("model" in out) == (text == "cannot export")
+
+
+def test_a_terminated_export_leaves_nothing(own, tmp_path):
+    code = """
+import sys, time
+from dwswap import cli, export
+def slow(program, partial):
+    partial.write_text("half a file")
+    print("writing", file=sys.stderr, flush=True)
+    time.sleep(60)
+export._WRITERS["pt2"] = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", code, "export", f"{own}:model", "-o", "out/m.pt2"]
+    command += ["--size", "1x6x8x8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert "writing\n" in iter(process.stderr.readline, "")
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_export_says_where_the_outputs_differ(own, tmp_path, capsys, wide, monkeypatch):

@@ -242,6 +242,36 @@ def test_a_file_has_the_rights_of_any_other(fast, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.pt2", "other"]
 
 
+def test_a_file_keeps_its_rights(fast, tmp_path):
+    path = tmp_path / "m.pt2"
+    path.touch()
+    path.chmod(0o664)
+    save(fast, path, image())
+    assert path.stat().st_mode & 0o777 == 0o664
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_a_link(fast, tmp_path, there):
+    real, link = tmp_path / "elsewhere" / "latest", tmp_path / "m.pt2"
+    real.parent.mkdir()
+    if there:
+        real.write_text("old")
+    link.symlink_to(Path("elsewhere") / "latest")
+    assert save(fast, link, image()) == link
+    assert link.is_symlink()
+    assert not real.is_symlink()
+    assert load(link)(image()).shape == fast(image()).shape
+    assert list(real.parent.iterdir()) == [real]
+
+
+def test_what_is_no_file_stays(fast, tmp_path):
+    pipe = tmp_path / "m.pt2"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=r"m\.pt2"):
+        save(fast, pipe, image())
+    assert pipe.is_fifo()
+
+
 # loading
 
 
