@@ -32,6 +32,13 @@ def fast() -> nn.Module:
 def test_unknown_format(fast, tmp_path):
     with pytest.raises(ValueError, match="pt2, aten, onnx, aoti, got 'tflite'"):
         save(fast, tmp_path / "m.pt2", image(), format="tflite")
+    with pytest.raises(ValueError, match=r"pt2, aten, onnx, aoti, got \['pt2'\]"):
+        save(fast, tmp_path / "m.pt2", image(), format=["pt2"])
+
+
+def test_dynamic_batch_is_a_flag(fast, tmp_path):
+    with pytest.raises(TypeError, match="dynamic_batch must be True or False, got 'yes'"):
+        save(fast, tmp_path / "m.pt2", image(), dynamic_batch="yes")
 
 
 @pytest.mark.parametrize(("format", "name"), [("pt2", "m.onnx"), ("onnx", "m.pt2"), ("aoti", "m")])

@@ -73,6 +73,8 @@ def save(
         ExportError: the model cannot be exported; its cause says why.
     """
     target = check_target(path, format)
+    if not isinstance(dynamic_batch, bool):
+        raise TypeError(f"dynamic_batch must be True or False, got {dynamic_batch!r}")
     # Before the work, which may take minutes: a place that cannot be written shows at once.
     with replacing(target) as partial:
         program = to_program(model, example_inputs, dynamic_batch, dynamic_shapes)
@@ -121,7 +123,7 @@ def check_target(path: str | os.PathLike[str], format: str) -> Path:
     Raises:
         TypeError, ValueError, OSError, ModuleNotFoundError: as :func:`save`.
     """
-    if format not in _WRITERS:
+    if not isinstance(format, str) or format not in _WRITERS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     target, suffix = _path(path), ".onnx" if format == "onnx" else ".pt2"
     if target.suffix != suffix:
