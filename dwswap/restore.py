@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from dwswap.classifiers import pooled_linear
@@ -21,6 +22,7 @@ from dwswap.training_modules import base_of
 __all__ = ["restore"]
 
 
+@torch.inference_mode(False)  # whose tensors cannot be trained
 def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo the swaps of :func:`dwswap.optimize`.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
@@ -47,6 +48,7 @@ Select = Literal["always", "measured"]
 Model = TypeVar("Model", nn.Module, ExportedProgram)
 
 
+@torch.inference_mode(False)  # whose tensors cannot be trained
 def optimize(
     model: Model,
     example_inputs: Any = None,

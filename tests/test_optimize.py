@@ -446,3 +446,15 @@ def test_example_inputs_leave_weights_that_a_forward_changes(in_place, train, op
         assert not fast.conv.weight.is_meta
     assert model.conv.weight is weight
     assert torch.equal(weight, values)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_what_is_made_in_inference_mode_can_be_trained(fuse: bool) -> None:
+    model = Block().train()
+    with torch.inference_mode():
+        fast = dwswap.optimize(model, image(), fuse=fuse, verify=True)
+        plain = dwswap.restore(fast)
+    assert dwswap.report(fast).swapped
+    for subject in (fast, plain):
+        subject(image()).sum().backward()
+        assert all(p.grad is not None for p in subject.parameters())
