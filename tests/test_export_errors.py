@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -314,3 +315,22 @@ def test_a_process_without_dwswap_says_what_is_missing(fast, tmp_path):
     assert done.returncode != 0
     assert "torch.ops.dwswap.depthwise_conv2d" in done.stderr
     assert "import the custom op" in done.stderr
+
+
+@pytest.mark.parametrize("format", ["pt2", "aten"])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        ((image().numpy(),), {}, r"args\[0\] must be a tensor, got ndarray"),
+        ((None,), {}, r"args\[0\] must be a tensor, got NoneType"),
+        ((), {}, r"the arguments must be args\[0\], got none"),
+        ((image(), image()), {}, r"the arguments must be args\[0\], got args\[0\], args\[1\]"),
+        (([image()] * 20,), {}, r"got args\[0\]\[0\], .*, \.\.\.$"),
+        ((), {"x": image()}, r"the arguments must be args\[0\], got kwargs\['x'\]"),
+    ],
+)
+def test_arguments_that_a_program_does_not_take(fast, tmp_path, format, args, kwargs, text):
+    loaded = load(save(fast, tmp_path / "m.pt2", image(), format=format))
+    with pytest.raises(TypeError, match=text):
+        loaded(*args, **kwargs)
+    assert torch.equal(loaded(image()), copy.deepcopy(loaded)(image()))

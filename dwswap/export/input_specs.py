@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-__all__ = ["InputSpecs", "TensorSpec"]
+__all__ = ["InputSpecs", "TensorSpec", "check_kinds", "leaves_by_path"]
 
 _PLAIN = (bool, int, float, str, type(None))
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class InputSpecs:
         """
         if program.example_inputs is None:
             raise ValueError("a program that is compiled must have example inputs, got none")
-        leaves = _leaves(*program.example_inputs)
+        leaves = leaves_by_path(*program.example_inputs)
         nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         tensors, constants = {}, {}
         inputs = program.graph_signature.user_inputs
@@ -121,15 +122,12 @@ class InputSpecs:
         Raises:
             TypeError, ValueError: naming the argument, what it must be, and what it is.
         """
-        found = _leaves(args, kwargs)
+        found = leaves_by_path(args, kwargs)
         known = self.tensors.keys() | self.constants.keys()
         if not known <= found.keys() or any(
             isinstance(found[path], (Tensor, *_PLAIN)) for path in found.keys() - known
         ):
-            raise TypeError(
-                f"the arguments must be {', '.join(sorted(known))}, got "
-                f"{', '.join(found) or 'none'}"
-            )
+            raise _other_arguments(known, found)
         symbols: dict[str, int] = {}
         for path, spec in self.tensors.items():
             found[path] = spec.conform(path, found[path], symbols)
@@ -164,7 +162,31 @@ class InputSpecs:
         return cls(tensors, content["constants"], ranges)
 
 
-def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def check_kinds(kinds: Mapping[str, type], found: Mapping[str, Any]) -> None:
+    """Compare the arguments of a call, by their paths, with the types that they must have.
+
+    Only tensors are told from what is none.
+
+    Raises:
+        TypeError: naming the argument, what it must be, and what it is.
+    """
+    if kinds.keys() != found.keys():
+        raise _other_arguments(kinds, found)
+    for path, kind in kinds.items():
+        if issubclass(kind, Tensor) and not isinstance(found[path], Tensor):
+            raise TypeError(f"{path} must be a tensor, got {type(found[path]).__name__}")
+
+
+def _other_arguments(known: Collection[str], found: Collection[str]) -> TypeError:
+    named = [
+        ", ".join(sorted(paths)[:_MOST_NAMED]) + (", ..." if len(paths) > _MOST_NAMED else "")
+        for paths in (known, found)
+    ]
+    return TypeError(f"the arguments must be {named[0] or 'none'}, got {named[1] or 'none'}")
+
+
+def leaves_by_path(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All values in the arguments of a call, by their paths."""
     return {
         root + pytree.keystr(path): leaf
         for root, tree in (("args", args), ("kwargs", kwargs))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
+from dwswap.export.input_specs import check_kinds, leaves_by_path
 from dwswap.export.program import to_aten
 
 __all__ = ["load_program", "save_aten", "save_pt2"]
@@ -25,5 +28,21 @@ def save_aten(program: ExportedProgram, path: Path) -> None:
 
 
 def load_program(path: Path) -> Callable[..., Any]:
-    """The module of the program in ``path``; our operator is registered by importing this file."""
-    return torch.export.load(path).module()
+    """The module of the program in ``path``; our operator is registered by importing this file.
+
+    Calling it with other arguments than those of the program raises TypeError.
+    """
+    program = torch.export.load(path)
+    module = program.module()
+    if program.example_inputs is not None:
+        kinds = {path: type(leaf) for path, leaf in leaves_by_path(*program.example_inputs).items()}
+        # Before the checks of torch.export, which name neither the argument nor what it is.
+        module.register_forward_pre_hook(partial(_check, kinds), with_kwargs=True, prepend=True)
+    return module
+
+
+def _check(
+    kinds: dict[str, type], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if not torch.compiler.is_compiling():
+        check_kinds(kinds, leaves_by_path(args, kwargs))
