@@ -30,7 +30,6 @@ __all__ = [
     "Comparison",
     "Variant",
     "compare",
-    "load_weights",
     "photograph",
     "preprocessing",
     "randomize",
@@ -82,23 +81,6 @@ def preprocessing(model_name: str) -> tuple[Callable[[Image.Image], Tensor], lis
         raise ValueError(f"model must be a torchvision classification model, got {model_name!r}")
     weights = next(iter(models.get_model_weights(model_name)))
     return weights.transforms(), list(weights.meta["categories"])
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a ``state_dict``, or a dictionary that has one under ``state_dict`` or ``model``.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it holds no ``state_dict``.
-        RuntimeError: its keys or shapes are not those of the model.
-    """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise ValueError(f"weights must hold a state_dict, got {type(state).__name__}")
-    model.load_state_dict(state)
 
 
 def views(image: Tensor, count: int) -> Tensor:

@@ -26,6 +26,7 @@ from torchvision.transforms import functional as T
 
 import dwswap
 from dwswap import demo
+from dwswap.checkpoint import load_weights
 from dwswap.comparison import compare
 from dwswap.export import FORMATS
 from dwswap.precision import float32_convolutions
@@ -102,7 +103,7 @@ def build_model(args: argparse.Namespace, images: Tensor) -> nn.Module:
     if args.weights is None:
         demo.randomize(model, demo.views(images[0], 4))
     else:
-        demo.load_weights(model, args.weights)
+        load_weights(model, args.weights)
     return model.to(args.device, DTYPES[args.dtype])
 
 

@@ -378,6 +378,40 @@ sys.exit(cli.main(sys.argv[1:]))
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"\xca\xfejunk", "w.pt: torch.save did not write it, or it is damaged"),
+        (b"text", "w.pt: torch.save did not write it, or it is damaged"),
+        (b"", "w.pt: torch.save did not write it, or it is damaged"),
+        (
+            nn.Conv2d(3, 4, 1),
+            "a pickled object (torch.nn.modules.conv.Conv2d), which is not loaded",
+        ),
+        (3, "it must hold a state_dict, got int"),
+        (
+            {"state_dict": {"weight": torch.ones(2), "1.bias": torch.ones(1)}},
+            "it is not of this Sequential: 2 keys missing (0.weight, ...), "
+            "2 unexpected (weight, ...)",
+        ),
+        (
+            {"0.weight": torch.ones(2), "0.bias": torch.ones(6)},
+            "Sequential: 1 of another shape (0.weight: [2] where the model has [6, 1, 3, 3])",
+        ),
+        ({"module.0.weight": torch.ones(6)}, "whose keys start with 'module.'"),
+    ],
+)
+def test_weights_that_are_not_the_models(own, tmp_path, capsys, wide, content, text):
+    path = tmp_path / "w.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    arguments = ["-o", "m.pt2", "--size", "1x6x8x8", "--weights", str(path)]
+    assert main(["export", f"{own}:model", *arguments]) == 2
+    assert text in capsys.readouterr().err
+
+
 def test_export_says_where_the_outputs_differ(own, tmp_path, capsys, wide, monkeypatch):
     other = nn.Conv2d(6, 6, 3).eval()
     monkeypatch.setattr(export_command, "load", lambda path: other)

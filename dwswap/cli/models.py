@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from dwswap.checkpoint import load_weights
 from dwswap.cli.common import CliError, missing_extra
-from dwswap.demo import load_weights
 
 __all__ = ["construct", "find", "load_checkpoint"]
 
@@ -91,9 +91,9 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
     """
     try:
         load_weights(model, path)
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise CliError(f"cannot load the weights of {path}: {first_line}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CliError(f"cannot load the weights of {path}: {reason}") from error
 
 
 def _on_meta(builder: Callable[[], nn.Module]) -> nn.Module | None:
