@@ -36,6 +36,17 @@ def needs_values():
     assert torch.linspace(0, 1, 3).sum().item() > 0
     return model()
 
+class fixed_batch(nn.Conv2d):
+    def __init__(self):
+        super().__init__(6, 6, 3, groups=6)
+
+    def forward(self, x):
+        return super().forward(x).reshape(2, -1)
+
+class refusing(fixed_batch):
+    def forward(self, x):
+        raise ValueError("no such picture")
+
 number = 3
 """
 
@@ -341,6 +352,8 @@ def test_export_torchvision_on_a_photograph(tmp_path, capsys, wide):
         (["-o", "m.pt2", "--device", "tpu"], 2, "--device must be cpu or cuda"),
         (["-o", "m.pt2", "--weights", "none.pth"], 2, "cannot load the weights of none.pth"),
         (["-o", "m.pt2", "--size", "20x30"], 1, "cannot export"),
+        (["-o", "m.pt2", "--size", "5x6x20x30"], 2, "--size must start with a batch of 1"),
+        (["-o", "m.pt2", "--size", "5x6x20x30", "--batch", "3"], 2, "or of 3, that of --batch"),
     ],
 )
 def test_export_errors(own, capsys, wide, arguments, status, text):
@@ -376,6 +389,12 @@ sys.exit(cli.main(sys.argv[1:]))
         process.terminate()
     assert process.returncode == 128 + signal.SIGTERM
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_export_hints_at_a_fixed_batch_where_it_helps(own, capsys, wide):
+    for name, helps in (("fixed_batch", True), ("refusing", False)):
+        assert main(["export", f"{own}:{name}", "-o", "m.pt2", "--size", "1x6x20x30"]) == 1
+        assert ("--batch N" in capsys.readouterr().err) == helps
 
 
 @pytest.mark.parametrize(

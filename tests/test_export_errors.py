@@ -191,6 +191,18 @@ def test_missing_runtime(tmp_path, monkeypatch):
         load(tmp_path / "m.onnx")
 
 
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    pytest.importorskip("onnxscript")
+
+    class Bessel(nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(ExportError, match=r"No ONNX function found for .*bessel_j0") as caught:
+        save(Bessel().eval(), tmp_path / "m.onnx", image(), format="onnx")
+    assert "\x1b" not in str(caught.value)
+
+
 def test_an_onnx_file_that_would_be_too_large(fast, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(export.onnx, "MOST_BYTES", 100)

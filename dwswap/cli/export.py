@@ -111,7 +111,9 @@ def run(args: argparse.Namespace) -> int:
         with out.status(f"exporting as {format}"):
             path = save(fast, args.output, example, format=format, dynamic_batch=args.batch is None)
     except ExportError as error:
-        hint = "" if args.batch else " (--batch N exports for one batch size)"
+        # PyTorch names the dimension that the model fixes.
+        fixed = args.batch is None and "(batch)" in str(error)
+        hint = " (--batch N exports for one batch size)" if fixed else ""
         return _failed(f"{error}{hint}")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise CliError(str(error)) from error
@@ -156,6 +158,12 @@ def _example(args: argparse.Namespace) -> tuple[Tensor, str | None]:
     """A batch of the photograph, and where it is from; of noise for what classifies no pictures."""
     count = args.batch or 2
     shape = args.size or (1, 3, 224, 224)
+    if shape[0] not in (1, args.batch):
+        other = "" if args.batch is None else f" or of {args.batch}, that of --batch"
+        raise CliError(
+            f"--size must start with a batch of 1{other}, got {'x'.join(map(str, shape))}; "
+            f"--batch {shape[0]} exports for this batch size alone"
+        )
     try:
         transform, _ = demo.preprocessing(args.model)
         photograph, origin = demo.photograph()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 
 from dwswap.tracing import one_line
@@ -10,6 +11,7 @@ from dwswap.tracing import one_line
 __all__ = ["ExportError", "required", "summary"]
 
 _LONGEST = 300
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ExportError(RuntimeError):
@@ -36,5 +38,8 @@ def required(package: str, purpose: str) -> ModuleType:
 
 def summary(error: BaseException) -> str:
     """Type and first line of ``error``, for a message whose cause tells all of it."""
-    text = f"{type(error).__name__}: {one_line(error)}"
+    # The outer errors of the exporter for ONNX say how to report one.
+    while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        error = error.__cause__
+    text = _COLORS.sub("", f"{type(error).__name__}: {one_line(error)}")
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
