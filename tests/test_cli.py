@@ -125,8 +125,12 @@ def test_explain_detection_model(capsys, wide):
 
 def test_explain_timm(capsys, wide):
     pytest.importorskip("timm")
-    assert main(["explain", "timm/mobilenetv3_small_050"]) == 0
-    assert "swapped" in capsys.readouterr().out
+    name = "timm/mobilenetv3_small_050"
+    for tag in ("", ".lamb_in1k"):
+        assert main(["explain", name + tag]) == 0
+        assert "swapped" in capsys.readouterr().out
+    assert main(["explain", name + ".no_such_tag"]) == 2
+    assert "Invalid pretrained tag (no_such_tag)" in capsys.readouterr().err
 
 
 def test_explain_input_size(own, capsys, wide):

@@ -24,7 +24,8 @@ def find(name: str) -> Callable[[], nn.Module]:
 
     Args:
         name: ``package.module:callable``, or a name that torchvision or timm (asked in this order)
-            knows; the prefix ``torchvision/`` or ``timm/`` asks one of them only.
+            knows; the prefix ``torchvision/`` or ``timm/`` asks one of them only. One of timm may
+            end with the tag of its weights.
 
     Raises:
         CliError: nothing has this name (with close matches), or the library is not installed.
@@ -122,7 +123,7 @@ def _timm(name: str) -> tuple[Callable[[], nn.Module] | None, Iterable[str]]:
     import timm
 
     names = timm.list_models()
-    if name not in names:
+    if name.partition(".")[0] not in names:  # behind the dot: which weights
         return None, names
     return lambda: timm.create_model(name, pretrained=False), names
 
