@@ -50,7 +50,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, budget: float, measureme
         "--output",
         metavar="DIR/FILE",
         default=FOLDER,
-        help="a folder, or a file that ends in .json (default: %(default)s)",
+        help="a folder, where a run of some cases replaces the last such run, or a file that ends "
+        "in .json (default: %(default)s)",
     )
     parser.add_argument(
         "--budget",
