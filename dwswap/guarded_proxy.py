@@ -54,6 +54,7 @@ class GuardingTracer(fx.Tracer):
         self._refused: str | None = None
         self._type_tests: dict[tuple[CodeType, int], str] = {}
         self._texts: list[tuple[str, str]] = []
+        self._modes = _modes()
 
     @property
     def refused(self) -> str | None:
@@ -97,6 +98,8 @@ class GuardingTracer(fx.Tracer):
             self._texts = [noted for noted in self._texts if noted[0] not in message]
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind != "placeholder":
+            if self._modes != _modes():
+                self.note(f"{node.name} is called in another mode of autograd or autocast")
             self._check_identity_tests(node, sys._getframe(1))
         return node
 
@@ -211,6 +214,16 @@ def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
 
 for _name in _IN_PLACE:
     setattr(_Guarded, f"__{_name}__", _in_place(_name))
+
+
+def _modes() -> tuple[bool, bool, int]:
+    """What ``torch.no_grad``, ``torch.autocast`` and the like change, by whatever name."""
+    torch.autocast_increment_nesting()
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.autocast_decrement_nesting(),
+    )
 
 
 def _may_be_none(node: fx.Node) -> bool:

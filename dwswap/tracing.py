@@ -243,6 +243,9 @@ def check_inlined(module: nn.Module, path: str) -> None:
             value = function.__globals__.get(asked, getattr(builtins, asked, None))
             if value is type or value is callable:
                 raise NotTraceable(f"{where} calls {asked}, which a proxy in a trace deceives")
+            own_name = getattr(value, "__name__", None)
+            if own_name in _NOT_RECORDED and value is getattr(torch, own_name, None):
+                raise NotTraceable(f"{where} uses {own_name} as {asked}, which a graph omits")
 
 
 def check_not_compiled(model: nn.Module) -> None:

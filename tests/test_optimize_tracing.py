@@ -16,6 +16,8 @@ import pytest
 import torch
 from tiny_models import Block, ControlFlow, depthwise, image, snapshot
 from torch import Tensor, fx, nn
+from torch import is_grad_enabled as records_gradients
+from torch import no_grad as without_gradients
 
 import dwswap
 from dwswap import DepthwiseConv2d, rewrite
@@ -80,6 +82,37 @@ class Optional_(Block):
 class Context(Block):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
+            return super().forward(x)
+
+
+class RenamedContext(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with without_gradients():
+            return super().forward(x)
+
+
+class RenamedQuestion(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if records_gradients() else x)
+
+
+class Contexts:
+    low = torch.autocast
+
+    @staticmethod
+    def frozen() -> Any:
+        return torch.no_grad()
+
+
+class StaticContext(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with Contexts.frozen():
+            return super().forward(x)
+
+
+class AttributeContext(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with Contexts.low("cpu", enabled=False):
             return super().forward(x)
 
 
@@ -344,6 +377,10 @@ class OwnLoading(Block):
         (OwnLoading, "overrides _load_from_state_dict"),
         (Optional_, "may be None"),
         (Context, "no_grad"),
+        (RenamedContext, "uses no_grad as without_gradients"),
+        (RenamedQuestion, "uses is_grad_enabled as records_gradients"),
+        (StaticContext, "in another mode of autograd or autocast"),
+        (AttributeContext, "in another mode of autograd or autocast"),
         (Decorated, "decorated"),
         (HelperContext, "helper of the model (HelperContext) uses autocast"),
         (OwnDict, "defaultdict"),
