@@ -9,7 +9,7 @@ from types import CellType, CodeType, FunctionType, ModuleType
 
 from torch import fx
 
-__all__ = ["called_functions", "codes", "global_names", "names_in", "package_of"]
+__all__ = ["called_functions", "codes", "global_names", "is_foreign", "names_in", "package_of"]
 
 # Code that no model brings along; what it does to the proxies of a trace, these refuse themselves.
 _NOT_THE_MODELS = {"torch", *sys.stdlib_module_names}
@@ -27,7 +27,7 @@ def called_functions(cls: type, forward: object) -> list[FunctionType]:
             function = function.fget
         if not isinstance(function, FunctionType) or function in found:
             continue
-        if package_of(function.__module__ or "") in _NOT_THE_MODELS or _is_fx_leaf(function):
+        if is_foreign(function.__module__ or "") or _is_fx_leaf(function):
             continue
         found.append(function)
         pending.append(getattr(function, "__wrapped__", None))
@@ -35,10 +35,15 @@ def called_functions(cls: type, forward: object) -> list[FunctionType]:
         names = names_in(function.__code__)
         spaces = [*map(vars, cls.__mro__), function.__globals__]
         for value in [function.__globals__.get(name) for name in names]:
-            if isinstance(value, ModuleType) and package_of(value.__name__) not in _NOT_THE_MODELS:
+            if isinstance(value, ModuleType) and not is_foreign(value.__name__):
                 spaces.append(vars(value))
         pending += [space.get(name) for space in spaces for name in names]
     return found
+
+
+def is_foreign(module: str) -> bool:
+    """Whether ``module`` is PyTorch's or Python's, which no model brings along."""
+    return package_of(module) in _NOT_THE_MODELS
 
 
 def package_of(module: str) -> str:

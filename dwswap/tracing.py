@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from dwswap.guarded_proxy import GuardingTracer, NotTraceable
 from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph
 from dwswap.ops import depthwise_conv2d
 from dwswap.passes.aliasing import changed_tensors
+from dwswap.state_marks import Variable, attributes, changed, surroundings
 
 __all__ = ["NotTraceable", "Tracer", "is_training", "trace", "traceable_submodules"]
 
@@ -61,6 +63,8 @@ class Tracer(GuardingTracer):
         """``inlined``: convolutions and norms that are no leaves."""
         super().__init__(autowrap_modules=(math,), autowrap_functions=(depthwise_conv2d,))
         self.inlined = inlined
+        self.surroundings: dict[str, Variable] = {}
+        self._surrounded: set[type] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         opaque = (_ConvNd, LazyModuleMixin, torch.jit.ScriptModule, *_NORMS)
@@ -83,8 +87,14 @@ class Tracer(GuardingTracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
-            check_inlined(m, path)
+            self.surround(type(m), check_inlined(m, path))
         return super().call_module(m, forward, args, kwargs)
+
+    def surround(self, cls: type, functions: list[FunctionType]) -> None:
+        """Note what ``functions`` may change beside the modules of the model."""
+        if cls not in self._surrounded:
+            self._surrounded.add(cls)
+            self.surroundings = surroundings(cls, functions) | self.surroundings
 
 
 # torch.fx puts functions of its own in the place of nn.Module's, for all threads.
@@ -99,7 +109,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     Raises:
         NotTraceable: torch.fx cannot trace it, or the graph would differ in what it does.
     """
-    _check_root(model)
+    functions = _check_root(model)
     try:
         subject = share_model(model)
     except ValueError as error:
@@ -107,9 +117,10 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     # Not during the trace: one trace cannot run inside another.
     inside = [m for m in subject.modules() if m is not subject]
     inlined = {m for m in inside if _calls_depthwise(m) or _calls_batch_norm(m)}
-    before = {path: _attributes(m) for path, m in subject.named_modules()}
+    before = {path: attributes(m) for path, m in subject.named_modules()}
     random_states = _random_states()
     tracer = Tracer(inlined)
+    tracer.surround(type(model), functions)
     try:
         with _TRACING:
             graph = tracer.trace(subject)
@@ -120,7 +131,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
         raise NotTraceable(reason) from error
     finally:
         drew = _restore_random_states(random_states)
-        refused = tracer.refused
+        refused, around = tracer.refused, tracer.surroundings
         # It is in a cycle with functions that it put in the place of others, and it knows all
         # tensors: they would stay until Python cleans up.
         vars(tracer).clear()
@@ -128,12 +139,15 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
         raise NotTraceable(refused)
     if drew:
         raise NotTraceable("its forward draws random numbers, which a graph would freeze")
+    for name, variable in around.items():
+        if variable.is_changed:
+            raise NotTraceable(f"its forward changes {name}")
     for node in graph.nodes:
         # Annotations end up in the generated code, and strings among them break pickle.
         node.type = None
     constants = {}
     for path, module in subject.named_modules():
-        for name, value in _changed(before.get(path, {}), _attributes(module)).items():
+        for name, value in changed(before.get(path, {}), attributes(module)).items():
             if path or not name.startswith("_") or "_constant" not in name:
                 where = f"{path}.{name}" if path else name
                 raise NotTraceable(f"its forward changes the attribute {where}")
@@ -217,8 +231,11 @@ def _trains(node: fx.Node) -> bool:
     return any(given.get(name) is True for name in ("training", "train"))
 
 
-def check_inlined(module: nn.Module, path: str) -> None:
+def check_inlined(module: nn.Module, path: str) -> list[FunctionType]:
     """Refuse to inline ``module`` where its call does more than what a graph records.
+
+    Returns:
+        Its forward and the functions that this names.
 
     Raises:
         NotTraceable: hooks, a decorated forward, context managers or type tests in forward.
@@ -230,7 +247,8 @@ def check_inlined(module: nn.Module, path: str) -> None:
     forward = getattr(module.forward, "__func__", module.forward)
     if hasattr(forward, "__wrapped__"):
         raise NotTraceable(f"the forward of {name} is decorated")
-    for function in called_functions(type(module), forward):
+    functions = called_functions(type(module), forward)
+    for function in functions:
         where = f"{function.__name__} of {name}"
         wrapper = str(function.__globals__.get("__name__"))
         if package_of(wrapper) == "torch":
@@ -246,6 +264,7 @@ def check_inlined(module: nn.Module, path: str) -> None:
             own_name = getattr(value, "__name__", None)
             if own_name in _NOT_RECORDED and value is getattr(torch, own_name, None):
                 raise NotTraceable(f"{where} uses {own_name} as {asked}, which a graph omits")
+    return functions
 
 
 def check_not_compiled(model: nn.Module) -> None:
@@ -289,8 +308,8 @@ def _check_saving(module: nn.Module, path: str) -> None:
             raise NotTraceable(f"{_named(module, path)} has a hook on saving or loading its state")
 
 
-def _check_root(model: nn.Module) -> None:
-    check_inlined(model, "")
+def _check_root(model: nn.Module) -> list[FunctionType]:
+    functions = check_inlined(model, "")
     if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
         raise NotTraceable("global module hooks are registered")
     # torch.fx traces forward; for the modules inside it runs the call as it is.
@@ -307,6 +326,7 @@ def _check_root(model: nn.Module) -> None:
     defaults = (*(forward.__defaults__ or ()), *(forward.__kwdefaults__ or {}).values())
     if any(value is None for value in defaults):
         raise NotTraceable("its forward has arguments that may be None, which a graph cannot test")
+    return functions
 
 
 class _RandomStates(NamedTuple):
@@ -365,29 +385,3 @@ def _calls_batch_norm(module: nn.Module) -> bool:
     except NotTraceable:
         return False
     return any(node.target is F.batch_norm for node in graph.nodes)
-
-
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, object]]:
-    """Attributes with something that shows in-place changes; the values are kept alive."""
-    found: dict[str, tuple[Any, object]] = {}
-    for name, value in module.__dict__.items():
-        if isinstance(value, Tensor):
-            found[name] = value, None if value.is_inference() else value._version
-        elif isinstance(value, (list, set)):
-            found[name] = value, tuple(map(id, value))
-        elif isinstance(value, dict):
-            found[name] = value, tuple((key, id(item)) for key, item in value.items())
-        else:
-            found[name] = value, None
-    return found
-
-
-def _changed(
-    before: dict[str, tuple[Any, object]], after: dict[str, tuple[Any, object]]
-) -> dict[str, Any]:
-    missing = (None, object())
-    return {
-        name: value
-        for name, (value, mark) in after.items()
-        if (known := before.get(name, missing))[0] is not value or known[1] != mark
-    } | dict.fromkeys(before.keys() - after.keys())

@@ -1,0 +1,112 @@
+"""What a forward changes while it is traced: attributes, what these hold, and globals."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from dwswap.forward_code import global_names, is_foreign
+
+__all__ = ["Variable", "attributes", "changed", "surroundings"]
+
+# How deep a list in an object in a dict may be, say; far below that are no counters.
+_DEPTH = 4
+_INTERNAL = frozenset(vars(nn.Module()))
+_PLAIN = {bool, int, float, str, type(None)}
+_NO_STATE = (FunctionType, BuiltinFunctionType, ModuleType, type, nn.Module)
+
+
+class Mark:
+    """A value with all that it holds, which is kept alive; compares by identity."""
+
+    def __init__(self, value: Any, depth: int = _DEPTH) -> None:
+        self.value = value
+        self.held: list[tuple[Any, int | None]] = []
+        _hold(self.held, value, depth, set())
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Mark)
+            and len(self.held) == len(other.held)
+            and all(
+                a is b and version == now
+                for (a, version), (b, now) in zip(self.held, other.held, strict=True)
+            )
+        )
+
+
+def attributes(module: nn.Module) -> dict[str, Mark]:
+    """The attributes of ``module``, but for what is inside its parameters and submodules."""
+    return {
+        name: Mark(value, 1 if name in _INTERNAL else _DEPTH)
+        for name, value in module.__dict__.items()
+    }
+
+
+class Variable(NamedTuple):
+    """A global variable or an attribute of a class, and what it was."""
+
+    space: Mapping[str, Any]
+    name: str
+    mark: Mark
+
+    @property
+    def is_changed(self) -> bool:
+        return self.mark != Mark(self.space.get(self.name))
+
+
+def surroundings(cls: type, functions: Iterable[FunctionType]) -> dict[str, Variable]:
+    """Attributes of ``cls`` and of classes that ``functions`` name, and the globals of these."""
+    found: list[tuple[str, Mapping[str, Any], str]] = []
+    classes = {*cls.__mro__}
+    for function in functions:
+        space = function.__globals__
+        for name in global_names(function.__code__) & space.keys():
+            found.append((str(space.get("__name__")), space, name))
+            if isinstance(space[name], type):
+                classes |= {*space[name].__mro__}
+    for owner in classes:
+        if not is_foreign(owner.__module__):
+            found += [(owner.__qualname__, vars(owner), name) for name in vars(owner)]
+    return {
+        f"{where}.{name}": Variable(space, name, Mark(space[name]))
+        for where, space, name in found
+        if not isinstance(space[name], _NO_STATE)
+    }
+
+
+def changed(before: dict[str, Mark], after: dict[str, Mark]) -> dict[str, Any]:
+    """Values that are new or changed in ``after``; None for what is gone."""
+    new = {name: mark.value for name, mark in after.items() if before.get(name) != mark}
+    return new | dict.fromkeys(before.keys() - after.keys())
+
+
+def _hold(held: list[tuple[Any, int | None]], value: Any, depth: int, seen: set[int]) -> None:
+    if not depth or type(value) in _PLAIN:
+        held.append((value, None))
+        return
+    held.append((value, _version(value)))
+    if id(value) not in seen:
+        seen.add(id(value))
+        for item in _items(value):
+            _hold(held, item, depth - 1, seen)
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return list(value)
+    if isinstance(value, _NO_STATE):
+        return []
+    if is_foreign(type(value).__module__) and not isinstance(value, SimpleNamespace):
+        return []
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None

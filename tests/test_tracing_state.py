@@ -1,0 +1,154 @@
+"""State that a forward changes, wherever it is: a graph would freeze it."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tiny_models import depthwise, image
+from torch import Tensor, nn
+
+import dwswap
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class Model(nn.Module):
+    shared: ClassVar[list[int]] = []
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = depthwise()
+        self.counter, self.options = Counter(), SimpleNamespace(calls=0)
+        self.nested: dict[str, Any] = {"calls": {"number": 0}, "factor": 2}
+        self.recent: deque[int] = deque([0], maxlen=2)
+        self.pair: tuple[list[int], int] = [], 3
+
+
+calls = 0
+history: list[int] = []
+cache: dict[str, int] = {}
+counter = Counter()
+
+
+class Object(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        self.counter.calls += 1
+        return self.depthwise(x) * self.counter.calls
+
+
+class Namespace(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        self.options.calls += 1
+        return self.depthwise(x) * self.options.calls
+
+
+class Nested(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        self.nested["calls"]["number"] += 1
+        return self.depthwise(x) * self.nested["calls"]["number"]
+
+
+class Queue(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        self.recent.append(self.recent[-1] + 1)
+        return self.depthwise(x) * self.recent[-1]
+
+
+class ListInTuple(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        self.pair[0].append(1)
+        return self.depthwise(x) * len(self.pair[0])
+
+
+class ListOfClass(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        self.shared.append(1)
+        return self.depthwise(x) * len(self.shared)
+
+
+class NumberOfClass(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        Model.calls += 1
+        return self.depthwise(x) * Model.calls
+
+
+class GlobalNumber(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        global calls
+        calls += 1
+        return self.depthwise(x) * calls
+
+
+class GlobalList(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) * self.count()
+
+    def count(self) -> int:
+        history.append(1)
+        return len(history)
+
+
+class GlobalDict(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) * cache.setdefault("factor", 2)
+
+
+class GlobalObject(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        counter.calls += 1
+        return self.depthwise(x) * counter.calls
+
+
+class Around(Model):
+    """A module inside changes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = GlobalObject()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"),
+    [
+        (Object, "the attribute counter"),
+        (Namespace, "the attribute options"),
+        (Nested, "the attribute nested"),
+        (Queue, "the attribute recent"),
+        (ListInTuple, "the attribute pair"),
+        (ListOfClass, "Model.shared"),
+        (NumberOfClass, "Model.calls"),
+        (GlobalNumber, "test_tracing_state.calls"),
+        (GlobalList, "test_tracing_state.history"),
+        (GlobalDict, "test_tracing_state.cache"),
+        (GlobalObject, "test_tracing_state.counter"),
+        (Around, "test_tracing_state.counter"),
+    ],
+)
+def test_changed_state_rules_out_a_graph(cls: type[Model], what: str) -> None:
+    report = dwswap.report(dwswap.optimize(cls().eval()))
+    assert report.mode == "substitution"
+    assert f"its forward changes {what}" in str(report.not_traced)
+
+
+@torch.no_grad()
+def test_state_that_is_read_leaves_a_graph() -> None:
+    class Reading(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            factor = self.nested["factor"] + len(history) + counter.calls + Model.calls
+            return self.depthwise(x) * (factor + self.pair[1] + self.options.calls)
+
+    model = Reading().eval()
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == "graph"
+    torch.testing.assert_close(fast(image(8)), model(image(8)))
