@@ -11,17 +11,18 @@ from __future__ import annotations
 import dis
 import operator
 import sys
-from collections.abc import Callable
-from types import CodeType, FrameType
+from collections.abc import Callable, Sequence
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NoReturn
 
 import torch
 from torch import fx
 from torch.fx.proxy import Attribute
 
-from dwswap.identity_tests import tests_of_locals, tests_result_for_none
+from dwswap.forward_code import codes
+from dwswap.identity_tests import reads_local, tests_of_locals, tests_result_for_none
 
-__all__ = ["GuardedProxy", "GuardingTracer", "NotTraceable"]
+__all__ = ["GuardedProxy", "GuardingTracer", "NotTraceable", "check_arguments"]
 
 _TRUSTED = {"torch", "dwswap", "copy", "inspect"}
 # Functions here test types for their caller: torch.is_tensor, torch.jit.isinstance.
@@ -201,6 +202,30 @@ class _Guarded(fx.Proxy):
 
     def __float__(self) -> float:
         self.tracer.refuse(f"its forward needs the value of {self.node.name} as a number")
+
+
+def check_arguments(
+    graph: fx.Graph, forward: Sequence[FunctionType], helpers: Sequence[FunctionType]
+) -> None:
+    """Refuse arguments that no operation takes, where a function may have compared them.
+
+    Args:
+        forward: the functions of the traced module, its forward first; none of PyTorch's own.
+        helpers: what else the forwards in the trace call, as far as they name it.
+
+    Raises:
+        NotTraceable: there is such an argument.
+    """
+    inputs = (node for node in graph.nodes if node.op == "placeholder")
+    unused = [str(node.target) for node in inputs if not node.users]
+    for name in unused:
+        if not any(reads_local(function.__code__, name) for function in forward[:1]):
+            continue
+        for helper in helpers:
+            if any(map(tests_of_locals, codes(helper.__code__))):
+                raise NotTraceable(
+                    f"{helper.__name__} may compare {name} with `is`, which a graph omits"
+                )
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from types import CodeType
 from typing import NamedTuple
 
-__all__ = ["IdentityTest", "tests_of_locals", "tests_result_for_none"]
+__all__ = ["IdentityTest", "reads_local", "tests_of_locals", "tests_result_for_none"]
 
 # Between a value and its test these change neither.
 _SKIPPED = {"CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "COPY", "DUP_TOP"}
@@ -50,6 +50,12 @@ def tests_result_for_none(code: CodeType, offset: int) -> bool | None:
         for_none = _is_none(found[i])
         i += 1
     return for_none if i < len(found) and found[i].opname == "IS_OP" else None
+
+
+def reads_local(code: CodeType, name: str) -> bool:
+    """Whether ``code`` itself reads the local variable ``name``."""
+    loads = (i for i in _instructions(code) if i.opname.startswith(_LOADS))
+    return any(name in _names(load) for load in loads)
 
 
 @lru_cache(maxsize=256)

@@ -27,7 +27,7 @@ from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
 from dwswap.forward_code import called_functions, global_names, names_in, package_of
 from dwswap.frozen_norm import is_frozen_norm
-from dwswap.guarded_proxy import GuardingTracer, NotTraceable
+from dwswap.guarded_proxy import GuardingTracer, NotTraceable, check_arguments
 from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph
 from dwswap.ops import depthwise_conv2d
 from dwswap.passes.aliasing import changed_tensors
@@ -64,6 +64,7 @@ class Tracer(GuardingTracer):
         super().__init__(autowrap_modules=(math,), autowrap_functions=(depthwise_conv2d,))
         self.inlined = inlined
         self.surroundings: dict[str, Variable] = {}
+        self.helpers: list[FunctionType] = []
         self._surrounded: set[type] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -95,6 +96,7 @@ class Tracer(GuardingTracer):
         if cls not in self._surrounded:
             self._surrounded.add(cls)
             self.surroundings = surroundings(cls, functions) | self.surroundings
+            self.helpers += functions[1:]
 
 
 # torch.fx puts functions of its own in the place of nn.Module's, for all threads.
@@ -131,7 +133,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
         raise NotTraceable(reason) from error
     finally:
         drew = _restore_random_states(random_states)
-        refused, around = tracer.refused, tracer.surroundings
+        refused, around, helpers = tracer.refused, tracer.surroundings, tracer.helpers
         # It is in a cycle with functions that it put in the place of others, and it knows all
         # tensors: they would stay until Python cleans up.
         vars(tracer).clear()
@@ -139,6 +141,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
         raise NotTraceable(refused)
     if drew:
         raise NotTraceable("its forward draws random numbers, which a graph would freeze")
+    check_arguments(graph, functions, helpers)
     for name, variable in around.items():
         if variable.is_changed:
             raise NotTraceable(f"its forward changes {name}")

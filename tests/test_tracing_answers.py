@@ -50,6 +50,15 @@ class FlagOfMethod(Model):
         return self.depthwise(x) if False is yes else self.depthwise(x * 2)
 
 
+def factor(double: bool) -> int:
+    return 2 if double is True else 1
+
+
+class FlagOfFunction(Model):
+    def forward(self, x: Tensor, double: bool = False) -> Tensor:
+        return self.depthwise(x) * factor(double)
+
+
 class Matched(Model):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         match mask:
@@ -136,6 +145,7 @@ class Representation(Model):
         (NoneInside, (None,), "compares skip with `is`"),
         (Flag, (True,), "compares double with `is`"),
         (FlagOfMethod, (True,), "compares yes with `is`"),
+        (FlagOfFunction, (True,), "factor may compare double with `is`"),
         (Matched, (None,), "compares mask with `is`"),
         (GradientFunction, (), "compares the attribute grad_fn with `is`"),
         (Gradient, (), "compares the attribute grad with `is`"),
@@ -181,7 +191,12 @@ class Asserting(Model):
         return self.depthwise(x)
 
 
-@pytest.mark.parametrize("cls", [Skip, Asserting])
+class Unused(Model):
+    def forward(self, x: Tensor, double: bool = False) -> Tensor:
+        return self.depthwise(x) * factor(self.mask is None)
+
+
+@pytest.mark.parametrize("cls", [Skip, Asserting, Unused])
 @torch.no_grad()
 def test_answers_that_are_right_leave_a_graph(cls: type[Model]) -> None:
     model = cls().eval()
