@@ -38,7 +38,9 @@ def tests_result_for_none(code: CodeType, offset: int) -> bool | None:
     i = bisect_right([instruction.offset for instruction in found], offset)
     stored: tuple[str, ...] = ()
     while i < len(found) and found[i].opname.startswith("STORE_FAST"):
-        stored += _names(found[i])
+        # Since Python 3.13 one instruction may store a value and load another.
+        loads = found[i].opname == "STORE_FAST_LOAD_FAST"
+        stored += _names(found[i])[: 1 if loads else None]
         i += 1
     tests = [test.for_none for test in tests_of_locals(code) if test.name in stored]
     if stored or i == len(found):
