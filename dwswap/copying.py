@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,11 +15,28 @@ __all__ = [
     "complete_copy",
     "copy_model",
     "modules_by_path",
+    "out_of_inference_mode",
     "share_model",
     "shell_model",
 ]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def out_of_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of what makes models: tensors that are made in inference mode cannot be trained."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx, nn
 
 from dwswap.classifiers import pooled_linear
-from dwswap.copying import commit, copy_model, modules_by_path, shell_model
+from dwswap.copying import (
+    commit,
+    copy_model,
+    modules_by_path,
+    out_of_inference_mode,
+    shell_model,
+)
 from dwswap.cuda_graph_module import disable_cuda_graphs
 from dwswap.inference_graph import FOLDED
 from dwswap.means import channel_means
@@ -22,7 +27,7 @@ from dwswap.training_modules import base_of
 __all__ = ["restore"]
 
 
-@torch.inference_mode(False)  # whose tensors cannot be trained
+@out_of_inference_mode
 def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo the swaps of :func:`dwswap.optimize`.
 

@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
-import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from dwswap.copying import commit, copy_model, modules_by_path, shell_model
+from dwswap.copying import (
+    commit,
+    copy_model,
+    modules_by_path,
+    out_of_inference_mode,
+    shell_model,
+)
 from dwswap.cuda_graph_module import with_cuda_graphs
 from dwswap.cuda_graphs import CudaGraphOptions
 from dwswap.eligibility import Skip, inspect_modules, is_convolution, is_prepared
@@ -48,7 +53,7 @@ Select = Literal["always", "measured"]
 Model = TypeVar("Model", nn.Module, ExportedProgram)
 
 
-@torch.inference_mode(False)  # whose tensors cannot be trained
+@out_of_inference_mode
 def optimize(
     model: Model,
     example_inputs: Any = None,
