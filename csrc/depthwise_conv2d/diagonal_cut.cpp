@@ -1,10 +1,10 @@
 #include "depthwise_conv2d/diagonal_cut.h"
 
 #include <algorithm>
-#include <array>
 #include <limits>
 
 #include "common/memo.h"
+#include "depthwise_conv2d/problem_key.h"
 #include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
@@ -85,18 +85,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
 }  // namespace
 
 Cut choose_cut(const DepthwiseConv2dParams& p, const Device& device) {
-  const std::array<int64_t, 11> key{p.batch,
-                                    p.channels,
-                                    p.in_h,
-                                    p.in_w,
-                                    p.out_h,
-                                    p.out_w,
-                                    p.kernel_h,
-                                    p.stride_h,
-                                    device.multiprocessors,
-                                    device.shared_per_multiprocessor,
-                                    device.shared_per_block};
-  return memoized(key, [&] { return search_cut(p, device); });
+  return memoized(problem_key(p, device), [&] { return search_cut(p, device); });
 }
 
 }  // namespace diagonal

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "common/memo.h"
+#include "depthwise_conv2d/problem_key.h"
 
 namespace dwswap {
 namespace plane_bands {
@@ -124,19 +125,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
 }  // namespace
 
 Cut choose_cut(const DepthwiseConv2dParams& p, const Device& device) {
-  const std::array key{p.batch,
-                       p.channels,
-                       p.in_h,
-                       p.in_w,
-                       p.out_h,
-                       p.out_w,
-                       p.kernel_h,
-                       p.stride_h,
-                       p.padding_h,
-                       int64_t{device.multiprocessors},
-                       int64_t{device.shared_per_block},
-                       int64_t{device.shared_per_multiprocessor}};
-  return memoized(key, [&] { return search_cut(p, device); });
+  return memoized(problem_key(p, device), [&] { return search_cut(p, device); });
 }
 
 }  // namespace plane_bands

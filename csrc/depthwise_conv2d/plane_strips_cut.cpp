@@ -4,8 +4,10 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "common/memo.h"
+#include "depthwise_conv2d/problem_key.h"
 
 namespace dwswap {
 namespace plane_strips {
@@ -141,22 +143,8 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
 }  // namespace
 
 Cut choose_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& device) {
-  const std::array key{p.batch,
-                       p.channels,
-                       p.in_h,
-                       p.in_w,
-                       p.out_h,
-                       p.out_w,
-                       p.kernel_h,
-                       p.kernel_w,
-                       p.stride_h,
-                       p.padding_h,
-                       p.padding_w,
-                       int64_t{element_bytes},
-                       int64_t{device.multiprocessors},
-                       int64_t{device.shared_per_block},
-                       int64_t{device.shared_per_multiprocessor}};
-  return memoized(key, [&] { return search_cut(p, element_bytes, device); });
+  return memoized(std::pair(problem_key(p, device), element_bytes),
+                  [&] { return search_cut(p, element_bytes, device); });
 }
 
 }  // namespace plane_strips

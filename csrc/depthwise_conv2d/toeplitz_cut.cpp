@@ -1,11 +1,11 @@
 #include "depthwise_conv2d/toeplitz_cut.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 
 #include "common/memo.h"
+#include "depthwise_conv2d/problem_key.h"
 
 namespace dwswap {
 namespace toeplitz {
@@ -123,25 +123,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
 }  // namespace
 
 Cut choose_cut(const DepthwiseConv2dParams& p, const Device& device) {
-  const std::array<int64_t, 18> key{p.batch,
-                                    p.channels,
-                                    p.in_h,
-                                    p.in_w,
-                                    p.out_h,
-                                    p.out_w,
-                                    p.kernel_h,
-                                    p.kernel_w,
-                                    p.stride_h,
-                                    p.stride_w,
-                                    p.padding_h,
-                                    p.padding_w,
-                                    p.dilation_h,
-                                    p.dilation_w,
-                                    p.in_layout == Layout::kChannelsLast,
-                                    device.multiprocessors,
-                                    device.shared_per_multiprocessor,
-                                    device.shared_per_block};
-  return memoized(key, [&] { return search_cut(p, device); });
+  return memoized(problem_key(p, device), [&] { return search_cut(p, device); });
 }
 
 }  // namespace toeplitz

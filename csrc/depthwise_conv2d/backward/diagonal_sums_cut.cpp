@@ -1,12 +1,12 @@
 #include "depthwise_conv2d/backward/diagonal_sums_cut.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "common/memo.h"
+#include "depthwise_conv2d/problem_key.h"
 #include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
@@ -149,18 +149,7 @@ Cut search_cut(const GradientParams& p, const Device& device) {
 }  // namespace
 
 Cut choose_cut(const GradientParams& p, const Device& device) {
-  const std::array<int64_t, 11> key{p.batch,
-                                    p.channels,
-                                    p.in_h,
-                                    p.in_w,
-                                    p.out_h,
-                                    p.out_w,
-                                    p.kernel_h,
-                                    p.stride_h,
-                                    device.multiprocessors,
-                                    device.shared_per_multiprocessor,
-                                    device.shared_per_block};
-  return memoized(key, [&] { return search_cut(p, device); });
+  return memoized(problem_key(p, device), [&] { return search_cut(p, device); });
 }
 
 }  // namespace diagonal_sums
