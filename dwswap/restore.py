@@ -22,11 +22,13 @@ from dwswap.passes.substitution import unswap_modules, unswap_training_modules
 from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.report import detach, has_report
 from dwswap.shuffling import interleaved
+from dwswap.tracing import one_at_a_time
 from dwswap.training_modules import base_of
 
 __all__ = ["restore"]
 
 
+@one_at_a_time
 @out_of_inference_mode
 def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo the swaps of :func:`dwswap.optimize`.

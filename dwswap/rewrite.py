@@ -41,6 +41,7 @@ from dwswap.tracing import (
     build_graph_module,
     check_not_compiled,
     is_training,
+    one_at_a_time,
     one_line,
 )
 from dwswap.verify import verify_result
@@ -53,6 +54,7 @@ Select = Literal["always", "measured"]
 Model = TypeVar("Model", nn.Module, ExportedProgram)
 
 
+@one_at_a_time
 @out_of_inference_mode
 def optimize(
     model: Model,
@@ -177,6 +179,7 @@ def optimize(
     return result
 
 
+@one_at_a_time
 def explain(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,

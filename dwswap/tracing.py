@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import math
 import pickle
 import random
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,14 @@ from dwswap.ops import depthwise_conv2d
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.state_marks import Variable, attributes, changed, surroundings
 
-__all__ = ["NotTraceable", "Tracer", "is_training", "trace", "traceable_submodules"]
+__all__ = [
+    "NotTraceable",
+    "Tracer",
+    "is_training",
+    "one_at_a_time",
+    "trace",
+    "traceable_submodules",
+]
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 _GLOBAL_HOOKS = (
@@ -100,7 +108,20 @@ class Tracer(GuardingTracer):
 
 
 # torch.fx puts functions of its own in the place of nn.Module's, for all threads.
-_TRACING = threading.Lock()
+_TRACING = threading.RLock()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorator of what traces models or looks into them: calls of other threads wait."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _TRACING:
+            return function(*args, **kwargs)
+
+    return call
 
 
 def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
