@@ -143,7 +143,7 @@ def excite(squeezed: Squeezed, gates: Tensor, activation: str) -> Tensor:
     index, input = PAIRS["none", activation], squeezed.input
     if not needs_gradient(input, gates):
         return operator(input, gates, None, index)
-    return _Excite.apply(*(squeezed.carriers or (None, None)), input, gates, index)
+    return _Excite.apply(*(squeezed.carriers or (None, None)), gates, (input,), index)
 
 
 class _Squeeze(torch.autograd.Function):
@@ -182,34 +182,38 @@ class _Excite(torch.autograd.Function):
         ctx: Any,
         image: Tensor | None,
         carrier: Tensor | None,
-        input: Tensor,
         gates: Tensor,
+        inputs: tuple[Tensor],
         activation: int,
     ) -> Tensor:
-        """``image`` and ``carrier``: those of :class:`_Squeeze`, None where it did not record."""
-        # The input and not its image, whose gradient would be none: for gradients of gradients.
-        ctx.save_for_backward(input, gates)
+        """``image`` and ``carrier``: those of :class:`_Squeeze`, None where it did not record.
+
+        ``inputs``: the input, in a tuple as its gradient is not for this node to give. It is what
+        is saved, and not its image, so that gradients of gradients find its own graph.
+        """
+        (input,) = inputs
+        last = input.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if last else torch.contiguous_format
         ctx.activation = activation
+        ctx.save_for_backward(input if ctx.needs_input_grad[2] else None, gates)
         return operator(input, gates, None, activation)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, gates = ctx.saved_tensors
-        needs_image, _, _, needs_gates, _ = ctx.needs_input_grad
+        needs_image, _, needs_gates, _, _ = ctx.needs_input_grad
         grad_gates = None
         if torch.is_grad_enabled() or is_batched(grad_output):
             if needs_gates:
                 grad_gates = _backward_aten(grad_output, input, gates, ctx.activation)
         else:
-            last = input.is_contiguous(memory_format=torch.channels_last)
-            layout = torch.channels_last if last else torch.contiguous_format
-            grad_output = grad_output.contiguous(memory_format=layout)
+            grad_output = grad_output.contiguous(memory_format=ctx.layout)
             if needs_gates:
                 grad_gates = backward_operator(grad_output, input, gates, ctx.activation)
         if not needs_image:
-            return None, None, None, grad_gates, None
-        return grad_output, gates.to(input.dtype), None, grad_gates, None
+            return None, None, grad_gates, None, None
+        return grad_output, gates.to(grad_output.dtype), grad_gates, None, None
 
 
 # --- on every device --------------------------------------------------------------------------

@@ -350,6 +350,18 @@ def test_an_input_that_changes_before_the_backward_is_an_error() -> None:
         output.sum().backward()
 
 
+def test_an_input_that_no_gradient_needs_may_change() -> None:
+    """Gates that have none do not need it either."""
+    leaf = image(3).requires_grad_()
+    x = leaf * 2
+    squeezed = squeeze(x, "sigmoid")
+    gates = squeezed.means.detach()
+    output = excite(squeezed, gates, "sigmoid")
+    x.add_(1)
+    output.sum().backward()
+    same(leaf.grad, torch.full_like(leaf, 2) * gates.sigmoid())
+
+
 def test_the_image_is_saved_once() -> None:
     x, seen = image(3).requires_grad_(), []
 

@@ -203,6 +203,24 @@ def test_torch_compile(excitation_calls: Calls) -> None:
     assert excitation_calls == ["sigmoid"] * 2
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_backward(excitation_calls: Calls) -> None:
+    """Of a forward that ran eagerly."""
+    model = two()
+    found = []
+    for of in (dwswap.optimize(model), model):
+        leaf = image(8).requires_grad_()
+        loss = of(leaf).square().mean()
+        try:
+            with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+                loss.backward()
+        finally:
+            torch._dynamo.reset()
+        found.append([leaf.grad, *(p.grad for p in of.parameters())])
+    same(found[0], found[1])
+    assert excitation_calls == ["sigmoid"] * 2
+
+
 def test_compiled_layers(excitation_calls: Calls) -> None:
     model = two()
     fast = dwswap.optimize(model)
