@@ -165,8 +165,8 @@ class _Squeeze(torch.autograd.Function):
             if grad_means is None:
                 return None, None
             batch, channels, height, width = ctx.shape
-            each = grad_means.reshape(batch, channels, 1, 1) / (height * width)
-            return each.expand(ctx.shape), None
+            each = grad_means.reshape(batch, channels, 1, 1).expand(ctx.shape)
+            return each / (height * width), None  # dense
         apart = torch.is_grad_enabled() or any(
             grad is not None and is_batched(grad) for grad in (grad_means, grad_output, gates)
         )

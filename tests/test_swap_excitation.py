@@ -362,6 +362,13 @@ def test_an_input_that_no_gradient_needs_may_change() -> None:
     same(leaf.grad, torch.full_like(leaf, 2) * gates.sigmoid())
 
 
+def test_a_gradient_of_the_means_alone_is_dense() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = image(3).contiguous(memory_format=layout).requires_grad_()
+        (grad,) = torch.autograd.grad(squeeze(x, "sigmoid").means.sum(), x)
+        same(grad.add_(1), torch.full_like(grad, 1 + 1 / 81))
+
+
 def test_the_image_is_saved_once() -> None:
     x, seen = image(3).requires_grad_(), []
 
