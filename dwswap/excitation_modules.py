@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dwswap.channel_scale import excite, has_channel_scale, squeeze, takes_gates
-from dwswap.training_modules import StandIn, is_changed
+from dwswap.training_modules import StandIn, is_changed, of_x
 
 __all__ = ["excitation_for", "gate_of"]
 
@@ -156,6 +156,8 @@ def _made(name: str) -> type[nn.Module]:
         kind = _KINDS[name]
         base = getattr(importlib.import_module(kind.module), name)
         doc = _TrainingExcitation.__doc__
-        members = {"__module__": __name__, "__doc__": doc, "_kind": kind}
+        members: dict[str, Any] = {"__module__": __name__, "__doc__": doc, "_kind": kind}
+        if kind.module.startswith("timm."):
+            members["forward"] = of_x(_TrainingExcitation.forward)
         made = globals()[name] = type(name, (_TrainingExcitation, base), members)
     return cast("type[nn.Module]", made)

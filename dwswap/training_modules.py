@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "base_of",
     "is_changed",
     "norm_for",
+    "of_x",
 ]
 
 _MARK = "_dwswap_activated"
@@ -231,6 +233,16 @@ def is_changed(module: nn.Module) -> bool:
 # --- timm ---------------------------------------------------------------------------------------
 
 
+def of_x(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """``forward`` with its argument named as timm has it."""
+
+    def forward_of_x(self: Any, x: Tensor) -> Tensor:
+        return forward(self, x)
+
+    forward_of_x.__doc__ = forward.__doc__
+    return forward_of_x
+
+
 def __getattr__(name: str) -> Any:
     # Pickle finds the class by this name, in a process that has not made it yet too.
     if name == "BatchNormAct2d":
@@ -253,6 +265,11 @@ def _timm_norm() -> type[nn.Module]:
             return None
         return _NAMES.get(type(act))
 
-    members = {"__module__": __name__, "__doc__": _timm_norm.__doc__, "_activation": activation}
+    members = {
+        "__module__": __name__,
+        "__doc__": _timm_norm.__doc__,
+        "_activation": activation,
+        "forward": of_x(_TrainingNorm.forward),
+    }
     made = globals()["BatchNormAct2d"] = type("BatchNormAct2d", (_TrainingNorm, Base), members)
     return made

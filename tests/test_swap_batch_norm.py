@@ -344,6 +344,13 @@ def test_a_model_of_timm_trains_as_before(name: str, inplace: bool, norm_calls: 
     assert [type(m) for m in restored.modules()] == [type(m) for m in model.modules()]
 
 
+def test_a_norm_of_timm_takes_x(norm_calls: Calls) -> None:
+    model = timm_model()
+    fast = dwswap.optimize(model)
+    same(at(fast, "0.1")(x=image(8)), at(model, "0.1")(x=image(8)))
+    assert norm_calls == ["silu"]
+
+
 TIMM_CHANGES: dict[str, tuple[Callable[[Any], object], Calls]] = {
     "no activation": (lambda n: setattr(n, "act", nn.Identity()), ["none"]),
     "another": (lambda n: setattr(n, "act", nn.ReLU()), ["relu"]),

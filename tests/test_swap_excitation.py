@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -109,6 +110,16 @@ def test_copies_files_and_the_way_back(kind: str, inplace: bool, excitation_call
         assert module.__dict__.keys() == before.__dict__.keys()
     trains_as(restored, original)
     assert excitation_calls == [gate] * 3
+
+
+@EACH_MODEL
+def test_the_argument_has_the_name_that_it_had(kind: str, excitation_calls: Calls) -> None:
+    model = MODELS[kind][0]()
+    ours, theirs = (at(of, PATH) for of in (dwswap.optimize(model), model))
+    (name,) = inspect.signature(theirs.forward).parameters
+    assert [*inspect.signature(ours.forward).parameters] == [name]
+    same(ours(**{name: image(8)}), theirs(**{name: image(8)}))
+    assert len(excitation_calls) == 1
 
 
 def test_the_report() -> None:
