@@ -34,7 +34,8 @@ def is_plain(input: Tensor, weight: Tensor, bias: Tensor | None, input_bias: Ten
 
     Not under torch.compile, export, make_fx, torch.jit.trace, a dispatch or function mode,
     autocast, a functorch transform or forward AD, and not with a subclass of Tensor. Gradients are
-    not looked at.
+    not looked at, nor is ``torch.set_default_device``, which is a function mode as well but only
+    changes where factories put their results.
     """
     return not any_autocast() and is_plain_but_for_autocast(input, weight, bias, input_bias)
 
@@ -50,7 +51,7 @@ def is_plain_but_for_autocast(
         and type(bias) in _OPTIONAL
         and type(input_bias) in _OPTIONAL
         and not _dispatch_modes()
-        and not _function_modes()
+        and (not _function_modes() or _only_default_devices())
         and not _functorch()
         and forward_ad._current_level < 0
         and _jit_trace() is None
@@ -75,8 +76,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def is_watched() -> bool:
     """A trace, a mode or a transform is active that must see each operator of a model called.
 
-    Autocast and gradients are not looked at, nor is ``torch.set_default_device``, which is a
-    function mode as well but only changes where factories put their results.
+    Autocast, gradients and ``torch.set_default_device`` are not looked at.
     """
     return (
         torch.compiler.is_compiling()
