@@ -404,6 +404,7 @@ def test_channel_scale_covers_every_value(cuts):
         if batch < 1000 or size[0] < 3 > c
     ]
     runs = list(itertools.product(problems, DEVICES))
+    times: list[int] = []
     for (problem, device), cut in zip(runs, cuts("channel_scale", runs), strict=True):
         vector, lanes, rows, groups, chunks, splits, positions, span, units, us = cut
         what = f"{problem} on {device}: {cut}"
@@ -425,7 +426,8 @@ def test_channel_scale_covers_every_value(cuts):
         assert units < 1 << 31, what
         # Loads enough for a thread, where there are positions enough.
         assert splits == 1 or span >= rows, what
-        assert us < 1000, what
+        times.append(us)
+    assert sorted(times)[len(times) // 2] < 100
 
 
 def test_diagonal_sums_has_every_pixel_and_channel(cuts):
