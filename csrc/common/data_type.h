@@ -21,7 +21,18 @@ struct Strides {
   int64_t n, c, h, w;
 };
 
-// visit.operator()<T>() for the element types of the fast kernels, which float64 is not.
+constexpr bool is_half(DataType type) {
+  return type == DataType::kFloat16 || type == DataType::kBFloat16;
+}
+
+// visit.operator()<T>() for a type that is_half().
+template <typename Visit>
+cudaError_t visit_half_type(DataType type, Visit&& visit) {
+  return type == DataType::kFloat16 ? visit.template operator()<__half>()
+                                    : visit.template operator()<__nv_bfloat16>();
+}
+
+// The same for the element types of the fast kernels, which float64 is not.
 template <typename Visit>
 cudaError_t visit_fast_type(DataType type, Visit&& visit) {
   switch (type) {

@@ -7,7 +7,7 @@ namespace dwswap {
 
 bool covers_diagonal(const DepthwiseConv2dParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
-  if (p.dtype != DataType::kFloat16 && p.dtype != DataType::kBFloat16) return false;
+  if (!is_half(p.dtype)) return false;
   if (p.in_layout != Layout::kChannelsLast || p.out_layout != Layout::kChannelsLast) return false;
   if (p.multiplier != 1 || p.is_dilated()) return false;
   if (p.kernel_h != p.kernel_w || (p.kernel_h != 5 && p.kernel_h != 7)) return false;
@@ -26,8 +26,8 @@ bool covers_diagonal(const DepthwiseConv2dParams& p) {
 
 cudaError_t launch_diagonal(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   const Device device = current_device();
-  return p.dtype == DataType::kFloat16 ? diagonal::launch_typed<__half>(p, device, stream)
-                                       : diagonal::launch_typed<__nv_bfloat16>(p, device, stream);
+  return visit_half_type(
+      p.dtype, [&]<typename T>() { return diagonal::launch_typed<T>(p, device, stream); });
 }
 
 }  // namespace dwswap

@@ -7,7 +7,7 @@ namespace dwswap {
 bool covers_plane_bands(const DepthwiseConv2dParams& p) {
   // Columns of a tile, margins and rows behind the last one may reach past the end.
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 4;
-  if (p.dtype != DataType::kFloat16 && p.dtype != DataType::kBFloat16) return false;
+  if (!is_half(p.dtype)) return false;
   if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
   if (p.multiplier != 1 || p.is_dilated()) return false;
   if (p.kernel_h != p.kernel_w || p.stride_h != p.stride_w) return false;
@@ -29,9 +29,8 @@ bool covers_plane_bands(const DepthwiseConv2dParams& p) {
 
 cudaError_t launch_plane_bands(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   const Device device = current_device();
-  return p.dtype == DataType::kFloat16
-             ? plane_bands::launch_typed<__half>(p, device, stream)
-             : plane_bands::launch_typed<__nv_bfloat16>(p, device, stream);
+  return visit_half_type(
+      p.dtype, [&]<typename T>() { return plane_bands::launch_typed<T>(p, device, stream); });
 }
 
 }  // namespace dwswap

@@ -6,7 +6,7 @@ namespace dwswap {
 
 bool covers_toeplitz(const DepthwiseConv2dParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
-  if (p.dtype != DataType::kFloat16 && p.dtype != DataType::kBFloat16) return false;
+  if (!is_half(p.dtype)) return false;
   if (p.in_layout != p.out_layout || p.in_layout == Layout::kStrided || p.multiplier != 1)
     return false;
   if (p.stride_w > 2 || p.stride_h > kLimit || toeplitz::choose_steps(p) == 0) return false;
@@ -27,12 +27,10 @@ bool covers_toeplitz(const DepthwiseConv2dParams& p) {
 cudaError_t launch_toeplitz(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   const Device device = current_device();
   const toeplitz::Cut cut = toeplitz::choose_cut(p, device);
-  const auto launch = [&]<typename T>() {
+  return visit_half_type(p.dtype, [&]<typename T>() {
     return p.stride_w == 1 ? toeplitz::launch_cut<T, 1>(p, cut, device, stream)
                            : toeplitz::launch_cut<T, 2>(p, cut, device, stream);
-  };
-  return p.dtype == DataType::kFloat16 ? launch.template operator()<__half>()
-                                       : launch.template operator()<__nv_bfloat16>();
+  });
 }
 
 }  // namespace dwswap

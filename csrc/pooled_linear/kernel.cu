@@ -147,8 +147,7 @@ __global__ void DWSWAP_CLUSTER __launch_bounds__(kThreads)
 
 bool covers_pooled_linear(const PooledLinearParams& p, const Device& device) {
   const bool has_clusters = device.major >= 9 && !portable_only();
-  const bool is_half = p.dtype == DataType::kFloat16 || p.dtype == DataType::kBFloat16;
-  if (!has_clusters || !is_half) return false;
+  if (!has_clusters || !is_half(p.dtype)) return false;
   const auto places = reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.weight) |
                       reinterpret_cast<uintptr_t>(p.input_bias);
   return places % 16 == 0 && p.channels > 0 && p.channels <= kMostChannels &&

@@ -13,8 +13,7 @@ bool covers_separable_conv2d(const SeparableConv2dParams& p, const Device& devic
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const DepthwiseConv2dParams& d = p.depthwise;
   const bool has_clusters = device.major >= 9 && !portable_only();
-  const bool is_half = d.dtype == DataType::kFloat16 || d.dtype == DataType::kBFloat16;
-  if (!has_clusters || !is_half) return false;
+  if (!has_clusters || !is_half(d.dtype)) return false;
   if (d.multiplier != 1 || d.channels % 8 != 0) return false;
   if (d.input_activation > Activation::kRelu6 || d.activation > Activation::kRelu6) return false;
   if (p.outputs <= 0 || p.outputs % 8 != 0) return false;
@@ -38,9 +37,9 @@ bool covers_separable_conv2d(const SeparableConv2dParams& p, const Device& devic
 
 cudaError_t launch_separable_conv2d(const SeparableConv2dParams& p, const Device& device,
                                     cudaStream_t stream) {
-  return p.depthwise.dtype == DataType::kFloat16
-             ? separable::launch_typed<__half>(p, device, stream)
-             : separable::launch_typed<__nv_bfloat16>(p, device, stream);
+  return visit_half_type(p.depthwise.dtype, [&]<typename T>() {
+    return separable::launch_typed<T>(p, device, stream);
+  });
 }
 
 }  // namespace dwswap

@@ -8,7 +8,7 @@ namespace dwswap {
 bool covers_diagonal_sums(const GradientParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
   constexpr uint64_t kCopyEngineBytes = 16;
-  if (p.dtype != DataType::kFloat16 && p.dtype != DataType::kBFloat16) return false;
+  if (!is_half(p.dtype)) return false;
   if (!p.channels_last() || !sums_squares(p) || p.multiplier != 1 || p.is_dilated()) return false;
   if (p.stride_w == 2 && p.in_w == 1) return false;  // there are no odd columns
   const uint64_t places = static_cast<uint64_t>(p.channels) * 2 |
@@ -26,9 +26,8 @@ int64_t diagonal_sums_workspace_bytes(const GradientParams& p) {
 
 cudaError_t launch_diagonal_sums(const GradientParams& p, cudaStream_t stream) {
   const Device device = current_device();
-  return p.dtype == DataType::kFloat16
-             ? diagonal_sums::launch_typed<__half>(p, device, stream)
-             : diagonal_sums::launch_typed<__nv_bfloat16>(p, device, stream);
+  return visit_half_type(
+      p.dtype, [&]<typename T>() { return diagonal_sums::launch_typed<T>(p, device, stream); });
 }
 
 }  // namespace dwswap
