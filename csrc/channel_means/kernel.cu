@@ -1,7 +1,6 @@
 // Means over the pixels of what an activation makes of an image, whose bias is added first:
 //   means[n, c] = mean of activation(x[n, c] + bias[c])
 // A group of threads has whole planes: in channels_last of 128 bytes of channels.
-#include <algorithm>
 #include <limits>
 
 #include "channel_means/params.h"

@@ -6,7 +6,6 @@
 #include <optional>
 
 #include "channel_means/params.h"
-#include "common/device.h"
 #include "common/tensor.h"
 
 namespace dwswap {

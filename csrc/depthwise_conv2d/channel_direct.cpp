@@ -3,7 +3,6 @@
 
 #include "common/data_type.h"
 #include "common/device.h"
-#include "common/integer.h"
 #include "depthwise_conv2d/channel_direct_cut.h"
 
 namespace dwswap {

@@ -10,8 +10,6 @@
 // as soon as it is used, before the arithmetic of the other.
 #pragma once
 
-#include <type_traits>
-
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/channel_direct_cut.h"

@@ -2,7 +2,6 @@
 
 #include "common/data_type.h"
 #include "common/device.h"
-#include "common/integer.h"
 #include "depthwise_conv2d/rolling_rows_cut.h"
 
 namespace dwswap {

@@ -6,7 +6,6 @@
 #include <optional>
 #include <tuple>
 
-#include "common/device.h"
 #include "common/tensor.h"
 #include "interleave_channels/params.h"
 

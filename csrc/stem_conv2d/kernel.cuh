@@ -23,7 +23,6 @@
 // about 100 other instructions, may take 300 cycles next to the memory's time at 4.8 TB/s.
 #pragma once
 
-#include "common/integer.h"
 #include "common/matrix.cuh"
 #include "common/numeric.cuh"
 #include "stem_conv2d/cut.h"
