@@ -114,7 +114,7 @@ def squeeze_excitation(
 ) -> Tensor:
     """Squeeze-and-excitation (Hu et al., "Squeeze-and-Excitation Networks", 2018, eq. 2 to 4).
 
-    ``y = input * gate(expand(activation(reduce(mean of input over H and W)))))``, where ``reduce``
+    ``y = input * gate(expand(activation(reduce(mean of input over H and W))))``, where ``reduce``
     and ``expand`` are linear layers, or 1 x 1 convolutions.
 
     Args:

@@ -138,7 +138,8 @@ def add_parser(targets: Any) -> None:
     parser.add_argument(
         "--select",
         metavar="PATTERN",
-        help="only the cases whose name fits a shell pattern: 'v3_large-n1-', 'n256-float32'",
+        help="only the cases whose name, or a part of it, fits a shell pattern: 'v3_large-n1-', "
+        "'n256-*-channels_last'",
     )
     parser.add_argument(
         "--peers",

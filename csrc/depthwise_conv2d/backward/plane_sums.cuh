@@ -49,8 +49,8 @@ struct Arguments {
   Divisor by_step;  // rows of input from a step to the next
 };
 
-// The sums of a warp: each lane gets those of kHeld values. Lane i of 32 holds the values from
-// i * COUNT / 32 on; with COUNT = 16 two lanes hold the same.
+// The sums of a warp: lane i of 32 gets those of COUNT / 32 values, from i * COUNT / 32 on. With
+// COUNT = 16 two lanes get the same one.
 template <int COUNT>
 __device__ __forceinline__ void add_up_warp(float (&x)[COUNT]) {
   static_assert(COUNT == 16 || COUNT == 32 || COUNT == 64, "a power of 2");
