@@ -18,11 +18,11 @@ class ExportError(RuntimeError):
     """A model cannot be exported, or a file not loaded; the cause is what failed."""
 
 
-def required(package: str, purpose: str) -> ModuleType:
+def required(package: str, purpose: str, source: str = "dwswap[onnx]") -> ModuleType:
     """Import an optional package.
 
     Raises:
-        ModuleNotFoundError: it is not installed; names the extra that brings it.
+        ModuleNotFoundError: it is not installed; names ``source``, with which pip brings it.
     """
     try:
         return importlib.import_module(package)
@@ -31,7 +31,7 @@ def required(package: str, purpose: str) -> ModuleType:
             raise
         raise ModuleNotFoundError(
             f"{purpose} needs the package {package}, which is not installed: "
-            "pip install 'dwswap[onnx]'",
+            f"pip install {source!r}",
             name=package,
         ) from error
 

@@ -79,7 +79,7 @@ class OnnxModel:
         Raises:
             ModuleNotFoundError: ONNX Runtime is not installed.
         """
-        runtime = required("onnxruntime", "running an ONNX file")
+        runtime = required("onnxruntime", "running an ONNX file", "onnxruntime")
         providers = runtime.get_available_providers()
         self.session = runtime.InferenceSession(str(path), providers=providers)
         self.names = [entry.name for entry in self.session.get_inputs()]
