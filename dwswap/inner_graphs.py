@@ -42,8 +42,7 @@ def rewrite_submodules(
         calls = list(find_calls(graph_module, prefix=path, skip=context.skip))
         wanted = [call for call in calls if call.layer.reason == "depthwise"]
         swaps = bool(wanted) or any(
-            layer.reason == "depthwise" and _inside(layer.path, [path])
-            for layer in context.layers.values()
+            layer.swapped and _inside(layer.path, [path]) for layer in context.layers.values()
         )
         if swaps and _is_replaceable(model, path):
             chosen = {path: graph_module}

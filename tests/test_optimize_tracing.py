@@ -73,6 +73,18 @@ def test_submodules_of_an_untraceable_model_become_graphs() -> None:
         fast.train()
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_submodules_that_were_swapped_before_become_graphs(train: bool) -> None:
+    model = ControlFlow().train(train)
+    swapped = dwswap.optimize(model, fuse=train)
+    fast = dwswap.optimize(swapped.eval())
+    report = dwswap.report(fast)
+    assert [layer.reason for layer in report.swapped] == ["already_swapped"]
+    assert report.traced == dwswap.explain(swapped).traced == ("block",)
+    assert report.calls_after == 2
+    torch.testing.assert_close(fast(image()), model.eval()(image()), rtol=0, atol=1e-5)
+
+
 class Optional_(Block):
     def forward(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
         x = super().forward(x)
