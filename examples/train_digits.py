@@ -66,7 +66,7 @@ def main() -> int:
             model, training, test, epochs=args.epochs, seed=args.seed, path=args.json, out=console
         )
 
-    # Train mode: the depthwise layers are swapped, their Parameters stay the same objects.
+    # Train mode: the depthwise layers of a copy are swapped. The optimizer comes after it.
     model = dwswap.optimize(model)
     console.print(dwswap.report(model).summary(), markup=False, soft_wrap=True)
 
