@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +14,7 @@ __all__ = [
     "commit",
     "complete_copy",
     "copy_model",
+    "is_one_graph",
     "modules_by_path",
     "out_of_inference_mode",
     "share_model",
@@ -140,12 +141,24 @@ def commit(model: nn.Module, before: dict[str, nn.Module], replaced: dict[str, n
             parents[parent]._modules.pop(name, None)  # two paths may be one module
 
 
+def is_one_graph(model: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether ``model`` is its graph: the feature extractors of torchvision have one per mode."""
+    return isinstance(model, fx.GraphModule) and not _further_graphs(model)
+
+
+def _further_graphs(model: fx.GraphModule) -> list[str]:
+    return [n for n, v in model.__dict__.items() if isinstance(v, fx.Graph) and n != "_graph"]
+
+
 def complete_copy(source: fx.GraphModule, copied: fx.GraphModule, memo: dict[int, Any]) -> None:
     """Add what ``GraphModule.__deepcopy__`` leaves out: hooks, attributes, second names."""
     for name, value in source.__dict__.items():
         if name != "_graph":
             # What has been copied already comes from the memo.
             copied.__dict__[name] = copy.deepcopy(value, memo)
+    for name in _further_graphs(source):
+        if source.__dict__[name] is source.graph:
+            copied.graph = copied.__dict__[name]
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -356,7 +356,8 @@ def has_report(model: nn.Module) -> bool:
 def attach(model: nn.Module, report: Report) -> None:
     """Keep ``report`` with ``model``, where deepcopy and pickle take it along."""
     if isinstance(model, fx.GraphModule):
-        model.meta[_REPORT_KEY] = report
+        # Made by torchvision's feature extractors in copies only.
+        model.__dict__.setdefault("meta", {})[_REPORT_KEY] = report
     else:
         model.__dict__[_REPORT_ATTRIBUTE] = report
 
@@ -364,7 +365,7 @@ def attach(model: nn.Module, report: Report) -> None:
 def detach(model: nn.Module) -> None:
     """Remove the report from ``model``, if it has one."""
     if isinstance(model, fx.GraphModule):
-        model.meta.pop(_REPORT_KEY, None)
+        model.__dict__.get("meta", {}).pop(_REPORT_KEY, None)
     model.__dict__.pop(_REPORT_ATTRIBUTE, None)
 
 
@@ -374,7 +375,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _find(model: nn.Module) -> Report | None:
     if isinstance(model, fx.GraphModule):
-        return model.meta.get(_REPORT_KEY)
+        return model.__dict__.get("meta", {}).get(_REPORT_KEY)
     return model.__dict__.get(_REPORT_ATTRIBUTE)
 
 

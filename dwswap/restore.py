@@ -8,6 +8,7 @@ from dwswap.classifiers import pooled_linear
 from dwswap.copying import (
     commit,
     copy_model,
+    is_one_graph,
     modules_by_path,
     out_of_inference_mode,
     shell_model,
@@ -65,7 +66,7 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         return restored
     commit(model, before, modules_by_path(restored))
     for path, module in modules_by_path(restored).items():
-        if isinstance(module, fx.GraphModule):
+        if is_one_graph(module):
             target = model.get_submodule(path)
             assert isinstance(target, fx.GraphModule)
             target.graph = module.graph

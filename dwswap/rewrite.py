@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from dwswap.copying import (
     commit,
     copy_model,
+    is_one_graph,
     modules_by_path,
     out_of_inference_mode,
     shell_model,
@@ -165,7 +166,7 @@ def optimize(
         report.without_changes()
     elif inplace and result is workspace:
         commit(subject, before, modules_by_path(result))
-        if isinstance(subject, fx.GraphModule) and isinstance(result, fx.GraphModule):
+        if is_one_graph(subject) and is_one_graph(result):
             subject.graph = result.graph
             subject.meta.update(result.meta)
         result = subject
@@ -309,7 +310,7 @@ def _rewrite(
     if inference:
         unswap_training_modules(workspace)  # of a model that was optimized to be trained
     result = workspace
-    graph_module = workspace if isinstance(workspace, fx.GraphModule) else None
+    graph_module = workspace if is_one_graph(workspace) else None
     if graph_module is None and not is_convolution(model):
         try:
             graph_module = _traced(workspace, model, fuse)
