@@ -330,7 +330,7 @@ class Report:
 
 
 def report(model: nn.Module | ExportedProgram) -> Report:
-    """The report of what :func:`dwswap.optimize` returned.
+    """The report of what :func:`dwswap.optimize` returned, or of what ``torch.compile`` made of it.
 
     Raises:
         TypeError: ``model`` is neither an ``nn.Module`` nor an ``ExportedProgram``.
@@ -340,7 +340,8 @@ def report(model: nn.Module | ExportedProgram) -> Report:
         model = model.graph_module
     if not isinstance(model, nn.Module):
         raise TypeError(f"dwswap.report: model must be an nn.Module, got {type(model).__name__}")
-    found = _find(model)
+    original = getattr(model, "_orig_mod", None)  # of torch.compile
+    found = _find(original if isinstance(original, nn.Module) else model)
     if found is None:
         raise ValueError(
             f"dwswap.report: model must come from dwswap.optimize, got a {type(model).__name__} "

@@ -8,6 +8,7 @@ import json
 import pickle
 
 import pytest
+import torch
 from tiny_models import Block, ControlFlow, depthwise, image
 from torch import nn
 
@@ -121,6 +122,13 @@ def test_lives_with_the_model(fuse: bool) -> None:
     for restored in (dwswap.restore(fast), dwswap.restore(fast, inplace=True)):
         with pytest.raises(ValueError, match=r"dwswap\.explain"):
             dwswap.report(restored)
+
+
+def test_report_of_a_compiled_model() -> None:
+    fast = dwswap.optimize(Block().train())
+    assert dwswap.report(torch.compile(fast, backend="eager")) is dwswap.report(fast)
+    with pytest.raises(ValueError, match=r"must come from dwswap\.optimize"):
+        dwswap.report(torch.compile(Block(), backend="eager"))
 
 
 def test_report_of_any_other_model() -> None:
