@@ -12,7 +12,6 @@ backward that is transformed.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +22,12 @@ from torch import Tensor
 from dwswap import build
 from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
 from dwswap.backward import without_autocast
-from dwswap.plain import has_kernels, is_plain_but_for_autocast, needs_gradient
+from dwswap.plain import has_kernels, is_batched, is_plain_but_for_autocast, needs_gradient
 from dwswap.schema import batch_norm as operator
 from dwswap.schema import batch_norm_backward as backward_operator
 from dwswap.schema import library
 
-__all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm", "is_batched"]
+__all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm"]
 
 NORM_ACTIVATIONS = frozenset({"none", "relu", "relu6", "hardswish", "silu"})
 """The activations whose derivatives the kernels have."""
@@ -79,12 +78,7 @@ def has_batch_norm(
     channels = input.shape[1]
     if not 0 < channels <= _MOST or not 2 <= input.numel() // channels <= _MOST:
         return False
-    return _capability(input.device) >= 8 and build.load()
-
-
-@functools.lru_cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return build.load_for(input.device)
 
 
 def batch_norm(
@@ -180,12 +174,6 @@ class _BatchNorm(torch.autograd.Function):
             )
         kept = (grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
         return *kept, None, None, None, None, None, None
-
-
-def is_batched(grad: Tensor) -> bool:
-    """By ``torch.func.vmap`` around a backward, or by ``is_grads_batched`` of ``autograd.grad``."""
-    functorch = torch._C._functorch
-    return torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(grad)
 
 
 def _differentiable_backward(

@@ -7,6 +7,7 @@ A library is kept per source, flags, torch, CUDA and platform, and serves every 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -25,7 +26,7 @@ from .compilation import compile_flags, compile_library, csrc_dir
 from .library_cache import Fingerprint, cache_dir
 from .toolkit import OLDEST_CAPABILITY, BuildError, Target, find_nvcc
 
-__all__ = ["BuildError", "Status", "build", "cache_dir", "load", "status"]
+__all__ = ["BuildError", "Status", "build", "cache_dir", "load", "load_for", "status"]
 
 logger = logging.getLogger("dwswap")
 
@@ -95,6 +96,16 @@ def load() -> bool:
         _status = Status(True, True, None, library, seconds)
         logger.info("CUDA kernels loaded from %s", library)
         return True
+
+
+def load_for(device: torch.device) -> bool:
+    """:func:`load`, where ``device`` is a GPU that there are kernels for."""
+    return _is_supported(device) and load()
+
+
+@functools.lru_cache
+def _is_supported(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
 def build(

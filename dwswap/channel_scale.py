@@ -18,7 +18,6 @@ backward that is transformed.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +26,7 @@ from torch import Tensor
 from dwswap import build
 from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
 from dwswap.backward import without_autocast
-from dwswap.batch_norm import is_batched
-from dwswap.plain import has_kernels, is_plain_but_for_autocast, needs_gradient
+from dwswap.plain import has_kernels, is_batched, is_plain_but_for_autocast, needs_gradient
 from dwswap.schema import channel_means, library
 from dwswap.schema import channel_scale as operator
 from dwswap.schema import channel_scale_backward as backward_operator
@@ -60,12 +58,7 @@ def has_channel_scale(input: Tensor) -> bool:
     planes, pixels = batch * channels, height * width
     if not (0 < planes <= _MOST and 0 < pixels <= _MOST and planes * pixels <= _MOST_ELEMENTS):
         return False
-    return _capability(input.device) >= 8 and build.load()
-
-
-@functools.lru_cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return build.load_for(input.device)
 
 
 class Squeezed(NamedTuple):

@@ -50,34 +50,34 @@ def products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """BatchNorm in training runs the operator on the CPU, by aten; with which activations."""
-    module = importlib.import_module("dwswap.batch_norm")  # has a function of its name
-    seen: list[str] = []
-
-    def counted(*arguments: Any) -> torch.Tensor:
-        seen.append(arguments[8])
-        return module.batch_norm(*arguments)
-
-    monkeypatch.setattr(module, "has_kernels", lambda tensor: tensor.dtype is not torch.float64)
-    monkeypatch.setattr(module, "_capability", lambda device: 9)
-    monkeypatch.setattr(module, "build", SimpleNamespace(load=lambda: True))
-    monkeypatch.setattr("dwswap.training_modules.batch_norm", counted)
-    return seen
+    return _runs_on_cpu(
+        monkeypatch, "dwswap.batch_norm", "batch_norm", "dwswap.training_modules", 8
+    )
 
 
 @pytest.fixture
 def excitation_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Squeeze-and-excitation in training runs its operators on the CPU; with which gates."""
-    module = importlib.import_module("dwswap.channel_scale")
+    return _runs_on_cpu(
+        monkeypatch, "dwswap.channel_scale", "excite", "dwswap.excitation_modules", 2
+    )
+
+
+def _runs_on_cpu(
+    monkeypatch: pytest.MonkeyPatch, name: str, function: str, user: str, argument: int
+) -> list[str]:
+    """The kernels of a module seem to be there; the argument of each call of its function."""
+    module = importlib.import_module(name)  # batch_norm has a function of its name
     seen: list[str] = []
 
     def counted(*arguments: Any) -> torch.Tensor:
-        seen.append(arguments[2])
-        return module.excite(*arguments)
+        seen.append(arguments[argument])
+        return getattr(module, function)(*arguments)
 
     monkeypatch.setattr(module, "has_kernels", lambda tensor: tensor.dtype is not torch.float64)
-    monkeypatch.setattr(module, "_capability", lambda device: 9)
-    monkeypatch.setattr(module, "build", SimpleNamespace(load=lambda: True))
-    monkeypatch.setattr("dwswap.excitation_modules.excite", counted)
+    loaded = SimpleNamespace(load=lambda: True, load_for=lambda device: True)
+    monkeypatch.setattr(module, "build", loaded)
+    monkeypatch.setattr(f"{user}.{function}", counted)
     return seen
 
 
