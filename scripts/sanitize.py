@@ -172,6 +172,12 @@ def gradient_problems() -> Iterator[Problem]:
                 yield ragged._replace(shape=(5, 24, 15, 70))
                 yield ragged._replace(shape=(5, 40, 6, 7), extra_padding=(-1, -1))
                 yield ragged._replace(shape=(2, 72, 33, 29), backward="channel_sums")
+            if memory_format is torch.contiguous_format and dtype in HALVES:
+                # Strips, whole planes, and pairs of them.
+                for shape in ((2, 8, 45, 64), (3, 24, 33, 29), (5, 16, 14, 14), (7, 8, 7, 7)):
+                    products = Problem(dtype, memory_format, shape, size, stride)
+                    yield products._replace(backward="gram_sums")
+                    yield products._replace(backward="gram_sums", extra_padding=(1, 3))
             yield Problem(dtype, memory_format, (2, 5, 11, 13), size, stride, extra_padding=(9, 5))
     for memory_format, dtype in itertools.product(FORMATS, (*fast, torch.float64)):
         general = Problem(dtype, memory_format, (2, 33, 10, 13), (3, 3), backward="general")

@@ -60,6 +60,7 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
     sources = [
         Path(__file__).parent / "host" / "cuts.cpp",
         FOLDER / "backward" / "diagonal_sums_cut.cpp",
+        FOLDER / "backward" / "gram_sums_cut.cpp",
         FOLDER / "backward" / "split.cpp",
         FOLDER / "plane_bands_cut.cpp",
         FOLDER / "plane_strips_cut.cpp",
@@ -464,6 +465,77 @@ def test_diagonal_sums_has_every_pixel_and_channel(cuts):
         items = tiles * strips * -(-problem.batch // images)
         assert (shares - 1) * share < items <= shares * share, what
         times.append(us)
+    assert sorted(times)[len(times) // 2] < 100
+
+
+def test_gram_sums_has_every_row(cuts):
+    problems = [
+        Problem(64, s.channels, s.height, s.width, *s.kernel, s.stride[0], 2)
+        for s in torchvision_shapes()
+        if s.channels % 8 == 0 and s.kernel[0] in (3, 5, 7) and s.dilation == (1, 1)
+    ]
+    problems += [
+        problem._replace(channels=channels)
+        for problem in ragged(4000)
+        for channels in (8, 72, 1632)
+        if problem.kernel_h == problem.kernel_w
+    ]
+    runs = [(problem, DEVICES[0]) for problem in problems]  # on sm_90 alone
+    times: list[int] = []
+    narrow = fitting = 0
+    for (problem, device), cut in zip(runs, cuts("gram_sums", runs), strict=True):
+        images, strips, rows, pairs, input_bytes, grad_bytes, *sides = cut
+        input, grad, (shared, slots, shares, us) = sides[:5], sides[5:10], sides[10:]
+        what = f"{problem}: {cut}"
+        times.append(us)
+        narrow += problem.width <= 31
+        if slots == 0:
+            continue
+        fitting += problem.width <= 31
+        assert 2 <= slots <= 3, what
+        assert shared <= device[2], what
+        assert images <= min(problem.batch, 16), what
+        assert (strips - 1) * rows < problem.out_h <= strips * rows, what
+        # Rows in different banks, at the places of matrices, each with all that is moved at once.
+        parts = (problem.stride, 1)
+        for (_, piece, lead, pitch, _), width, each in zip(
+            (input, grad), (problem.width, problem.out_w), parts, strict=True
+        ):
+            assert pitch % 32 == 16, what
+            assert lead + 2 * width <= pitch, what
+            assert lead % max(4, piece) == 0, what
+            assert 2 * width % piece == 0, what
+            assert -(-2 * width // max(4, piece)) * each <= 32, what
+        # The matrices of 16 rows, or of 8 of two images.
+        count, step = grad[0], 8 if pairs else 16
+        assert count % step == 0, what
+        assert rows <= count, what
+        assert problem.out_h <= 8 or not pairs, what
+        assert input[0] == (count - 1) * problem.stride + problem.kernel_h, what
+        for (held, _, _, pitch, image_bytes), each in zip((input, grad), parts, strict=True):
+            assert image_bytes == -(-held // each) * each * pitch, what
+        # Columns: a tile of grad_output sees two of the input, or three, from the first unseen on.
+        tiles, padding = -(-problem.out_w // 8), problem.kernel_w // 2
+        unseen = input[2] // 2 - padding
+        assert unseen >= 0, what
+        assert unseen + 7 * problem.stride + problem.kernel_w <= 8 * (problem.stride + 1), what
+        assert 16 * problem.stride * (tiles + 1) <= input[3], what
+        assert grad[2] == 16, what
+        assert 16 * (tiles + 2) <= grad[3], what
+        # What the copies bring, of 8 planes at once or of strips that begin anywhere in 16 bytes.
+        assert input_bytes % 16 == grad_bytes % 16 == 0, what
+        if strips == 1:
+            assert input_bytes == 16 * problem.height * problem.width, what
+            assert grad_bytes == 16 * problem.out_h * problem.out_w, what
+        else:
+            assert images == 1, what
+            assert rows == count, what
+            seen = min(problem.height, (rows - 1) * problem.stride + problem.kernel_h)
+            assert input_bytes >= 2 * seen * problem.width + 14, what
+            assert grad_bytes >= 2 * rows * problem.out_w + 14, what
+        units = -(-problem.batch // images) * strips
+        assert 1 <= shares <= units, what
+    assert fitting == narrow > 1000
     assert sorted(times)[len(times) // 2] < 100
 
 

@@ -35,6 +35,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&x)[2], uint32_t address
                : "r"(address)
                : "memory");
 }
+__device__ __forceinline__ void load_transposed_matrices(uint32_t (&x)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(x[0]), "=r"(x[1])
+               : "r"(address)
+               : "memory");
+}
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // The way back of two of them, in the same layout.
@@ -52,6 +58,12 @@ __device__ __forceinline__ uint32_t transposed(uint32_t x) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
+
+// Two neighbouring elements of a fragment that are 1.
+template <typename T>
+constexpr uint32_t kOnes = 0x3c003c00;
+template <>
+inline constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80;
 
 // sums += a b: a is 16 x 16 by rows, b 16 x 8 by columns, sums 16 x 8 in float32.
 template <typename T>

@@ -29,6 +29,7 @@ FAST = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 SQUARES = ((3, 3), (5, 5), (7, 7))
 SIZES = ((7, 7), (13, 9), (14, 14), (33, 29), (1, 23), (5, 113), (56, 57))
+NARROW = ((7, 7), (13, 9), (28, 28), (33, 29), (5, 30), (75, 56))
 ALL = (True, True, True)
 
 pytestmark = [] if DEVICE == "cpu" else [pytest.mark.gpu]
@@ -97,6 +98,42 @@ ROWS = {
     "plane sums, dilation": Row("sums", "plane_sums", "contiguous", strides=(1,), dilation=2),
     "plane sums, no padding": Row("sums", "plane_sums", "contiguous", extra_padding=(-1, -1)),
     "plane sums, more padding": Row("sums", "plane_sums", "contiguous", extra_padding=(1, 4)),
+    "gram sums": Row(
+        "sums",
+        "gram_sums",
+        "contiguous",
+        strides=(1,),
+        channels=(8, 40, 136),
+        dtypes=HALVES,
+        sizes=((7, 7), (8, 8), (13, 9), (14, 14), (33, 29), (1, 23), (5, 63), (56, 57), (75, 64)),
+    ),
+    "gram sums, stride 2": Row(
+        "sums",
+        "gram_sums",
+        "contiguous",
+        strides=(2,),
+        channels=(8, 40, 136),
+        dtypes=HALVES,
+        sizes=((7, 7), (8, 8), (13, 9), (14, 14), (33, 29), (1, 23), (5, 30), (75, 64)),
+    ),
+    "gram sums, no padding": Row(
+        "sums",
+        "gram_sums",
+        "contiguous",
+        channels=(24,),
+        dtypes=HALVES,
+        extra_padding=(-1, -1),
+        sizes=NARROW,
+    ),
+    "gram sums, more padding": Row(
+        "sums",
+        "gram_sums",
+        "contiguous",
+        channels=(24,),
+        dtypes=HALVES,
+        extra_padding=(1, 4),
+        sizes=NARROW,
+    ),
     "diagonal sums": Row(
         "sums", "diagonal_sums", "channels_last", channels=(8, 32, 72, 80, 136, 200), dtypes=HALVES
     ),

@@ -14,6 +14,7 @@
 #include "batch_norm/cut.h"
 #include "channel_scale/cut.h"
 #include "depthwise_conv2d/backward/diagonal_sums_cut.h"
+#include "depthwise_conv2d/backward/gram_sums_cut.h"
 #include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/channel_direct_cut.h"
 #include "depthwise_conv2d/diagonal_cut.h"
@@ -123,6 +124,19 @@ int main() {
                   cut.rows, cut.stages, cut.units, cut.chunks, cut.parts,
                   diagonal::tile_columns(cut.columns, kernel, stride),
                   cut.shared_bytes(kernel, stride), took.count());
+    } else if (family == "gram_sums") {
+      GradientParams q{};
+      static_cast<DepthwiseConv2dParams&>(q) = p;
+      const auto cut = gram_sums::choose_cut(q, device);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %d %d %lld %lld", cut.images, cut.strips, cut.rows, cut.pairs,
+                  static_cast<long long>(cut.input_bytes), static_cast<long long>(cut.grad_bytes));
+      for (const auto& rows : {cut.input, cut.grad})
+        std::printf(" %d %d %d %d %d", rows.count, rows.piece, rows.lead, rows.pitch,
+                    rows.image_bytes);
+      std::printf(" %lld %d %d %.0f\n",
+                  static_cast<long long>(cut.slots == 0 ? 0 : cut.shared_bytes()), cut.slots,
+                  cut.shares, took.count());
     } else if (family == "stem_conv2d") {
       StemConv2dParams q{};
       q.batch = p.batch, q.channels = p.channels, q.height = p.in_h, q.width = p.in_w;

@@ -1,4 +1,4 @@
-// The launch choice of the gradients: the first family that covers a problem.
+// The launch choice of the gradients: the first family that covers a problem, and suits it.
 #include <cstdlib>
 #include <string_view>
 
@@ -8,12 +8,14 @@
 namespace dwswap {
 namespace {
 
+bool always(const GradientParams&) { return true; }
+
 struct Family {
   GradientChoice choice;
   bool (*covers)(const GradientParams&);
+  bool (*suits)(const GradientParams&) = always;
 };
 
-bool always(const GradientParams&) { return true; }
 int64_t no_bytes(const GradientParams&) { return 0; }
 
 constexpr Family kInputFamilies[] = {
@@ -25,6 +27,7 @@ constexpr Family kInputFamilies[] = {
 constexpr Family kWeightFamilies[] = {
     {{"diagonal_sums", diagonal_sums_workspace_bytes, launch_diagonal_sums}, covers_diagonal_sums},
     {{"channel_sums", channel_sums_workspace_bytes, launch_channel_sums}, covers_channel_sums},
+    {{"gram_sums", gram_sums_workspace_bytes, launch_gram_sums}, covers_gram_sums, suits_gram_sums},
     {{"plane_sums", plane_sums_workspace_bytes, launch_plane_sums}, covers_plane_sums},
     {{"general", general_sums_workspace_bytes, launch_general_sums}, always},
 };
@@ -50,7 +53,7 @@ GradientChoice choose(const Families& families, const GradientParams& p) {
     }
   }
   const Family* family = families;
-  while (!family->covers(p)) ++family;
+  while (!family->suits(p) || !family->covers(p)) ++family;
   return family->choice;
 }
 

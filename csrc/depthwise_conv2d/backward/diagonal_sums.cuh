@@ -75,11 +75,6 @@ __device__ __forceinline__ Strip strip_at(const Arguments& a, int index) {
   return s;
 }
 
-template <typename T>
-constexpr uint32_t kOnes = 0x3c003c00;  // two
-template <>
-inline constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80;
-
 // Of all columns, or of those with an even and an odd distance from a tile's first one.
 template <int STRIDE>
 struct InputMaps {

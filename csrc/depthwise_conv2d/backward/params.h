@@ -56,6 +56,11 @@ bool covers_channel_sums(const GradientParams& params);
 int64_t channel_sums_workspace_bytes(const GradientParams& params);
 cudaError_t launch_channel_sums(const GradientParams& params, cudaStream_t stream);
 
+bool covers_gram_sums(const GradientParams& params);
+bool suits_gram_sums(const GradientParams& params);
+int64_t gram_sums_workspace_bytes(const GradientParams& params);
+cudaError_t launch_gram_sums(const GradientParams& params, cudaStream_t stream);
+
 bool covers_plane_sums(const GradientParams& params);
 int64_t plane_sums_workspace_bytes(const GradientParams& params);
 cudaError_t launch_plane_sums(const GradientParams& params, cudaStream_t stream);

@@ -16,6 +16,7 @@
 
 #include "common/integer.h"
 #include "common/sum.cuh"
+#include "common/warp_sums.cuh"
 #include "depthwise_conv2d/backward/plane_sums_cut.h"
 #include "depthwise_conv2d/backward/sums.cuh"
 
@@ -48,31 +49,6 @@ struct Arguments {
   Divisor by_channels, by_out_w, by_strips, by_dilation;
   Divisor by_step;  // rows of input from a step to the next
 };
-
-// The sums of a warp: lane i of 32 gets those of COUNT / 32 values, from i * COUNT / 32 on. With
-// COUNT = 16 two lanes get the same one.
-template <int COUNT>
-__device__ __forceinline__ void add_up_warp(float (&x)[COUNT]) {
-  static_assert(COUNT == 16 || COUNT == 32 || COUNT == 64, "a power of 2");
-  const int lane = threadIdx.x % 32;
-  int held = COUNT;
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    if (held == 1) {
-      x[0] += __shfl_xor_sync(~0u, x[0], offset);
-      continue;
-    }
-    held /= 2;
-    const bool upper = (lane & offset) != 0;
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; ++i) {
-      if (i >= held) continue;
-      const float given = upper ? x[i] : x[i + held];
-      const float kept = upper ? x[i + held] : x[i];
-      x[i] = kept + __shfl_xor_sync(~0u, given, offset);
-    }
-  }
-}
 
 template <typename Traits>
 __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks)

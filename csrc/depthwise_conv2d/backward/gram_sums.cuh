@@ -1,0 +1,435 @@
+// NCHW in half precision, the gradients of weight and bias on the tensor cores (sm_90): 3 x 3, 5 x
+// 5 and 7 x 7, stride 1 and 2.
+//
+//   grad_weight[kh, kw] = sum over n, oh, ow of grad_output[n, oh, ow]
+//                             input[n, S oh + kh - padding, S ow + kw - padding]
+//
+// For a row kh of taps, columns of grad_output and of the input are the operands of a product over
+// the rows: all sums of a column by a column, of which those that are kw apart lie on diagonals.
+// 8 columns of the input are multiplied by all of grad_output that see them, those of a tile of 8
+// and of the tile before it: a 16 x 8 matrix. Products of all tiles and images add up in registers;
+// the diagonals are added up in the end. Other rows of taps have the same matrices of grad_output,
+// and rows of the input that begin elsewhere: nothing is shifted, in memory or in registers.
+//
+// A warp has a channel. The copy engine brings planes as they are in memory, and the warp spreads
+// them to rows at multiples of 16 bytes with zeros around, from which matrices are loaded
+// transposed.
+//
+// An infinity or a NaN reaches the sums of its own channel alone.
+#pragma once
+
+#include "common/dependent_launch.cuh"
+#include "common/integer.h"
+#include "common/matrix.cuh"
+#include "common/tma.cuh"
+#include "common/warp_sums.cuh"
+#include "depthwise_conv2d/backward/gram_sums_cut.h"
+#include "depthwise_conv2d/backward/sums.cuh"
+
+namespace dwswap {
+namespace gram_sums {
+
+template <typename T_, int K_, int STRIDE_>
+struct Traits {
+  using T = T_;
+  static constexpr int kKernel = K_;
+  static constexpr int kStride = STRIDE_;
+  static constexpr int kTaps = K_ * K_;
+};
+
+// One of the two images.
+struct Side {
+  const unsigned char* data;
+  int height, width;
+  uint32_t begin;  // of its part of a stage
+  uint32_t bytes;  // see Cut
+  Rows rows;
+  int pieces;              // of a row
+  int moved;               // rows that a warp moves at once; lanes have a piece each
+  int from_step, to_step;  // bytes to those that it moves next
+};
+
+struct Arguments {
+  Side input, grad;
+  int batch, channels, out_h, padding_h;
+  int unseen;                // columns of the input's rows before the first that a tile sees
+  int images, rows;          // of a unit
+  int units, shares;         // images, or strips of them
+  int groups;                // of channels
+  int tiles;                 // of the columns of grad_output
+  bool whole_planes, pairs;  // see Cut
+  uint32_t stage_bytes, spread_bytes;
+  int slots;
+  Divisor by_strips;
+};
+
+// Rows of an image: which there are of those that products see.
+struct Window {
+  int row;         // of the image, of the first of them; may be negative
+  int begin, end;  // of those that there are, counted from that one
+};
+
+struct Unit {
+  int image, images;
+  Window input, grad;
+};
+
+template <int STRIDE>
+__device__ __forceinline__ Unit unit_at(const Arguments& a, int index) {
+  uint32_t strip;
+  Unit u{};
+  u.image = static_cast<int>(a.by_strips.divide(index, &strip)) * a.images;
+  u.images = min(a.images, a.batch - u.image);
+  const int row = static_cast<int>(strip) * a.rows, in_row = row * STRIDE - a.padding_h;
+  u.grad = {row, 0, min(a.rows, a.out_h - row)};
+  u.input = {in_row, max(0, -in_row), min(a.input.rows.count, a.input.height - in_row)};
+  return u;
+}
+
+// Where the rows of a window, or whole planes, begin in memory, in bytes.
+__device__ __forceinline__ int64_t place_of(const Side& s, const Arguments& a, int image,
+                                            int channel, const Window& w) {
+  const int row = a.whole_planes ? 0 : w.row + w.begin;
+  return ((static_cast<int64_t>(image) * a.channels + channel) * s.height + row) * s.width * 2;
+}
+
+#if DWSWAP_BULK_COPIES
+
+// By all lanes of a warp, each of which brings what one copy can: the planes of 8 channels of an
+// image, or a strip of one.
+__device__ __forceinline__ void fetch(const Arguments& a, const Unit& u, int first_channel,
+                                      unsigned char* stage, uint64_t* barrier) {
+  const int lane = threadIdx.x % 32, count = a.whole_planes ? u.images : kChannels;
+  const bool is_grad = lane >= count;
+  const int index = is_grad ? lane - count : lane;
+  const Side& s = is_grad ? a.grad : a.input;
+  const Window w = is_grad ? u.grad : u.input;
+  const int64_t place = place_of(s, a, a.whole_planes ? u.image + index : u.image,
+                                 first_channel + (a.whole_planes ? 0 : index), w);
+  const auto lead = static_cast<int>(place % kCopyBytes);
+  const int rows = a.whole_planes ? kChannels * s.height : w.end - w.begin;
+  const int bytes =
+      index >= count ? 0 : (lead + rows * s.width * 2 + kCopyBytes - 1) / kCopyBytes * kCopyBytes;
+  const auto all_bytes = __reduce_add_sync(~0u, static_cast<unsigned>(bytes));
+  if (lane == 0) barrier_expect(barrier, all_bytes);
+  __syncwarp();
+  if (bytes > 0)
+    copy_bytes(stage + s.begin + index * s.bytes, s.data + place - lead, bytes, barrier);
+}
+
+template <typename Word>
+__device__ __forceinline__ Word load_shared(uint32_t address) {
+  return *static_cast<const Word*>(__cvta_shared_to_generic(address));
+}
+template <typename Word>
+__device__ __forceinline__ void store_shared(uint32_t address, Word word) {
+  *static_cast<Word*>(__cvta_shared_to_generic(address)) = word;
+}
+
+// What a lane moves of rows: a piece of every so many-th.
+struct Part {
+  int row;        // the first
+  int from;       // bytes from the first row of all to its piece; many where a lane moves none
+  int to;         // bytes to the place of its piece in a row
+  uint32_t mask;  // of the elements of a pair that are in the row
+};
+
+__device__ __forceinline__ Part part_of_lane(const Side& s) {
+  constexpr int kNone = 1 << 24;
+  const int bytes = max(4, s.rows.piece), lane = threadIdx.x % 32;
+  const int row = lane / s.pieces, piece = lane % s.pieces;
+  return {row, row < s.moved ? row * s.width * 2 + piece * bytes : kNone,
+          piece * bytes + s.rows.lead, 2 * piece + 1 < s.width ? ~0u : 0xffffu};
+}
+
+// Where a row of an image lies. PARTS: 2 where even and odd rows are apart; a warp moves two of
+// each or more then, and rows of one of them are a lane's.
+template <int PARTS>
+__device__ __forceinline__ int place_of_row(const Rows& rows, int row) {
+  return PARTS == 1 ? row * rows.pitch : row % 2 * rows.odd_rows + row / 2 * rows.pitch;
+}
+
+template <typename Move>
+__device__ __forceinline__ void for_each_row(const Side& s, uint32_t from, uint32_t end,
+                                             uint32_t to, Move&& move) {
+#pragma unroll 1
+  for (; from < end; from += s.from_step, to += s.to_step) move(from, to);
+}
+
+// Rows that end at `end` to their places, in shared memory. Of the lane: `from` is where its piece
+// of the first one is, `to` where that goes.
+__device__ __forceinline__ void spread(const Side& s, uint32_t mask, uint32_t from, uint32_t end,
+                                       uint32_t to) {
+  if (s.rows.piece == 8) {
+    for_each_row(s, from, end, to, [](uint32_t source, uint32_t target) {
+      store_shared(target, load_shared<uint2>(source));
+    });
+  } else if (s.rows.piece == 4) {
+    for_each_row(s, from, end, to, [](uint32_t source, uint32_t target) {
+      store_shared(target, load_shared<uint32_t>(source));
+    });
+  } else {
+    // Rows begin anywhere, and end in the middle of a word.
+    for_each_row(s, from, end, to, [&](uint32_t source, uint32_t target) {
+      const uint32_t words = source & ~3u, selector = 0x3210 + (source & 2) * 0x1111;
+      const uint32_t pair =
+          __byte_perm(load_shared<uint32_t>(words), load_shared<uint32_t>(words + 4), selector);
+      store_shared(target, pair & mask);
+    });
+  }
+}
+
+__device__ __forceinline__ void clear(unsigned char* from, int bytes) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 32 * kCopyBytes; i < bytes; i += 32 * kCopyBytes)
+    *reinterpret_cast<uint4*>(from + i) = {};
+}
+
+// Zeros to the rows around a window that other strips have.
+template <int PARTS>
+__device__ __forceinline__ void clear_around(const Side& s, const Window& w, unsigned char* to) {
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    const auto rows_to = [&](int row) { return (row - i + PARTS - 1) / PARTS * s.rows.pitch; };
+    unsigned char* const rows = to + i * s.rows.odd_rows;
+    clear(rows, rows_to(w.begin));
+    clear(rows + rows_to(w.end), rows_to(s.rows.count) - rows_to(w.end));
+  }
+}
+
+// The sums of columns by columns.
+template <typename Traits>
+struct Products {
+  using T = typename Traits::T;
+  static constexpr int K = Traits::kKernel, S = Traits::kStride;
+  float sums[S][K][4] = {};  // of the tiles of the input at multiples of S, and the next ones
+  float bias[4] = {};
+
+  // Of 16 rows. `input` and `grad` are the addresses that this lane gives of the first matrices.
+  __device__ __forceinline__ void add(const Arguments& a, uint32_t input, uint32_t grad) {
+    // Loads bring the matrices of two rows of taps, or those of two tiles.
+    constexpr int LOADS = S == 1 ? (K + 1) / 2 : K;
+    const int pitch = a.input.rows.pitch, odd_rows = a.input.rows.odd_rows;
+    const auto rows_at = [&](int load) {
+      return input + (S == 1 ? 2 * load * pitch : load % 2 * odd_rows + load / 2 * pitch);
+    };
+    // Behind the last tile of grad_output are zeros: the tile before it sees those of the input.
+    const auto add_tile = [&]<bool LAST>() {
+      uint32_t g[4];  // of rows 0 to 7 of the tile and the one before it, and of rows 8 to 15
+      load_transposed_matrices(g, grad);
+      grad += kTileBytes;
+      if (!LAST) multiply_add<T>(bias, g, {kOnes<T>, kOnes<T>});
+#pragma unroll
+      for (int i = 0; i < LOADS; ++i) {
+        if (S == 1 ? i == LOADS - 1 : LAST) {
+          uint32_t x[2];  // of rows 0 to 7 and 8 to 15
+          load_transposed_matrices(x, rows_at(i));
+          multiply_add<T>(sums[0][S == 1 ? K - 1 : i], g, x);
+        } else {
+          uint32_t x[4];  // twice
+          load_transposed_matrices(x, rows_at(i));
+          multiply_add<T>(S == 1 ? sums[0][2 * i] : sums[0][i], g, {x[0], x[1]});
+          multiply_add<T>(S == 1 ? sums[0][2 * i + 1] : sums[S - 1][i], g, {x[2], x[3]});
+        }
+      }
+      input += S * kTileBytes;
+    };
+#pragma unroll(S == 1 ? 2 : 1)
+    for (int tile = 0; tile < a.tiles; ++tile) add_tile.template operator()<false>();
+    add_tile.template operator()<true>();
+  }
+};
+
+#endif
+
+template <typename Traits>
+__global__ void __launch_bounds__(kThreads, most_blocks(Traits::kKernel, Traits::kStride))
+    kernel(const __grid_constant__ Arguments a, const Sums<typename Traits::T> target) {
+#if DWSWAP_BULK_COPIES
+  constexpr int K = Traits::kKernel, S = Traits::kStride;
+  extern __shared__ __align__(kCopyBytes) unsigned char shared[];
+  const int share = blockIdx.x / a.groups, first_channel = blockIdx.x % a.groups * kChannels;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = first_channel + warp;
+  unsigned char* const input = shared + a.slots * a.stage_bytes + warp * a.spread_bytes;
+  auto* const full =
+      reinterpret_cast<uint64_t*>(shared + a.slots * a.stage_bytes + kChannels * a.spread_bytes);
+  const Rows &in_rows = a.input.rows, &grad_rows = a.grad.rows;
+  unsigned char* const grad = input + (a.pairs ? 2 : 1) * in_rows.image_bytes;
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < a.slots; ++slot) barrier_init(&full[slot]);
+  }
+  clear(input, a.spread_bytes);
+  __syncthreads();
+  int ahead = share;
+  const auto fetch_next = [&](int slot) {
+    if (ahead >= a.units) return;
+    fetch(a, unit_at<S>(a, ahead), first_channel, shared + slot * a.stage_bytes, &full[slot]);
+    ahead += a.shares;
+  };
+  if (warp == 0) {
+    for (int slot = 0; slot < a.slots; ++slot) fetch_next(slot);
+  }
+
+  // The matrices whose rows a lane gives the addresses of: see Products.
+  const int row = lane % 8, which = lane / 8 % 2, other = lane / 16;
+  const int in_second = a.pairs ? in_rows.image_bytes : kTile * in_rows.pitch;
+  const int grad_second = a.pairs ? grad_rows.image_bytes : kTile * grad_rows.pitch;
+  const uint32_t input_place = shared_address(input), grad_place = shared_address(grad);
+  const uint32_t input_at = input_place + row * in_rows.pitch + which * in_second +
+                            other * (S == 1 ? in_rows.pitch : kTileBytes);
+  const uint32_t grad_at =
+      grad_place + row * grad_rows.pitch + other * grad_second + (1 - which) * kTileBytes;
+  const Part input_part = part_of_lane(a.input), grad_part = part_of_lane(a.grad);
+
+  Products<Traits> products;
+  int slot = 0;
+  uint32_t parity = 0;
+  for (int index = share; index < a.units; index += a.shares) {
+    const Unit u = unit_at<S>(a, index);
+    barrier_wait(&full[slot], parity);
+    uint32_t input_from = shared_address(shared) + slot * a.stage_bytes;
+    uint32_t grad_from = input_from + a.grad.begin;
+    if (a.whole_planes) {
+      input_from += warp * a.input.height * a.input.width * 2;
+      grad_from += warp * a.grad.height * a.grad.width * 2;
+    } else {
+      input_from +=
+          warp * a.input.bytes + place_of(a.input, a, u.image, channel, u.input) % kCopyBytes;
+      grad_from += warp * a.grad.bytes + place_of(a.grad, a, u.image, channel, u.grad) % kCopyBytes;
+      clear_around<S>(a.input, u.input, input);
+      clear_around<1>(a.grad, u.grad, grad);
+    }
+    uint32_t input_end = input_from + (u.input.end - u.input.begin) * a.input.width * 2;
+    uint32_t grad_end = grad_from + u.grad.end * a.grad.width * 2;
+    const uint32_t input_to =
+        input_place + input_part.to + place_of_row<S>(in_rows, u.input.begin + input_part.row);
+    const uint32_t grad_to = grad_place + grad_part.to + grad_part.row * grad_rows.pitch;
+    input_from += input_part.from, grad_from += grad_part.from;
+#pragma unroll 1
+    for (int image = 0; image < u.images; image += a.pairs ? 2 : 1) {
+#pragma unroll 1
+      for (int i = 0; i < (a.pairs ? 2 : 1); ++i) {
+        if (image + i < u.images) {
+          spread(a.input, input_part.mask, input_from, input_end,
+                 input_to + i * in_rows.image_bytes);
+          spread(a.grad, grad_part.mask, grad_from, grad_end, grad_to + i * grad_rows.image_bytes);
+        } else {
+          clear(input + i * in_rows.image_bytes, in_rows.image_bytes);
+          clear(grad + i * grad_rows.image_bytes, grad_rows.image_bytes);
+        }
+        input_from += a.input.bytes, input_end += a.input.bytes;
+        grad_from += a.grad.bytes, grad_end += a.grad.bytes;
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int first = 0; first < u.grad.end; first += kStepRows)
+        products.add(a, input_at + first * in_rows.pitch, grad_at + first * grad_rows.pitch);
+      __syncwarp();
+    }
+    __syncthreads();
+    if (warp == 0) fetch_next(slot);
+    if (++slot == a.slots) slot = 0, parity ^= 1;
+  }
+
+  release_next_kernel();
+  // Of a matrix a lane has the columns lane / 4 of two tiles of grad_output, and two neighbouring
+  // columns of the input.
+  constexpr int COUNT = Traits::kTaps < 16 ? 16 : Traits::kTaps < 32 ? 32 : 64;
+  float values[COUNT] = {};
+#pragma unroll
+  for (int kw = 0; kw < K; ++kw) {
+#pragma unroll
+    for (int part = 0; part < S; ++part) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int in_column = part * kTile + lane % 4 * 2 + i % 2;
+        const int column = lane / 4 - i / 2 * kTile;
+        if (in_column - S * column - a.unseen != kw) continue;
+#pragma unroll
+        for (int kh = 0; kh < K; ++kh) values[kh * K + kw] += products.sums[part][kh][i];
+      }
+    }
+  }
+  if (lane % 4 == 0) values[Traits::kTaps] = products.bias[0];
+  add_up_warp(values);
+  constexpr int HELD = COUNT < 32 ? 1 : COUNT / 32;
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    const int value = lane * COUNT / 32 + i;
+    if (value <= Traits::kTaps) target.set(share, channel, value, values[i]);
+  }
+#else
+  __trap();  // the host chose it for an image of sm_90
+#endif
+}
+
+inline Side side_of(const void* data, int64_t height, int64_t width, int64_t bytes,
+                    const Rows& rows, int parts) {
+  Side side{};
+  side.data = static_cast<const unsigned char*>(data);
+  side.height = static_cast<int>(height), side.width = static_cast<int>(width);
+  side.bytes = static_cast<uint32_t>(bytes);
+  side.rows = rows;
+  side.pieces = pieces_of(width, rows);
+  side.moved = 32 / side.pieces / parts * parts;
+  side.from_step = side.moved * side.width * 2, side.to_step = side.moved / parts * rows.pitch;
+  return side;
+}
+
+inline Arguments arguments_of(const GradientParams& p, const Cut& cut) {
+  Arguments a{};
+  a.input =
+      side_of(p.input, p.in_h, p.in_w, cut.input_bytes, cut.input, static_cast<int>(p.stride_h));
+  a.grad = side_of(p.grad_output, p.out_h, p.out_w, cut.grad_bytes, cut.grad, 1);
+  a.grad.begin = static_cast<uint32_t>(cut.grad_begin());
+  a.batch = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
+  a.out_h = static_cast<int>(p.out_h), a.padding_h = static_cast<int>(p.padding_h);
+  a.unseen = cut.input.lead / 2 - static_cast<int>(p.padding_w);
+  a.images = cut.images, a.rows = cut.rows;
+  a.units = static_cast<int>(ceil_div(p.batch, cut.images) * cut.strips);
+  a.shares = cut.shares, a.groups = a.channels / kChannels;
+  a.tiles = static_cast<int>(ceil_div(p.out_w, kTile));
+  a.whole_planes = cut.has_whole_planes(), a.pairs = cut.pairs;
+  a.stage_bytes = static_cast<uint32_t>(cut.stage_bytes());
+  a.spread_bytes = static_cast<uint32_t>(cut.spread_bytes());
+  a.slots = cut.slots;
+  a.by_strips = Divisor(static_cast<uint32_t>(cut.strips));
+  return a;
+}
+
+template <typename Traits>
+cudaError_t launch(const GradientParams& p, const Device& device, cudaStream_t stream) {
+  const Cut cut = choose_cut(p, device);
+  const Arguments a = arguments_of(p, cut);
+  const auto function = kernel<Traits>;
+  // The most of any cut: threads that launch at the same time must not lower each other's limit.
+  cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            device.shared_per_block);
+  if (status != cudaSuccess) return status;
+  function<<<static_cast<unsigned>(a.groups * a.shares), kThreads, cut.shared_bytes(), stream>>>(
+      a, Sums<typename Traits::T>(p, a.shares));
+  status = cudaGetLastError();
+  if (status != cudaSuccess || a.shares == 1) return status;
+  return launch_reduction(p, a.shares, stream);
+}
+
+// One file per element type instantiates this.
+template <typename T>
+cudaError_t launch_typed(const GradientParams& p, const Device& device, cudaStream_t stream) {
+#define DWSWAP_CASE(K, S) \
+  if (p.kernel_h == K && p.stride_h == S) return launch<Traits<T, K, S>>(p, device, stream);
+  DWSWAP_CASE(3, 1)
+  DWSWAP_CASE(3, 2)
+  DWSWAP_CASE(5, 1)
+  DWSWAP_CASE(5, 2)
+  DWSWAP_CASE(7, 1)
+  DWSWAP_CASE(7, 2)
+#undef DWSWAP_CASE
+  return cudaErrorInvalidValue;
+}
+
+#define DWSWAP_LAUNCH_TYPED(T) \
+  cudaError_t launch_typed<T>(const GradientParams&, const Device&, cudaStream_t)
+
+}  // namespace gram_sums
+}  // namespace dwswap
