@@ -177,4 +177,6 @@ def _legend(figure: Any, results: Sequence[LayerResult], targets: bool) -> None:
         handles.append(
             Line2D([], [], color=TARGET, linestyle="none", marker="x", label="failed check")
         )
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))
+    # Two panels hold four of the longest labels side by side.
+    widest = 4 if figure.get_figwidth() < 12 else 6
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(widest, len(handles)))
