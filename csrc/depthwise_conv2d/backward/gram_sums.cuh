@@ -86,11 +86,13 @@ __device__ __forceinline__ Unit unit_at(const Arguments& a, int index) {
   return u;
 }
 
-// Where the rows of a window, or whole planes, begin in memory, in bytes.
-__device__ __forceinline__ int64_t place_of(const Side& s, const Arguments& a, int image,
+// Where the rows of a window, or whole planes, begin in memory, in bytes. In 32 bits it may
+// overflow, which does not change what is left of it modulo kCopyBytes.
+template <typename Integer>
+__device__ __forceinline__ Integer place_of(const Side& s, const Arguments& a, int image,
                                             int channel, const Window& w) {
   const int row = a.whole_planes ? 0 : w.row + w.begin;
-  return ((static_cast<int64_t>(image) * a.channels + channel) * s.height + row) * s.width * 2;
+  return ((static_cast<Integer>(image) * a.channels + channel) * s.height + row) * s.width * 2;
 }
 
 #if DWSWAP_BULK_COPIES
@@ -104,8 +106,8 @@ __device__ __forceinline__ void fetch(const Arguments& a, const Unit& u, int fir
   const int index = is_grad ? lane - count : lane;
   const Side& s = is_grad ? a.grad : a.input;
   const Window w = is_grad ? u.grad : u.input;
-  const int64_t place = place_of(s, a, a.whole_planes ? u.image + index : u.image,
-                                 first_channel + (a.whole_planes ? 0 : index), w);
+  const auto place = place_of<int64_t>(s, a, a.whole_planes ? u.image + index : u.image,
+                                       first_channel + (a.whole_planes ? 0 : index), w);
   const auto lead = static_cast<int>(place % kCopyBytes);
   const int rows = a.whole_planes ? kChannels * s.height : w.end - w.begin;
   const int bytes =
@@ -126,21 +128,27 @@ __device__ __forceinline__ void store_shared(uint32_t address, Word word) {
   *static_cast<Word*>(__cvta_shared_to_generic(address)) = word;
 }
 
-// What a lane moves of rows: a piece of every so many-th.
+// What a lane moves of rows: a piece of every so many-th, from `row` on.
 struct Part {
-  int row;        // the first
-  int from;       // bytes from the first row of all to its piece; many where a lane moves none
-  int to;         // bytes to the place of its piece in a row
-  uint32_t mask;  // of the elements of a pair that are in the row
-};
+  int row, piece;
 
-__device__ __forceinline__ Part part_of_lane(const Side& s) {
-  constexpr int kNone = 1 << 24;
-  const int bytes = max(4, s.rows.piece), lane = threadIdx.x % 32;
-  const int row = lane / s.pieces, piece = lane % s.pieces;
-  return {row, row < s.moved ? row * s.width * 2 + piece * bytes : kNone,
-          piece * bytes + s.rows.lead, 2 * piece + 1 < s.width ? ~0u : 0xffffu};
-}
+  __device__ __forceinline__ explicit Part(const Side& s)
+      : row(threadIdx.x % 32 / s.pieces), piece(threadIdx.x % 32 % s.pieces) {}
+
+  // From the first row of all to its piece; many bytes where it moves none.
+  __device__ __forceinline__ int from(const Side& s) const {
+    constexpr int kNone = 1 << 24;
+    return row < s.moved ? row * s.width * 2 + piece * max(4, s.rows.piece) : kNone;
+  }
+  // From where a row is placed to its piece.
+  __device__ __forceinline__ int to(const Side& s) const {
+    return s.rows.lead + piece * max(4, s.rows.piece);
+  }
+  // Of a pair of elements, those that are in the row.
+  __device__ __forceinline__ uint32_t mask(const Side& s) const {
+    return 2 * piece + 1 < s.width ? ~0u : 0xffffu;
+  }
+};
 
 // Where a row of an image lies. PARTS: 2 where even and odd rows are apart; a warp moves two of
 // each or more then, and rows of one of them are a lane's.
@@ -158,7 +166,7 @@ __device__ __forceinline__ void for_each_row(const Side& s, uint32_t from, uint3
 
 // Rows that end at `end` to their places, in shared memory. Of the lane: `from` is where its piece
 // of the first one is, `to` where that goes.
-__device__ __forceinline__ void spread(const Side& s, uint32_t mask, uint32_t from, uint32_t end,
+__device__ __forceinline__ void spread(const Side& s, const Part& part, uint32_t from, uint32_t end,
                                        uint32_t to) {
   if (s.rows.piece == 8) {
     for_each_row(s, from, end, to, [](uint32_t source, uint32_t target) {
@@ -170,6 +178,7 @@ __device__ __forceinline__ void spread(const Side& s, uint32_t mask, uint32_t fr
     });
   } else {
     // Rows begin anywhere, and end in the middle of a word.
+    const uint32_t mask = part.mask(s);
     for_each_row(s, from, end, to, [&](uint32_t source, uint32_t target) {
       const uint32_t words = source & ~3u, selector = 0x3210 + (source & 2) * 0x1111;
       const uint32_t pair =
@@ -179,19 +188,20 @@ __device__ __forceinline__ void spread(const Side& s, uint32_t mask, uint32_t fr
   }
 }
 
-__device__ __forceinline__ void clear(unsigned char* from, int bytes) {
+// Zeros to so many bytes of shared memory, a multiple of 16.
+__device__ __forceinline__ void clear(uint32_t from, int bytes) {
 #pragma unroll 1
   for (int i = threadIdx.x % 32 * kCopyBytes; i < bytes; i += 32 * kCopyBytes)
-    *reinterpret_cast<uint4*>(from + i) = {};
+    store_shared(from + i, uint4{});
 }
 
 // Zeros to the rows around a window that other strips have.
 template <int PARTS>
-__device__ __forceinline__ void clear_around(const Side& s, const Window& w, unsigned char* to) {
+__device__ __forceinline__ void clear_around(const Side& s, const Window& w, uint32_t image) {
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
     const auto rows_to = [&](int row) { return (row - i + PARTS - 1) / PARTS * s.rows.pitch; };
-    unsigned char* const rows = to + i * s.rows.odd_rows;
+    const uint32_t rows = image + i * s.rows.odd_rows;
     clear(rows, rows_to(w.begin));
     clear(rows + rows_to(w.end), rows_to(s.rows.count) - rows_to(w.end));
   }
@@ -250,11 +260,13 @@ __global__ void __launch_bounds__(kThreads, most_blocks(Traits::kKernel, Traits:
   extern __shared__ __align__(kCopyBytes) unsigned char shared[];
   const int share = blockIdx.x / a.groups, first_channel = blockIdx.x % a.groups * kChannels;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = first_channel + warp;
-  unsigned char* const input = shared + a.slots * a.stage_bytes + warp * a.spread_bytes;
+  // Where the warp spreads rows of the two images, and behind all of these the barriers.
+  const uint32_t stages = shared_address(shared);
+  const uint32_t input = stages + a.slots * a.stage_bytes + warp * a.spread_bytes;
   auto* const full =
       reinterpret_cast<uint64_t*>(shared + a.slots * a.stage_bytes + kChannels * a.spread_bytes);
   const Rows &in_rows = a.input.rows, &grad_rows = a.grad.rows;
-  unsigned char* const grad = input + (a.pairs ? 2 : 1) * in_rows.image_bytes;
+  const uint32_t grad = input + (a.pairs ? 2 : 1) * in_rows.image_bytes;
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < a.slots; ++slot) barrier_init(&full[slot]);
   }
@@ -274,12 +286,11 @@ __global__ void __launch_bounds__(kThreads, most_blocks(Traits::kKernel, Traits:
   const int row = lane % 8, which = lane / 8 % 2, other = lane / 16;
   const int in_second = a.pairs ? in_rows.image_bytes : kTile * in_rows.pitch;
   const int grad_second = a.pairs ? grad_rows.image_bytes : kTile * grad_rows.pitch;
-  const uint32_t input_place = shared_address(input), grad_place = shared_address(grad);
-  const uint32_t input_at = input_place + row * in_rows.pitch + which * in_second +
+  const uint32_t input_at = input + row * in_rows.pitch + which * in_second +
                             other * (S == 1 ? in_rows.pitch : kTileBytes);
   const uint32_t grad_at =
-      grad_place + row * grad_rows.pitch + other * grad_second + (1 - which) * kTileBytes;
-  const Part input_part = part_of_lane(a.input), grad_part = part_of_lane(a.grad);
+      grad + row * grad_rows.pitch + other * grad_second + (1 - which) * kTileBytes;
+  const Part input_part(a.input), grad_part(a.grad);
 
   Products<Traits> products;
   int slot = 0;
@@ -287,32 +298,32 @@ __global__ void __launch_bounds__(kThreads, most_blocks(Traits::kKernel, Traits:
   for (int index = share; index < a.units; index += a.shares) {
     const Unit u = unit_at<S>(a, index);
     barrier_wait(&full[slot], parity);
-    uint32_t input_from = shared_address(shared) + slot * a.stage_bytes;
+    uint32_t input_from = stages + slot * a.stage_bytes;
     uint32_t grad_from = input_from + a.grad.begin;
     if (a.whole_planes) {
       input_from += warp * a.input.height * a.input.width * 2;
       grad_from += warp * a.grad.height * a.grad.width * 2;
     } else {
-      input_from +=
-          warp * a.input.bytes + place_of(a.input, a, u.image, channel, u.input) % kCopyBytes;
-      grad_from += warp * a.grad.bytes + place_of(a.grad, a, u.image, channel, u.grad) % kCopyBytes;
+      input_from += warp * a.input.bytes +
+                    place_of<uint32_t>(a.input, a, u.image, channel, u.input) % kCopyBytes;
+      grad_from += warp * a.grad.bytes +
+                   place_of<uint32_t>(a.grad, a, u.image, channel, u.grad) % kCopyBytes;
       clear_around<S>(a.input, u.input, input);
       clear_around<1>(a.grad, u.grad, grad);
     }
     uint32_t input_end = input_from + (u.input.end - u.input.begin) * a.input.width * 2;
     uint32_t grad_end = grad_from + u.grad.end * a.grad.width * 2;
     const uint32_t input_to =
-        input_place + input_part.to + place_of_row<S>(in_rows, u.input.begin + input_part.row);
-    const uint32_t grad_to = grad_place + grad_part.to + grad_part.row * grad_rows.pitch;
-    input_from += input_part.from, grad_from += grad_part.from;
+        input + input_part.to(a.input) + place_of_row<S>(in_rows, u.input.begin + input_part.row);
+    const uint32_t grad_to = grad + grad_part.to(a.grad) + grad_part.row * grad_rows.pitch;
+    input_from += input_part.from(a.input), grad_from += grad_part.from(a.grad);
 #pragma unroll 1
     for (int image = 0; image < u.images; image += a.pairs ? 2 : 1) {
 #pragma unroll 1
       for (int i = 0; i < (a.pairs ? 2 : 1); ++i) {
         if (image + i < u.images) {
-          spread(a.input, input_part.mask, input_from, input_end,
-                 input_to + i * in_rows.image_bytes);
-          spread(a.grad, grad_part.mask, grad_from, grad_end, grad_to + i * grad_rows.image_bytes);
+          spread(a.input, input_part, input_from, input_end, input_to + i * in_rows.image_bytes);
+          spread(a.grad, grad_part, grad_from, grad_end, grad_to + i * grad_rows.image_bytes);
         } else {
           clear(input + i * in_rows.image_bytes, in_rows.image_bytes);
           clear(grad + i * grad_rows.image_bytes, grad_rows.image_bytes);
