@@ -21,20 +21,9 @@ constexpr int64_t kStatistics = 4, kTerms = 2;  // rows of BatchNormParams
 
 // The extents, layout, types and numbers of a call.
 BatchNormParams describe(const char* op, const Tensor& input, int64_t activation) {
-  check_cuda(op, input);
-  DWSWAP_CHECK_IN(op, input.dim() == 4, "input must be 4-D (N, C, H, W), got shape ",
-                  shape_string(input));
-  const auto dtype = kernel_data_type(input);
-  DWSWAP_CHECK_IN(op, dtype.has_value() && *dtype != DataType::kFloat64,
-                  "input must be float32, float16 or bfloat16 on a GPU of sm_80 or later, got ",
-                  torch::headeronly::toString(input.scalar_type()));
-  const Image image(input);
+  const DenseImage image = checked_image(op, input);
   BatchNormParams p{};
-  p.dtype = *dtype;
-  p.layout = image.channels_last() ? Layout::kChannelsLast : Layout::kContiguous;
-  DWSWAP_CHECK_IN(op, image.channels_last() || image.contiguous(),
-                  "input must be dense, contiguous or channels_last, got strides ",
-                  shape_string(input.strides()), " for shape ", shape_string(input));
+  p.dtype = image.dtype, p.layout = image.layout;
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   DWSWAP_CHECK_IN(op, std::max({image.n, image.c, image.h * image.w}) <= kMost,
                   "input must have fewer than 2^31 images, channels and pixels, got shape ",
@@ -80,11 +69,6 @@ Tensor allocate_floats(const char* op, const char* what, int64_t rows, int64_t c
                        const Tensor& like) {
   const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
   return allocate(op, what, sizes, strides, 2, like, aoti_torch_dtype_float32());
-}
-
-Tensor allocate_like(const char* op, const char* what, const Tensor& tensor) {
-  return allocate(op, what, tensor.sizes().data(), tensor.strides().data(), tensor.dim(), tensor,
-                  dtype_of(op, tensor));
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const std::optional<Tensor>& weight,

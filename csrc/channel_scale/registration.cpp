@@ -34,20 +34,9 @@ void check_planes(const char* op, const char* name, const Tensor& tensor, const 
 // The image, the gates, and what they are.
 ChannelScaleParams describe(const char* op, const Tensor& input, const Tensor& gates,
                             int64_t activation) {
-  check_cuda(op, input);
-  DWSWAP_CHECK_IN(op, input.dim() == 4, "input must be 4-D (N, C, H, W), got shape ",
-                  shape_string(input));
-  const auto dtype = kernel_data_type(input);
-  DWSWAP_CHECK_IN(op, dtype.has_value() && *dtype != DataType::kFloat64,
-                  "input must be float32, float16 or bfloat16 on a GPU of sm_80 or later, got ",
-                  torch::headeronly::toString(input.scalar_type()));
-  const Image image(input);
+  const DenseImage image = checked_image(op, input);
   ChannelScaleParams p{};
-  p.dtype = *dtype;
-  p.layout = image.channels_last() ? Layout::kChannelsLast : Layout::kContiguous;
-  DWSWAP_CHECK_IN(op, image.channels_last() || image.contiguous(),
-                  "input must be dense, contiguous or channels_last, got strides ",
-                  shape_string(input.strides()), " for shape ", shape_string(input));
+  p.dtype = image.dtype, p.layout = image.layout;
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   const bool countable =
       std::max({image.n, image.c, image.h, image.w}) <= kMost && image.h * image.w <= kMost;
@@ -75,11 +64,6 @@ ChannelScaleParams describe(const char* op, const Tensor& input, const Tensor& g
   p.activation = gate;
   p.input = input.const_data_ptr(), p.gates = gates.const_data_ptr();
   return p;
-}
-
-Tensor allocate_like(const char* op, const char* what, const Tensor& tensor) {
-  return allocate(op, what, tensor.sizes().data(), tensor.strides().data(), tensor.dim(), tensor,
-                  dtype_of(op, tensor));
 }
 
 Tensor scale(const Tensor& input, const Tensor& gates, const std::optional<Tensor>& spread,

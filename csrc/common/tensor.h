@@ -88,6 +88,32 @@ inline void check_cuda(const char* op, const Tensor& input) {
                   input.is_cpu() ? "the CPU" : "another kind of device");
 }
 
+// An image without gaps, in a dtype whose sums are float32.
+struct DenseImage : Image {
+  DataType dtype;
+  Layout layout;
+
+  DenseImage(const Image& image, DataType type)
+      : Image(image),
+        dtype(type),
+        layout(image.channels_last() ? Layout::kChannelsLast : Layout::kContiguous) {}
+};
+
+inline DenseImage checked_image(const char* op, const Tensor& input) {
+  check_cuda(op, input);
+  DWSWAP_CHECK_IN(op, input.dim() == 4, "input must be 4-D (N, C, H, W), got shape ",
+                  shape_string(input));
+  const auto dtype = kernel_data_type(input);
+  DWSWAP_CHECK_IN(op, dtype.has_value() && *dtype != DataType::kFloat64,
+                  "input must be float32, float16 or bfloat16 on a GPU of sm_80 or later, got ",
+                  torch::headeronly::toString(input.scalar_type()));
+  const Image image(input);
+  DWSWAP_CHECK_IN(op, image.channels_last() || image.contiguous(),
+                  "input must be dense, contiguous or channels_last, got strides ",
+                  shape_string(input.strides()), " for shape ", shape_string(input));
+  return {image, *dtype};
+}
+
 // Asked first: a call of aten's contiguous costs microseconds.
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
@@ -146,6 +172,11 @@ inline int32_t dtype_of(const char* op, const Tensor& tensor) {
   DWSWAP_CHECK_IN(op, aoti_torch_get_dtype(tensor.get(), &dtype) == AOTI_TORCH_SUCCESS,
                   "the input must have a dtype");
   return dtype;
+}
+
+inline Tensor allocate_like(const char* op, const char* what, const Tensor& tensor) {
+  return allocate(op, what, tensor.sizes().data(), tensor.strides().data(), tensor.dim(), tensor,
+                  dtype_of(op, tensor));
 }
 
 // (N, C, H, W), or without N where `like` has none.
