@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,3 +181,34 @@ def test_peak_memory_of_training(memory_format, dtype):
     original = peak(model)
     model.zero_grad(set_to_none=True)
     assert peak(fast) <= original
+
+
+def readme_block(heading: str) -> str:
+    """The code under a heading of the README."""
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    return text.split(f"\n{heading}\n")[1].split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_the_captured_step_of_the_readme_trains_as_the_plain_one():
+    torch.manual_seed(0)
+    loader = [(torch.randn(16, 3, 64, 64), torch.randint(10, (16,))) for _ in range(4)]
+    model = torchvision.models.mobilenet_v2(num_classes=10).to(DEVICE)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    names = {"torch": torch, "F": F, "dwswap": dwswap, "loader": loader}
+    captured = {**names, "model": copy.deepcopy(model)}
+    exec(readme_block("### Training steps: CUDA graphs"), captured)
+
+    plain = {**names, "model": model}
+    before_capture = readme_block("### Training steps: CUDA graphs").split("stream = ")[0]
+    exec(before_capture, plain)
+    for i in (0, 0, 0, *range(len(loader))):
+        for kept, value in zip((plain["images"], plain["labels"]), loader[i], strict=True):
+            kept.copy_(value)
+        loss = plain["step"]()
+    assert loss.isfinite()
+    torch.testing.assert_close(captured["loss"], loss, rtol=1e-2, atol=1e-2)
+    tracked = [m["model"].features[0][1].num_batches_tracked for m in (captured, plain)]
+    assert tracked[0] == tracked[1] == 3 + len(loader)
