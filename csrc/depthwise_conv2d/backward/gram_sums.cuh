@@ -29,11 +29,12 @@
 namespace dwswap {
 namespace gram_sums {
 
-template <typename T_, int K_, int STRIDE_>
+template <typename T_, int K_, int STRIDE_, bool BIAS_>
 struct Traits {
   using T = T_;
   static constexpr int kKernel = K_;
   static constexpr int kStride = STRIDE_;
+  static constexpr bool kBias = BIAS_;  // few networks have one beside BatchNorm
   static constexpr int kTaps = K_ * K_;
 };
 
@@ -228,7 +229,7 @@ struct Products {
       uint32_t g[4];  // of rows 0 to 7 of the tile and the one before it, and of rows 8 to 15
       load_transposed_matrices(g, grad);
       grad += kTileBytes;
-      if (!LAST) multiply_add<T>(bias, g, {kOnes<T>, kOnes<T>});
+      if (Traits::kBias && !LAST) multiply_add<T>(bias, g, {kOnes<T>, kOnes<T>});
 #pragma unroll
       for (int i = 0; i < LOADS; ++i) {
         if (S == 1 ? i == LOADS - 1 : LAST) {
@@ -244,8 +245,9 @@ struct Products {
       }
       input += S * kTileBytes;
     };
+    const uint32_t end = grad + a.tiles * kTileBytes;
 #pragma unroll(S == 1 ? 2 : 1)
-    for (int tile = 0; tile < a.tiles; ++tile) add_tile.template operator()<false>();
+    while (grad != end) add_tile.template operator()<false>();
     add_tile.template operator()<true>();
   }
 };
@@ -253,7 +255,8 @@ struct Products {
 #endif
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, most_blocks(Traits::kKernel, Traits::kStride))
+__global__ void __launch_bounds__(kThreads,
+                                  most_blocks(Traits::kKernel, Traits::kStride, Traits::kBias))
     kernel(const __grid_constant__ Arguments a, const Sums<typename Traits::T> target) {
 #if DWSWAP_BULK_COPIES
   constexpr int K = Traits::kKernel, S = Traits::kStride;
@@ -272,14 +275,12 @@ __global__ void __launch_bounds__(kThreads, most_blocks(Traits::kKernel, Traits:
   }
   clear(input, a.spread_bytes);
   __syncthreads();
-  int ahead = share;
-  const auto fetch_next = [&](int slot) {
-    if (ahead >= a.units) return;
-    fetch(a, unit_at<S>(a, ahead), first_channel, shared + slot * a.stage_bytes, &full[slot]);
-    ahead += a.shares;
+  const auto fetch_unit = [&](int index, int slot) {
+    if (index < a.units)
+      fetch(a, unit_at<S>(a, index), first_channel, shared + slot * a.stage_bytes, &full[slot]);
   };
   if (warp == 0) {
-    for (int slot = 0; slot < a.slots; ++slot) fetch_next(slot);
+    for (int slot = 0; slot < a.slots; ++slot) fetch_unit(share + slot * a.shares, slot);
   }
 
   // The matrices whose rows a lane gives the addresses of: see Products.
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, most_blocks(Traits::kKernel, Traits:
       __syncwarp();
     }
     __syncthreads();
-    if (warp == 0) fetch_next(slot);
+    if (warp == 0) fetch_unit(index + a.slots * a.shares, slot);
     if (++slot == a.slots) slot = 0, parity ^= 1;
   }
 
@@ -427,8 +428,10 @@ cudaError_t launch(const GradientParams& p, const Device& device, cudaStream_t s
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const GradientParams& p, const Device& device, cudaStream_t stream) {
-#define DWSWAP_CASE(K, S) \
-  if (p.kernel_h == K && p.stride_h == S) return launch<Traits<T, K, S>>(p, device, stream);
+#define DWSWAP_CASE(K, S)                                                  \
+  if (p.kernel_h == K && p.stride_h == S)                                  \
+    return p.wants_bias ? launch<Traits<T, K, S, true>>(p, device, stream) \
+                        : launch<Traits<T, K, S, false>>(p, device, stream);
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)
   DWSWAP_CASE(5, 1)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "common/memo.h"
 #include "depthwise_conv2d/problem_key.h"
@@ -119,8 +120,8 @@ int64_t resident_blocks(const Cut& cut, const GradientParams& p, const Device& d
   constexpr int kBlockBytes = 1024;  // of shared memory, that the system takes
   if (cut.shared_bytes() > device.shared_per_block) return 0;
   const int64_t by_memory = device.shared_per_multiprocessor / (cut.shared_bytes() + kBlockBytes);
-  return std::min<int64_t>(by_memory,
-                           most_blocks(static_cast<int>(p.kernel_h), static_cast<int>(p.stride_h)));
+  return std::min<int64_t>(by_memory, most_blocks(static_cast<int>(p.kernel_h),
+                                                  static_cast<int>(p.stride_h), p.wants_bias));
 }
 
 Cut search_cut(const GradientParams& p, const Device& device) {
@@ -140,7 +141,8 @@ Cut search_cut(const GradientParams& p, const Device& device) {
 }  // namespace
 
 Cut choose_cut(const GradientParams& p, const Device& device) {
-  return memoized(problem_key(p, device), [&] { return search_cut(p, device); });
+  return memoized(std::pair(problem_key(p, device), p.wants_bias),
+                  [&] { return search_cut(p, device); });
 }
 
 }  // namespace gram_sums

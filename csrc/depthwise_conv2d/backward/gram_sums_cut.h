@@ -17,8 +17,8 @@ constexpr int kMostImages = 16;       // of a stage: its copies are those of a w
 constexpr int kCopyBytes = 16;        // bulk copies begin and end at multiples of these
 
 // Blocks of a multiprocessor whose registers there are.
-constexpr int most_blocks(int kernel, int stride) {
-  return kernel == 7 || (kernel == 5 && stride == 2) ? 2 : 3;
+constexpr int most_blocks(int kernel, int stride, bool bias) {
+  return kernel == 3 || (kernel == 5 && (stride == 1 || !bias)) ? 3 : 2;
 }
 
 // Where the rows of an image lie for the products, with zeros around them.
