@@ -60,7 +60,7 @@ void choose_split(Cut& cut, const GradientParams& p, const Device& device) {
   walks.resident = resident_blocks(cut, device);
   walks.reduction = 6;
   walks.enough_blocks = cut.boxes() > 1 ? 100 : 75;
-  cut.split = dwswap::choose_split(walks);
+  cut.split = search_split(walks);
 }
 
 // Bytes of the sectors that the pieces of pixels lie in, of a byte of these: blocks have so many

@@ -9,7 +9,6 @@
 #include "common/memo.h"
 
 namespace dwswap {
-namespace {
 
 Split search_split(const Walks& w) {
   constexpr int64_t kMostStrips = 16, kLeastRows = 4, kMostRounds = 16, kMostShares = 2048;
@@ -36,8 +35,6 @@ Split search_split(const Walks& w) {
   }
   return best;
 }
-
-}  // namespace
 
 Split choose_split(const Walks& w) {
   const std::array<int64_t, 8> key{w.columns, w.height,   w.more_rows, w.walkers,

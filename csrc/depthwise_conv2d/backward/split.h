@@ -25,6 +25,8 @@ struct Split {
 };
 
 // The split that takes the least time by a simple estimate.
+Split search_split(const Walks& walks);
+// The same, searched once per problem.
 Split choose_split(const Walks& walks);
 
 }  // namespace dwswap
