@@ -485,7 +485,7 @@ def test_gram_sums_has_every_row(cuts):
     narrow = fitting = 0
     for (problem, device), cut in zip(runs, cuts("gram_sums", runs), strict=True):
         images, strips, rows, pairs, input_bytes, grad_bytes, *sides = cut
-        input, grad, (shared, slots, shares, us) = sides[:5], sides[5:10], sides[10:]
+        input, grad, (shared, slots, shares, us) = sides[:6], sides[6:12], sides[12:]
         what = f"{problem}: {cut}"
         times.append(us)
         narrow += problem.width <= 31
@@ -498,30 +498,30 @@ def test_gram_sums_has_every_row(cuts):
         assert (strips - 1) * rows < problem.out_h <= strips * rows, what
         # Rows in different banks, at the places of matrices, each with all that is moved at once.
         parts = (problem.stride, 1)
-        for (_, piece, lead, pitch, _), width, each in zip(
+        for (_, piece, aligned, lead, pitch, _), width, each in zip(
             (input, grad), (problem.width, problem.out_w), parts, strict=True
         ):
             assert pitch % 32 == 16, what
             assert lead + 2 * width <= pitch, what
-            assert lead % max(4, piece) == 0, what
-            assert 2 * width % piece == 0, what
-            assert -(-2 * width // max(4, piece)) * each <= 32, what
+            assert lead % piece == 0, what
+            assert 2 * width % piece == 0 if aligned else piece == 4, what
+            assert -(-2 * width // piece) * each <= 32, what
         # The matrices of 16 rows, or of 8 of two images.
         count, step = grad[0], 8 if pairs else 16
         assert count % step == 0, what
         assert rows <= count, what
         assert problem.out_h <= 8 or not pairs, what
         assert input[0] == (count - 1) * problem.stride + problem.kernel_h, what
-        for (held, _, _, pitch, image_bytes), each in zip((input, grad), parts, strict=True):
+        for (held, *_, pitch, image_bytes), each in zip((input, grad), parts, strict=True):
             assert image_bytes == -(-held // each) * each * pitch, what
         # Columns: a tile of grad_output sees two of the input, or three, from the first unseen on.
         tiles, padding = -(-problem.out_w // 8), problem.kernel_w // 2
-        unseen = input[2] // 2 - padding
+        unseen = input[3] // 2 - padding
         assert unseen >= 0, what
         assert unseen + 7 * problem.stride + problem.kernel_w <= 8 * (problem.stride + 1), what
-        assert 16 * problem.stride * (tiles + 1) <= input[3], what
-        assert grad[2] == 16, what
-        assert 16 * (tiles + 2) <= grad[3], what
+        assert 16 * problem.stride * (tiles + 1) <= input[4], what
+        assert grad[3] == 16, what
+        assert 16 * (tiles + 2) <= grad[4], what
         # What the copies bring, of 8 planes at once or of strips that begin anywhere in 16 bytes.
         assert input_bytes % 16 == grad_bytes % 16 == 0, what
         if strips == 1:

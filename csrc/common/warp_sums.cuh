@@ -9,7 +9,7 @@ namespace dwswap {
 // COUNT = 16 two lanes get the same one.
 template <int COUNT>
 __device__ __forceinline__ void add_up_warp(float (&x)[COUNT]) {
-  static_assert(COUNT == 16 || COUNT == 32 || COUNT == 64, "a power of 2");
+  static_assert(COUNT == 16 || COUNT == 32 || COUNT == 64, "16, 32 or 64");
   const int lane = threadIdx.x % 32;
   int held = COUNT;
 #pragma unroll

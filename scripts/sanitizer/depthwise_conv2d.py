@@ -33,7 +33,8 @@ class Problem(NamedTuple):
     offset: int = 0  # of the input in its storage, in elements
     portable: bool = False
     family: str = ""  # asked for; the choice's where it is empty or does not cover the problem
-    backward: str = ""  # the same for the families of the gradients
+    backward: str = ""  # the same for the families of the gradients; must be the one that runs
+    bias_gradient: bool = True
 
 
 def problems() -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from dwswap.backward import backward_families
 from dwswap.schema import depthwise_conv2d_backward
 from sanitizer.common import FORMATS, HALVES, difference, place
 from sanitizer.depthwise_conv2d import Problem
@@ -33,10 +34,12 @@ def problems() -> Iterator[Problem]:
                 yield ragged._replace(shape=(2, 72, 33, 29), backward="channel_sums")
             if memory_format is torch.contiguous_format and dtype in HALVES:
                 # Strips, whole planes, and pairs of them.
-                for shape in ((2, 8, 45, 64), (3, 24, 33, 29), (5, 16, 14, 14), (7, 8, 7, 7)):
+                for shape in ((2, 8, 45, 56), (3, 24, 33, 29), (5, 16, 14, 14), (7, 8, 7, 7)):
                     products = Problem(dtype, memory_format, shape, size, stride)
                     yield products._replace(backward="gram_sums")
-                    yield products._replace(backward="gram_sums", extra_padding=(1, 3))
+                    yield products._replace(
+                        backward="gram_sums", extra_padding=(1, 3), bias_gradient=False
+                    )
             yield Problem(dtype, memory_format, (2, 5, 11, 13), size, stride, extra_padding=(9, 5))
     for memory_format, dtype in itertools.product(FORMATS, (*fast, torch.float64)):
         general = Problem(dtype, memory_format, (2, 33, 10, 13), (3, 3), backward="general")
@@ -70,10 +73,15 @@ def check(problem: Problem) -> str | None:
     os.environ["DWSWAP_PORTABLE"] = str(int(problem.portable))
     os.environ["DWSWAP_FAMILY"] = problem.family
     os.environ["DWSWAP_BACKWARD_FAMILY"] = problem.backward
-    ours = depthwise_conv2d_backward(
-        place(grad, problem), place(input, problem), weight.cuda(), *geometry, [True, True, True]
-    )
+    tensors = (place(grad, problem), place(input, problem), weight.cuda())
+    mask = [True, True, problem.bias_gradient]
+    ran = backward_families(*tensors, *geometry, mask)
+    if problem.backward and problem.backward not in ran:
+        return f"{' and '.join(ran)} ran"
+    ours = depthwise_conv2d_backward(*tensors, *geometry, mask)
     for name, result, reference in zip(("input", "weight", "bias"), ours, exact, strict=True):
+        if result is None:
+            continue
         wrong = difference((result * 1).cpu().double(), reference, problem.dtype)
         if wrong is not None:
             return f"gradient of {name}: {wrong}"

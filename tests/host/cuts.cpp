@@ -132,8 +132,8 @@ int main() {
       std::printf("%d %d %d %d %lld %lld", cut.images, cut.strips, cut.rows, cut.pairs,
                   static_cast<long long>(cut.input_bytes), static_cast<long long>(cut.grad_bytes));
       for (const auto& rows : {cut.input, cut.grad})
-        std::printf(" %d %d %d %d %d", rows.count, rows.piece, rows.lead, rows.pitch,
-                    rows.image_bytes);
+        std::printf(" %d %d %d %d %d %d", rows.count, rows.piece, rows.is_aligned, rows.lead,
+                    rows.pitch, rows.image_bytes);
       std::printf(" %lld %d %d %.0f\n",
                   static_cast<long long>(cut.slots == 0 ? 0 : cut.shared_bytes()), cut.slots,
                   cut.shares, took.count());

@@ -13,7 +13,7 @@ bool covers_gram_sums(const GradientParams& p) {
       reinterpret_cast<uintptr_t>(p.grad_output) | reinterpret_cast<uintptr_t>(p.input);
   if (places % gram_sums::kCopyBytes != 0) return false;
   // Units, and elements of 8 planes with padding, are counted in 32 bits.
-  const int64_t plane = (p.in_h + 4 * p.kernel_h) * (p.in_w + 4 * p.kernel_w);
+  const int64_t plane = (p.in_h + 4 * p.kernel_h) * (p.in_w + 2 * p.padding_w + 4 * p.kernel_w);
   if (gram_sums::kChannels * plane > kLimit || p.batch * p.out_h > kLimit || p.channels > kLimit)
     return false;
   const gram_sums::Cut cut = gram_sums::choose_cut(p, current_device());

@@ -5,7 +5,8 @@
 //                             input[n, S oh + kh - padding, S ow + kw - padding]
 //
 // For a row kh of taps, columns of grad_output and of the input are the operands of a product over
-// the rows: all sums of a column by a column, of which those that are kw apart lie on diagonals.
+// the rows: all sums of a column by a column, as in a Gram matrix, of which those that are kw apart
+// lie on diagonals.
 // 8 columns of the input are multiplied by all of grad_output that see them, those of a tile of 8
 // and of the tile before it: a 16 x 8 matrix. Products of all tiles and images add up in registers;
 // the diagonals are added up in the end. Other rows of taps have the same matrices of grad_output,
@@ -21,9 +22,8 @@
 #include "common/dependent_launch.cuh"
 #include "common/integer.h"
 #include "common/matrix.cuh"
-#include "common/tma.cuh"
 #include "common/warp_sums.cuh"
-#include "depthwise_conv2d/backward/gram_sums_cut.h"
+#include "depthwise_conv2d/backward/gram_sums_stage.cuh"
 #include "depthwise_conv2d/backward/sums.cuh"
 
 namespace dwswap {
@@ -38,175 +38,7 @@ struct Traits {
   static constexpr int kTaps = K_ * K_;
 };
 
-// One of the two images.
-struct Side {
-  const unsigned char* data;
-  int height, width;
-  uint32_t begin;  // of its part of a stage
-  uint32_t bytes;  // see Cut
-  Rows rows;
-  int pieces;              // of a row
-  int moved;               // rows that a warp moves at once; lanes have a piece each
-  int from_step, to_step;  // bytes to those that it moves next
-};
-
-struct Arguments {
-  Side input, grad;
-  int batch, channels, out_h, padding_h;
-  int unseen;                // columns of the input's rows before the first that a tile sees
-  int images, rows;          // of a unit
-  int units, shares;         // images, or strips of them
-  int groups;                // of channels
-  int tiles;                 // of the columns of grad_output
-  bool whole_planes, pairs;  // see Cut
-  uint32_t stage_bytes, spread_bytes;
-  int slots;
-  Divisor by_strips;
-};
-
-// Rows of an image: which there are of those that products see.
-struct Window {
-  int row;         // of the image, of the first of them; may be negative
-  int begin, end;  // of those that there are, counted from that one
-};
-
-struct Unit {
-  int image, images;
-  Window input, grad;
-};
-
-template <int STRIDE>
-__device__ __forceinline__ Unit unit_at(const Arguments& a, int index) {
-  uint32_t strip;
-  Unit u{};
-  u.image = static_cast<int>(a.by_strips.divide(index, &strip)) * a.images;
-  u.images = min(a.images, a.batch - u.image);
-  const int row = static_cast<int>(strip) * a.rows, in_row = row * STRIDE - a.padding_h;
-  u.grad = {row, 0, min(a.rows, a.out_h - row)};
-  u.input = {in_row, max(0, -in_row), min(a.input.rows.count, a.input.height - in_row)};
-  return u;
-}
-
-// Where the rows of a window, or whole planes, begin in memory, in bytes. In 32 bits it may
-// overflow, which does not change what is left of it modulo kCopyBytes.
-template <typename Integer>
-__device__ __forceinline__ Integer place_of(const Side& s, const Arguments& a, int image,
-                                            int channel, const Window& w) {
-  const int row = a.whole_planes ? 0 : w.row + w.begin;
-  return ((static_cast<Integer>(image) * a.channels + channel) * s.height + row) * s.width * 2;
-}
-
 #if DWSWAP_BULK_COPIES
-
-// By all lanes of a warp, each of which brings what one copy can: the planes of 8 channels of an
-// image, or a strip of one.
-__device__ __forceinline__ void fetch(const Arguments& a, const Unit& u, int first_channel,
-                                      unsigned char* stage, uint64_t* barrier) {
-  const int lane = threadIdx.x % 32, count = a.whole_planes ? u.images : kChannels;
-  const bool is_grad = lane >= count;
-  const int index = is_grad ? lane - count : lane;
-  const Side& s = is_grad ? a.grad : a.input;
-  const Window w = is_grad ? u.grad : u.input;
-  const auto place = place_of<int64_t>(s, a, a.whole_planes ? u.image + index : u.image,
-                                       first_channel + (a.whole_planes ? 0 : index), w);
-  const auto lead = static_cast<int>(place % kCopyBytes);
-  const int rows = a.whole_planes ? kChannels * s.height : w.end - w.begin;
-  const int bytes =
-      index >= count ? 0 : (lead + rows * s.width * 2 + kCopyBytes - 1) / kCopyBytes * kCopyBytes;
-  const auto all_bytes = __reduce_add_sync(~0u, static_cast<unsigned>(bytes));
-  if (lane == 0) barrier_expect(barrier, all_bytes);
-  __syncwarp();
-  if (bytes > 0)
-    copy_bytes(stage + s.begin + index * s.bytes, s.data + place - lead, bytes, barrier);
-}
-
-template <typename Word>
-__device__ __forceinline__ Word load_shared(uint32_t address) {
-  return *static_cast<const Word*>(__cvta_shared_to_generic(address));
-}
-template <typename Word>
-__device__ __forceinline__ void store_shared(uint32_t address, Word word) {
-  *static_cast<Word*>(__cvta_shared_to_generic(address)) = word;
-}
-
-// What a lane moves of rows: a piece of every so many-th, from `row` on.
-struct Part {
-  int row, piece;
-
-  __device__ __forceinline__ explicit Part(const Side& s)
-      : row(threadIdx.x % 32 / s.pieces), piece(threadIdx.x % 32 % s.pieces) {}
-
-  // From the first row of all to its piece; many bytes where it moves none.
-  __device__ __forceinline__ int from(const Side& s) const {
-    constexpr int kNone = 1 << 24;
-    return row < s.moved ? row * s.width * 2 + piece * max(4, s.rows.piece) : kNone;
-  }
-  // From where a row is placed to its piece.
-  __device__ __forceinline__ int to(const Side& s) const {
-    return s.rows.lead + piece * max(4, s.rows.piece);
-  }
-  // Of a pair of elements, those that are in the row.
-  __device__ __forceinline__ uint32_t mask(const Side& s) const {
-    return 2 * piece + 1 < s.width ? ~0u : 0xffffu;
-  }
-};
-
-// Where a row of an image lies. PARTS: 2 where even and odd rows are apart; a warp moves two of
-// each or more then, and rows of one of them are a lane's.
-template <int PARTS>
-__device__ __forceinline__ int place_of_row(const Rows& rows, int row) {
-  return PARTS == 1 ? row * rows.pitch : row % 2 * rows.odd_rows + row / 2 * rows.pitch;
-}
-
-template <typename Move>
-__device__ __forceinline__ void for_each_row(const Side& s, uint32_t from, uint32_t end,
-                                             uint32_t to, Move&& move) {
-#pragma unroll 1
-  for (; from < end; from += s.from_step, to += s.to_step) move(from, to);
-}
-
-// Rows that end at `end` to their places, in shared memory. Of the lane: `from` is where its piece
-// of the first one is, `to` where that goes.
-__device__ __forceinline__ void spread(const Side& s, const Part& part, uint32_t from, uint32_t end,
-                                       uint32_t to) {
-  if (s.rows.piece == 8) {
-    for_each_row(s, from, end, to, [](uint32_t source, uint32_t target) {
-      store_shared(target, load_shared<uint2>(source));
-    });
-  } else if (s.rows.piece == 4) {
-    for_each_row(s, from, end, to, [](uint32_t source, uint32_t target) {
-      store_shared(target, load_shared<uint32_t>(source));
-    });
-  } else {
-    // Rows begin anywhere, and end in the middle of a word.
-    const uint32_t mask = part.mask(s);
-    for_each_row(s, from, end, to, [&](uint32_t source, uint32_t target) {
-      const uint32_t words = source & ~3u, selector = 0x3210 + (source & 2) * 0x1111;
-      const uint32_t pair =
-          __byte_perm(load_shared<uint32_t>(words), load_shared<uint32_t>(words + 4), selector);
-      store_shared(target, pair & mask);
-    });
-  }
-}
-
-// Zeros to so many bytes of shared memory, a multiple of 16.
-__device__ __forceinline__ void clear(uint32_t from, int bytes) {
-#pragma unroll 1
-  for (int i = threadIdx.x % 32 * kCopyBytes; i < bytes; i += 32 * kCopyBytes)
-    store_shared(from + i, uint4{});
-}
-
-// Zeros to the rows around a window that other strips have.
-template <int PARTS>
-__device__ __forceinline__ void clear_around(const Side& s, const Window& w, uint32_t image) {
-#pragma unroll
-  for (int i = 0; i < PARTS; ++i) {
-    const auto rows_to = [&](int row) { return (row - i + PARTS - 1) / PARTS * s.rows.pitch; };
-    const uint32_t rows = image + i * s.rows.odd_rows;
-    clear(rows, rows_to(w.begin));
-    clear(rows + rows_to(w.end), rows_to(s.rows.count) - rows_to(w.end));
-  }
-}
 
 // The sums of columns by columns.
 template <typename Traits>
@@ -224,7 +56,8 @@ struct Products {
     const auto rows_at = [&](int load) {
       return input + (S == 1 ? 2 * load * pitch : load % 2 * odd_rows + load / 2 * pitch);
     };
-    // Behind the last tile of grad_output are zeros: the tile before it sees those of the input.
+    // One step more, with zeros as the tile of grad_output: the last one sees the input's tile
+    // behind its own.
     const auto add_tile = [&]<bool LAST>() {
       uint32_t g[4];  // of rows 0 to 7 of the tile and the one before it, and of rows 8 to 15
       load_transposed_matrices(g, grad);
@@ -325,7 +158,7 @@ __global__ void __launch_bounds__(kThreads,
         if (image + i < u.images) {
           spread(a.input, input_part, input_from, input_end, input_to + i * in_rows.image_bytes);
           spread(a.grad, grad_part, grad_from, grad_end, grad_to + i * grad_rows.image_bytes);
-        } else {
+        } else if (a.images > 1) {  // else it has zeros from the start
           clear(input + i * in_rows.image_bytes, in_rows.image_bytes);
           clear(grad + i * grad_rows.image_bytes, grad_rows.image_bytes);
         }

@@ -16,7 +16,7 @@ constexpr int64_t kStageBytes = 18 * 1024;  // about
 
 int64_t align(int64_t bytes) { return ceil_div(bytes, kCopyBytes) * kCopyBytes; }
 
-int piece_of(int64_t width) { return width % 4 == 0 ? 8 : width % 2 == 0 ? 4 : 2; }
+int piece_of(int64_t width) { return width % 4 == 0 ? 8 : 4; }
 
 // Of rows with room for so many tiles of columns.
 void set_places(Rows& rows, int64_t tiles, int parts) {
@@ -32,12 +32,9 @@ Rows input_rows(const GradientParams& p, int64_t count) {
   const int64_t most_unseen = (p.stride_w + 1) * kTile - seen;
   Rows rows{};
   rows.count = static_cast<int>((count - 1) * p.stride_h + p.kernel_h);
-  const auto lead_of = [&](int64_t piece) {
-    const int64_t columns = std::max<int64_t>(2, piece / 2);
-    return ceil_div(p.padding_w, columns) * columns;
-  };
-  rows.piece = piece_of(p.in_w);
-  if (lead_of(rows.piece) - p.padding_w > most_unseen) rows.piece = std::min(rows.piece, 4);
+  const auto lead_of = [&](int64_t piece) { return ceil_div(p.padding_w, piece / 2) * piece / 2; };
+  rows.piece = piece_of(p.in_w), rows.is_aligned = p.in_w % 2 == 0;
+  if (lead_of(rows.piece) - p.padding_w > most_unseen) rows.piece = 4;
   const int64_t lead = lead_of(rows.piece);
   rows.lead = static_cast<int>(2 * lead);
   const int64_t tiles = p.stride_w * (ceil_div(p.out_w, kTile) + 1);
@@ -49,7 +46,7 @@ Rows input_rows(const GradientParams& p, int64_t count) {
 Rows grad_rows(const GradientParams& p, int64_t count) {
   Rows rows{};
   rows.count = static_cast<int>(count);
-  rows.piece = piece_of(p.out_w);
+  rows.piece = piece_of(p.out_w), rows.is_aligned = p.out_w % 2 == 0;
   rows.lead = kTileBytes;
   set_places(rows, ceil_div(p.out_w, kTile) + 2, 1);
   return rows;
@@ -80,7 +77,8 @@ void choose_stage(Cut& cut, const GradientParams& p) {
   const int64_t step = cut.pairs ? kTile : kStepRows;
   if (p.out_h <= kMostRows && image <= 3 * kStageBytes / 2) {
     const int64_t images = std::min<int64_t>({kMostImages, p.batch, kStageBytes / image});
-    cut.images = static_cast<int>(images <= 1 ? 1 : images / 2 * 2);
+    const int64_t together = cut.pairs ? 2 : 1;
+    cut.images = static_cast<int>(images <= 1 ? 1 : images / together * together);
     set_rows(cut, p, ceil_div(p.out_h, step) * step);
     return;
   }
@@ -104,15 +102,16 @@ int choose_shares(const Cut& cut, const GradientParams& p, int64_t resident) {
   const int64_t groups = p.channels / kChannels;
   int64_t best = 1;
   double best_time = std::numeric_limits<double>::infinity();
-  for (int64_t rounds = 1; rounds <= units; rounds += rounds < 64 ? 1 : rounds / 32) {
-    const int64_t shares = ceil_div(units, rounds);
+  for (int64_t most = 1;; most += most < 64 ? 1 : most / 32) {
+    const int64_t shares = ceil_div(units, std::min(most, units));
+    const int64_t rounds = ceil_div(units, shares);
     const double fill = static_cast<double>(shares * groups) / static_cast<double>(resident);
     const double waves = fill < 1.0 ? 1.0 : 0.5 * (fill + std::ceil(fill));
     const double time = waves * static_cast<double>(rounds) + std::ceil(fill) * kStart +
                         (shares == 1 ? 0.0 : kReduction);
     if (time < best_time) best_time = time, best = shares;
+    if (shares == 1) return static_cast<int>(best);
   }
-  return static_cast<int>(best);
 }
 
 // Of a multiprocessor.

@@ -23,8 +23,9 @@ constexpr int most_blocks(int kernel, int stride, bool bias) {
 
 // Where the rows of an image lie for the products, with zeros around them.
 struct Rows {
-  int count;        // with padding
-  int piece;        // bytes that are moved at once: 8, 4, or 2 where rows begin between words
+  int count;        // that products read: with padding, and up to a multiple of theirs
+  int piece;        // bytes that a lane moves at once: 8 or 4
+  bool is_aligned;  // rows begin at multiples of pieces; else anywhere, between words too
   int lead;         // bytes before the first column
   int pitch;        // from row to row; an odd multiple of 16: no two of 8 rows share a bank
   int odd_rows;     // bytes to the odd rows, where a product has every second one
@@ -33,7 +34,7 @@ struct Rows {
 
 // Of a row; the lanes of a warp move as many at once.
 inline int pieces_of(int64_t width, const Rows& rows) {
-  return static_cast<int>(ceil_div(2 * width, rows.piece < 4 ? 4 : rows.piece));
+  return static_cast<int>(ceil_div(2 * width, rows.piece));
 }
 
 // A stage: the planes of 8 channels of some images as they are in memory, or strips of the planes
