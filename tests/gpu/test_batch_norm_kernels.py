@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numerics import ACTIVATIONS, MIN_GRADIENTS, WIDE_ACTIVATIONS, Judge, near_kinks, poison
 from torch import Tensor, nn
+from training_steps import captured_backward, draw, peak_memory, second_gradients, three_steps
 
 import dwswap
 from dwswap.batch_norm import NORM_ACTIVATIONS, batch_norm, has_batch_norm
@@ -44,11 +44,6 @@ class Tensors(NamedTuple):
     def cast(self, dtype: torch.dtype | None = None) -> Tensors:
         """New leaves."""
         return Tensors(*(None if t is None else t.to(dtype or t.dtype, copy=True) for t in self))
-
-
-def draw(shape: Sequence[int], seed: int = 0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, device="cuda")
 
 
 def make(
@@ -349,19 +344,6 @@ def block(kind: type[nn.Module], conv: nn.Conv2d, affine: bool = True) -> nn.Seq
     return nn.Sequential(conv, norm, kind(inplace=True))  # type: ignore[call-arg]
 
 
-def three_steps(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
-    for _ in range(3):
-        optimizer.zero_grad()
-        with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
-            loss = model(x).float().square().mean()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 @EACH_FORMAT
 @EACH
 @pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU])
@@ -389,13 +371,8 @@ def test_second_gradients_are_those_of_pytorch() -> None:
     fast = dwswap.optimize(model)
     x = draw((4, 3, 14, 14), 3)
 
-    def penalty(of: nn.Module) -> list[Tensor]:
-        leaf = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(of(leaf).sum(), leaf, create_graph=True)
-        return list(torch.autograd.grad(slope.square().sum(), (leaf, *of.parameters()),
-                                        allow_unused=True, materialize_grads=True))  # fmt: skip
-
-    for ours, theirs in zip(penalty(fast), penalty(model), strict=True):
+    both = (second_gradients(of, x, Tensor.sum) for of in (fast, model))
+    for ours, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -410,15 +387,7 @@ def test_what_lies_between_the_two_layers_is_not_kept() -> None:
     ).cuda()  # fmt: skip
     x = torch.randn(32, 64, 56, 56, device="cuda").to(memory_format=torch.channels_last)
 
-    def peak(of: nn.Module) -> int:
-        for _ in range(2):
-            of.zero_grad()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            of(x).sum().backward()
-        return torch.cuda.max_memory_allocated() - before
-
-    assert peak(dwswap.optimize(model.train())) < 0.75 * peak(model)
+    assert peak_memory(dwswap.optimize(model.train()), x) < 0.75 * peak_memory(model, x)
 
 
 def test_a_checkpointed_model_trains_as_before() -> None:
@@ -441,17 +410,7 @@ def test_a_checkpointed_model_trains_as_before() -> None:
 def test_a_captured_step_counts_and_learns() -> None:
     model = dwswap.optimize(blocks(nn.ReLU6).train())
     x = draw((8, 3, 14, 14), 3)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model.zero_grad()
-            model(x).sum().backward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    model.zero_grad()
-    with torch.cuda.graph(graph):
-        model(x).sum().backward()
+    graph = captured_backward(model, x)
     norm = model[0][1]  # type: ignore[index]
     assert isinstance(norm, nn.BatchNorm2d)
     before = norm.running_mean.clone()  # type: ignore[union-attr]

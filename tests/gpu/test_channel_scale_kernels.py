@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 from numerics import ACTIVATIONS, MIN_GRADIENTS, WIDE_ACTIVATIONS, Judge, near_kinks, poison
 from torch import Tensor, nn
+from training_steps import captured_backward, draw, peak_memory, second_gradients, three_steps
 
 import dwswap
 from dwswap.activations import PAIRS
@@ -40,11 +41,6 @@ class Tensors(NamedTuple):
     input: Tensor
     gates: Tensor
     gradient: Tensor
-
-
-def draw(shape: Sequence[int], seed: int = 0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, device="cuda")
 
 
 def make(
@@ -345,19 +341,6 @@ def block(kind: type[nn.Module], channels: int, gate: Callable[..., nn.Module]) 
     return nn.Sequential(nn.Conv2d(channels, channels, 3, groups=channels), excitation)
 
 
-def three_steps(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
-    for _ in range(3):
-        optimizer.zero_grad()
-        with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
-            loss = model(x).float().square().mean()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 @EACH_FORMAT
 @EACH
 @pytest.mark.parametrize("gate", [nn.Sigmoid, nn.Hardsigmoid])
@@ -402,13 +385,8 @@ def test_second_gradients_are_those_of_pytorch() -> None:
     fast = dwswap.optimize(model)
     x = draw((4, 3, 14, 14), 3)
 
-    def penalty(of: nn.Module) -> list[Tensor]:
-        leaf = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(of(leaf).square().sum(), leaf, create_graph=True)
-        tensors = (leaf, *of.parameters())
-        return list(torch.autograd.grad(slope.square().sum(), tensors, materialize_grads=True))
-
-    for ours, theirs in zip(penalty(fast), penalty(model), strict=True):
+    both = (second_gradients(of, x, lambda y: y.square().sum()) for of in (fast, model))
+    for ours, theirs in zip(*both, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
@@ -416,32 +394,15 @@ def test_training_takes_no_more_memory() -> None:
     model = blocks(channels=64).to(memory_format=torch.channels_last)
     x = draw((64, 3, 56, 56)).contiguous(memory_format=torch.channels_last)
 
-    def peak(of: nn.Module) -> int:
-        for _ in range(2):
-            of.zero_grad()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            of(x).sum().backward()
-        return torch.cuda.max_memory_allocated() - before
-
-    assert peak(dwswap.optimize(model.train())) < 1.01 * peak(model)
+    assert peak_memory(dwswap.optimize(model.train()), x) < 1.01 * peak_memory(model, x)
 
 
 def test_a_captured_step_learns() -> None:
     model = dwswap.optimize(blocks().train())
     x = draw((8, 3, 14, 14), 3)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model.zero_grad()
-            model(x).sum().backward()
-    torch.cuda.current_stream().wait_stream(stream)
+    model(x).sum().backward()
     expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    graph = torch.cuda.CUDAGraph()
-    model.zero_grad()
-    with torch.cuda.graph(graph):
-        model(x).sum().backward()
+    graph = captured_backward(model, x)
     graph.replay()
     torch.cuda.synchronize()
     found = [p.grad for p in model.parameters() if p.grad is not None]
