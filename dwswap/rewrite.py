@@ -24,6 +24,7 @@ from dwswap.cuda_graphs import CudaGraphOptions
 from dwswap.eligibility import Skip, inspect_modules, is_convolution, is_prepared
 from dwswap.example_inputs import Arguments, ObservedShapes, observe_shapes
 from dwswap.exported_program import flat_inputs, lift, unlift
+from dwswap.flops import register as register_flops
 from dwswap.fusion import fuse as fuse_graph
 from dwswap.inference_graph import InferenceGraph, graph_at
 from dwswap.inner_graphs import rewrite_submodules
@@ -141,6 +142,7 @@ def optimize(
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
     options = CudaGraphOptions.parse(cuda_graph)
+    register_flops()
     subject, arguments = _check(model, example_inputs)
     if isinstance(model, ExportedProgram) and options is not None:
         raise ValueError(

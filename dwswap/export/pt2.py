@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from dwswap.export.input_specs import check_kinds, leaves_by_path
 from dwswap.export.program import to_aten
+from dwswap.flops import register as register_flops
 
 __all__ = ["load_program", "save_aten", "save_pt2"]
 
@@ -32,6 +33,7 @@ def load_program(path: Path) -> Callable[..., Any]:
 
     Calling it with other arguments than those of the program raises TypeError.
     """
+    register_flops()
     program = torch.export.load(path)
     module = program.module()
     if program.example_inputs is not None:
