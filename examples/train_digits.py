@@ -38,7 +38,9 @@ from dwswap.bench.records import record, write_json
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train on digits, with dwswap in both modes.")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument(
+        "--epochs", type=int, default=8, help="default: 8; fewer than 4 may not pass the check"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="arrays images and target")
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

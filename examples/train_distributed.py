@@ -39,7 +39,9 @@ import dwswap
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train on digits in several processes.")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument(
+        "--epochs", type=int, default=8, help="default: 8; fewer than 4 may not pass the check"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="arrays images and target")
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
