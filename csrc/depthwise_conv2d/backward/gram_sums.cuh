@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads,
   auto* const full =
       reinterpret_cast<uint64_t*>(shared + a.slots * a.stage_bytes + kChannels * a.spread_bytes);
   const Rows &in_rows = a.input.rows, &grad_rows = a.grad.rows;
-  const uint32_t grad = input + (a.pairs ? 2 : 1) * in_rows.image_bytes;
+  const uint32_t grad = input + a.together * in_rows.image_bytes;
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < a.slots; ++slot) barrier_init(&full[slot]);
   }
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kThreads,
 
   // The matrices whose rows a lane gives the addresses of: see Products.
   const int row = lane % 8, which = lane / 8 % 2, other = lane / 16;
-  const int in_second = a.pairs ? in_rows.image_bytes : kTile * in_rows.pitch;
-  const int grad_second = a.pairs ? grad_rows.image_bytes : kTile * grad_rows.pitch;
+  const int in_second = a.together == 2 ? in_rows.image_bytes : kTile * in_rows.pitch;
+  const int grad_second = a.together == 2 ? grad_rows.image_bytes : kTile * grad_rows.pitch;
   const uint32_t input_at = input + row * in_rows.pitch + which * in_second +
                             other * (S == 1 ? in_rows.pitch : kTileBytes);
   const uint32_t grad_at =
@@ -145,25 +145,28 @@ __global__ void __launch_bounds__(kThreads,
       clear_around<S>(a.input, u.input, input);
       clear_around<1>(a.grad, u.grad, grad);
     }
-    uint32_t input_end = input_from + (u.input.end - u.input.begin) * a.input.width * 2;
-    uint32_t grad_end = grad_from + u.grad.end * a.grad.width * 2;
     const uint32_t input_to =
         input + input_part.to(a.input) + place_of_row<S>(in_rows, u.input.begin + input_part.row);
     const uint32_t grad_to = grad + grad_part.to(a.grad) + grad_part.row * grad_rows.pitch;
+    // From the lane's first piece on; less than none where it moves none.
+    const int input_bytes =
+        (u.input.end - u.input.begin) * a.input.width * 2 - input_part.from(a.input);
+    const int grad_bytes = u.grad.end * a.grad.width * 2 - grad_part.from(a.grad);
     input_from += input_part.from(a.input), grad_from += grad_part.from(a.grad);
 #pragma unroll 1
-    for (int image = 0; image < u.images; image += a.pairs ? 2 : 1) {
+    for (int image = 0; image < u.images;) {
 #pragma unroll 1
-      for (int i = 0; i < (a.pairs ? 2 : 1); ++i) {
-        if (image + i < u.images) {
-          spread(a.input, input_part, input_from, input_end, input_to + i * in_rows.image_bytes);
-          spread(a.grad, grad_part, grad_from, grad_end, grad_to + i * grad_rows.image_bytes);
+      for (int i = 0; i < a.together; ++i, ++image) {
+        if (image < u.images) {
+          spread(a.input, input_part, input_from, input_from + input_bytes,
+                 input_to + i * in_rows.image_bytes);
+          spread(a.grad, grad_part, grad_from, grad_from + grad_bytes,
+                 grad_to + i * grad_rows.image_bytes);
         } else if (a.images > 1) {  // else it has zeros from the start
           clear(input + i * in_rows.image_bytes, in_rows.image_bytes);
           clear(grad + i * grad_rows.image_bytes, grad_rows.image_bytes);
         }
-        input_from += a.input.bytes, input_end += a.input.bytes;
-        grad_from += a.grad.bytes, grad_end += a.grad.bytes;
+        input_from += a.input.bytes, grad_from += a.grad.bytes;
       }
       __syncwarp();
 #pragma unroll 1
@@ -234,7 +237,7 @@ inline Arguments arguments_of(const GradientParams& p, const Cut& cut) {
   a.units = static_cast<int>(ceil_div(p.batch, cut.images) * cut.strips);
   a.shares = cut.shares, a.groups = a.channels / kChannels;
   a.tiles = static_cast<int>(ceil_div(p.out_w, kTile));
-  a.whole_planes = cut.has_whole_planes(), a.pairs = cut.pairs;
+  a.whole_planes = cut.has_whole_planes(), a.together = cut.pairs ? 2 : 1;
   a.stage_bytes = static_cast<uint32_t>(cut.stage_bytes());
   a.spread_bytes = static_cast<uint32_t>(cut.spread_bytes());
   a.slots = cut.slots;

@@ -24,12 +24,13 @@ struct Side {
 struct Arguments {
   Side input, grad;
   int batch, channels, out_h, padding_h;
-  int unseen;                // columns of the input's rows before the first that a tile sees
-  int images, rows;          // of a unit
-  int units, shares;         // images, or strips of them
-  int groups;                // of channels
-  int tiles;                 // of the columns of grad_output
-  bool whole_planes, pairs;  // see Cut
+  int unseen;         // columns of the input's rows before the first that a tile sees
+  int images, rows;   // of a unit
+  int units, shares;  // images, or strips of them
+  int groups;         // of channels
+  int tiles;          // of the columns of grad_output
+  bool whole_planes;  // see Cut
+  int together;       // images of a product: 2 where planes are low
   uint32_t stage_bytes, spread_bytes;
   int slots;
   Divisor by_strips;
@@ -144,9 +145,9 @@ __device__ __forceinline__ void spread(const Side& s, const Part& part, uint32_t
     // A row ends in the middle of a word.
     const uint32_t mask = part.mask(s);
     for_each_row(s, from, end, to, [&](uint32_t source, uint32_t target) {
-      const uint32_t words = source & ~3u, selector = 0x3210 + (source & 2) * 0x1111;
-      const uint32_t pair =
-          __byte_perm(load_shared<uint32_t>(words), load_shared<uint32_t>(words + 4), selector);
+      const uint32_t words = source & ~3u, first = load_shared<uint32_t>(words);
+      // The shift counts modulo 32: by none or half of a word.
+      const uint32_t pair = __funnelshift_r(first, load_shared<uint32_t>(words + 4), source * 8);
       store_shared(target, pair & mask);
     });
   } else if (s.rows.piece == 8) {
