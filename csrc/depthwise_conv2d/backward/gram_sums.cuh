@@ -6,11 +6,11 @@
 //
 // For a row kh of taps, columns of grad_output and of the input are the operands of a product over
 // the rows: all sums of a column by a column, as in a Gram matrix, of which those that are kw apart
-// lie on diagonals.
-// 8 columns of the input are multiplied by all of grad_output that see them, those of a tile of 8
-// and of the tile before it: a 16 x 8 matrix. Products of all tiles and images add up in registers;
-// the diagonals are added up in the end. Other rows of taps have the same matrices of grad_output,
-// and rows of the input that begin elsewhere: nothing is shifted, in memory or in registers.
+// lie on diagonals. 8 columns of the input are multiplied by all of grad_output that see them,
+// those of a tile of 8 and of the tile before it: a 16 x 8 matrix. Products of all tiles and images
+// add up in registers; the diagonals are added up in the end. Other rows of taps have the same
+// matrices of grad_output, and rows of the input that begin elsewhere: nothing is shifted, in
+// memory or in registers.
 //
 // A warp has a channel. The copy engine brings planes as they are in memory, and the warp spreads
 // them to rows at multiples of 16 bytes with zeros around, from which matrices are loaded

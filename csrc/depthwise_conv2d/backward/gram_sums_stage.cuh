@@ -1,5 +1,4 @@
-// What gram_sums reads: stages that the copy engine fills, and the rows that warps spread from
-// them.
+// What gram_sums reads: stages that the copy engine fills, and rows that warps spread from them.
 #pragma once
 
 #include "common/numeric.cuh"
