@@ -17,8 +17,6 @@ from dwswap.bench.model_summary import case_rows, markdown, profile_rows
 from dwswap.bench.model_targets import target
 from dwswap.bench.training_results import TRAINING_PEERS
 
-# the record and the tables
-
 
 def record(path: Path, **settings) -> ModelRecord:
     return ModelRecord(path, device="Some GPU", settings={"peers": ["auto"]} | settings)
