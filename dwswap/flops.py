@@ -1,15 +1,15 @@
 """What ``torch.utils.flop_counter`` counts for the operators that convolve or multiply matrices.
 
 As there, a multiplication with its addition counts as two, and biases, activations and batch
-normalization as none. The gradients of a depthwise convolution count what each of its channels
-takes; PyTorch counts those of its own as if every channel saw all others.
+normalization as none. The gradient of a depthwise weight counts what each of its channels takes;
+PyTorch counts that of its own as if every channel saw all others.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,27 +20,33 @@ __all__ = ["register"]
 
 Shape = Sequence[int]
 
+_lock = threading.Lock()
 
-@functools.cache
+
 def register() -> None:
-    """Make the formulas known, once per process.
+    """Make the formulas known, but for operators that have one. Counters that exist do not see it.
 
     Not when ``dwswap`` is imported: the counter's module imports Triton, which takes a tenth of a
     second where nothing else did.
     """
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     operators = torch.ops.dwswap
-    for targets, formula in (
-        ([operators.depthwise_conv2d, operators._depthwise_conv2d_direct], _convolution),
-        (operators._stem_conv2d, _convolution),
-        (operators._depthwise_conv2d_backward, _depthwise_backward),
-        (operators._separable_conv2d, _separable),
-        (operators.squeeze_excitation, _squeeze_excitation),
-        ([operators._pointwise_product, operators._pointwise_residual_], _pointwise),
-        (operators._pooled_linear, _pooled_linear),
-    ):
-        register_flop_formula(targets)(formula)
+    formulas: dict[Any, Callable[..., int]] = {
+        operators.depthwise_conv2d: _convolution,
+        operators._depthwise_conv2d_direct: _convolution,
+        operators._stem_conv2d: _convolution,
+        operators._depthwise_conv2d_backward: _depthwise_backward,
+        operators._separable_conv2d: _separable,
+        operators.squeeze_excitation: _squeeze_excitation,
+        operators._pointwise_product: _pointwise,
+        operators._pointwise_residual_: _pointwise,
+        operators._pooled_linear: _pooled_linear,
+    }
+    with _lock:
+        for operator, formula in formulas.items():
+            if operator not in flop_registry:
+                register_flop_formula(operator)(formula)
 
 
 def _convolution(input: Shape, weight: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import dwswap
 from dwswap.activations import PAIRS
@@ -117,6 +117,12 @@ def test_a_loaded_program_counts(tmp_path: Any) -> None:
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) == flops(model, x) > 0
+
+
+def test_a_formula_of_the_users_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(flop_registry, OPERATORS.depthwise_conv2d, lambda *_, **__: 7)
+    model = dwswap.optimize(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)).eval())
+    assert flops(model, torch.randn(1, 4, 8, 8)) == 7
 
 
 def test_importing_dwswap_does_not_import_the_counter() -> None:

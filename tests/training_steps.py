@@ -50,7 +50,7 @@ def peak_memory(model: nn.Module, x: Tensor) -> int:
 
 
 def captured_backward(model: nn.Module, x: Tensor) -> torch.cuda.CUDAGraph:
-    """A graph of one forward and backward, after three; gradients are of the last of these."""
+    """A graph of one forward and backward, after three; gradients are those of its replays."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -202,6 +202,7 @@ def test_the_captured_step_of_the_readme_trains_as_the_plain_one():
             module.p = 0.0
     names = {"torch": torch, "F": F, "dwswap": dwswap, "loader": loader}
     captured = {**names, "model": copy.deepcopy(model)}
+    initial = [p.detach().clone() for p in model.parameters()]
     # So low that rounding decides nothing.
     code = readme_block("### Training steps: CUDA graphs").replace("lr=0.05", "lr=1e-4")
     exec(code, captured)
@@ -214,5 +215,8 @@ def test_the_captured_step_of_the_readme_trains_as_the_plain_one():
         loss = plain["step"]()
     assert loss.isfinite()
     torch.testing.assert_close(captured["loss"], loss, rtol=1e-2, atol=1e-2)
+    ends = [nn.utils.parameters_to_vector(m["model"].parameters()) for m in (captured, plain)]
+    start = nn.utils.parameters_to_vector(initial)
+    assert (ends[0] - ends[1]).norm() < 0.1 * (ends[1] - start).norm()
     tracked = [m["model"].features[0][1].num_batches_tracked for m in (captured, plain)]
     assert tracked[0] == tracked[1] == 3 + len(loader)
