@@ -431,19 +431,28 @@ def test_channel_scale_covers_every_value(cuts):
     assert sorted(times)[len(times) // 2] < 100
 
 
-def test_diagonal_sums_has_every_pixel_and_channel(cuts):
+def products_of_sums(*channels: int) -> list[tuple[Problem, tuple[int, int, int]]]:
+    """Gradients of the weight that the tensor cores may have, on sm_90 alone.
+
+    Args:
+        channels: of the ragged ones.
+    """
     problems = [
         Problem(64, s.channels, s.height, s.width, *s.kernel, s.stride[0], 2)
         for s in torchvision_shapes()
         if s.channels % 8 == 0 and s.kernel[0] in (3, 5, 7) and s.dilation == (1, 1)
     ]
     problems += [
-        problem._replace(channels=channels)
+        problem._replace(channels=count)
         for problem in ragged(4000)
-        for channels in (8, 72, 136, 200, 1632)
+        for count in channels
         if problem.kernel_h == problem.kernel_w
     ]
-    runs = [(problem, DEVICES[0]) for problem in problems]  # on sm_90 alone
+    return [(problem, DEVICES[0]) for problem in problems]
+
+
+def test_diagonal_sums_has_every_pixel_and_channel(cuts):
+    runs = products_of_sums(8, 72, 136, 200, 1632)
     times: list[int] = []
     for (problem, device), cut in zip(runs, cuts("diagonal_sums", runs), strict=True):
         groups, teams, box, swizzle, columns, images, rows, seen, threads, shared, *split = cut
@@ -469,22 +478,11 @@ def test_diagonal_sums_has_every_pixel_and_channel(cuts):
 
 
 def test_gram_sums_has_every_row(cuts):
-    problems = [
-        Problem(64, s.channels, s.height, s.width, *s.kernel, s.stride[0], 2)
-        for s in torchvision_shapes()
-        if s.channels % 8 == 0 and s.kernel[0] in (3, 5, 7) and s.dilation == (1, 1)
-    ]
-    problems += [
-        problem._replace(channels=channels)
-        for problem in ragged(4000)
-        for channels in (8, 72, 1632)
-        if problem.kernel_h == problem.kernel_w
-    ]
-    runs = [(problem, DEVICES[0]) for problem in problems]  # on sm_90 alone
+    runs = products_of_sums(8, 72, 1632)
     times: list[int] = []
     narrow = fitting = 0
     for (problem, device), cut in zip(runs, cuts("gram_sums", runs), strict=True):
-        images, strips, rows, pairs, input_bytes, grad_bytes, *sides = cut
+        images, strips, rows, together, input_bytes, grad_bytes, *sides = cut
         input, grad, (shared, slots, shares, us) = sides[:6], sides[6:12], sides[12:]
         what = f"{problem}: {cut}"
         times.append(us)
@@ -507,10 +505,11 @@ def test_gram_sums_has_every_row(cuts):
             assert 2 * width % piece == 0 if aligned else piece == 4, what
             assert -(-2 * width // piece) * each <= 32, what
         # The matrices of 16 rows, or of 8 of two images.
-        count, step = grad[0], 8 if pairs else 16
-        assert count % step == 0, what
+        count = grad[0]
+        assert together in (1, 2), what
+        assert count % (16 // together) == 0, what
         assert rows <= count, what
-        assert problem.out_h <= 8 or not pairs, what
+        assert problem.out_h <= 8 or together == 1, what
         assert input[0] == (count - 1) * problem.stride + problem.kernel_h, what
         for (held, *_, pitch, image_bytes), each in zip((input, grad), parts, strict=True):
             assert image_bytes == -(-held // each) * each * pitch, what

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dwswap.bench.capture import capture
+
 
 def draw(shape: Sequence[int], seed: int = 0) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -51,15 +53,9 @@ def peak_memory(model: nn.Module, x: Tensor) -> int:
 
 def captured_backward(model: nn.Module, x: Tensor) -> torch.cuda.CUDAGraph:
     """A graph of one forward and backward, after three; gradients are those of its replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model.zero_grad()
-            model(x).sum().backward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    model.zero_grad()
-    with torch.cuda.graph(graph):
+
+    def step() -> None:
+        model.zero_grad()
         model(x).sum().backward()
-    return graph
+
+    return capture(step)[0]

@@ -25,6 +25,15 @@ struct Device {
 // Kernels with bulk copies are tested on sm_90.
 inline bool uses_bulk_copies(const Device& device) { return device.major == 9 && !portable_only(); }
 
+// Before a launch of `function`: lets its blocks have all shared memory, but for the bytes that it
+// declares itself. Not what one cut needs: threads that launch at the same time must not lower each
+// other's limit.
+template <typename Function>
+cudaError_t allow_shared_memory(Function* function, const Device& device, int static_bytes = 0) {
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              device.shared_per_block - static_bytes);
+}
+
 // The current device; all are asked once.
 inline Device current_device() {
   static const std::vector<Device> devices = [] {

@@ -305,9 +305,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
 
   const auto function = kernel<Traits>;
   const int shared = cut.shared_bytes(K, S);
-  // The most of any cut: threads that launch at the same time must not lower each other's limit.
-  const cudaError_t status = cudaFuncSetAttribute(
-      function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  const cudaError_t status = allow_shared_memory(function, device);
   if (status != cudaSuccess) return status;
   function<<<a.chunks * a.parts, cut.threads(), shared, stream>>>(input_map, output_map, a);
   return cudaGetLastError();

@@ -453,9 +453,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
 
   const auto function = kernel<Traits>;
   const int shared = cut.shared_bytes(), threads = 32 * cut.warps;
-  // The most of any cut: threads that launch at the same time must not lower each other's limit.
-  cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            device.shared_per_block - kStaticBytes);
+  cudaError_t status = allow_shared_memory(function, device, kStaticBytes);
   if (status != cudaSuccess) return status;
   int resident = 0;
   status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, threads, shared);

@@ -260,9 +260,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   const auto shared = static_cast<int>(cut.shared_bytes(Traits::kStride, p.kernel_h));
   cudaError_t status = cudaSuccess;
   if (shared > 48 * 1024) {
-    // The most of any cut: threads that launch at the same time must not lower each other's limit.
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  device.shared_per_block);
+    status = allow_shared_memory(function, device);
     if (status != cudaSuccess) return status;
   }
   int resident = 0;

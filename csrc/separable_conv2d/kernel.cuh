@@ -325,9 +325,7 @@ cudaError_t launch(const SeparableConv2dParams& p, const Device& device, cudaStr
   a.input_activation = d.input_activation, a.activation = d.activation;
 
   const auto function = separable_conv2d_kernel<Traits>;
-  // The most of any cut: threads that launch at the same time must not lower each other's limit.
-  const cudaError_t status = cudaFuncSetAttribute(
-      function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  const cudaError_t status = allow_shared_memory(function, device);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

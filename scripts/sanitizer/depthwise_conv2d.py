@@ -36,6 +36,11 @@ class Problem(NamedTuple):
     backward: str = ""  # the same for the families of the gradients; must be the one that runs
     bias_gradient: bool = True
 
+    @property
+    def padding(self) -> list[int]:
+        sizes = zip(self.kernel, self.extra_padding, strict=True)
+        return [self.dilation * size // 2 + extra for size, extra in sizes]
+
 
 def problems() -> Iterator[Problem]:
     """Shapes that no tile divides, for every family of kernels and each way it reads and cuts."""
@@ -136,12 +141,10 @@ def check(problem: Problem, bulk_stores: bool) -> str | None:
     input = draw(*problem.shape)
     weight = draw(channels * problem.multiplier, 1, *problem.kernel)
     bias, input_bias = draw(weight.shape[0]), draw(channels)
-    padding = [problem.dilation * size // 2 for size in problem.kernel]
-    padding = [p + extra for p, extra in zip(padding, problem.extra_padding, strict=True)]
     os.environ["DWSWAP_PORTABLE"] = str(int(problem.portable))  # both are read at each launch
     os.environ["DWSWAP_FAMILY"] = problem.family
     tensors = (place(input, problem), weight.cuda(), bias.cuda())
-    geometry = ([problem.stride] * 2, padding, [problem.dilation] * 2)
+    geometry = ([problem.stride] * 2, problem.padding, [problem.dilation] * 2)
     absorbed: dict[str, Any] = {}
     if problem.transform:
         absorbed = {"input_bias": input_bias.cuda(), "input_activation": "relu6"}
@@ -159,7 +162,7 @@ def check(problem: Problem, bulk_stores: bool) -> str | None:
         weight.double(),
         bias.double(),
         problem.stride,
-        padding,
+        problem.padding,
         problem.dilation,
         groups=channels,
     )

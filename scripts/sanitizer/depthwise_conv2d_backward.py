@@ -58,8 +58,7 @@ def check(problem: Problem) -> str | None:
     channels = problem.shape[1]
     input = draw(*problem.shape)
     weight = draw(channels * problem.multiplier, 1, *problem.kernel)
-    padding = [problem.dilation * size // 2 for size in problem.kernel]
-    padding = [p + extra for p, extra in zip(padding, problem.extra_padding, strict=True)]
+    padding = problem.padding
     geometry = ([problem.stride] * 2, padding, [problem.dilation] * 2)
     with torch.enable_grad():
         leaves = [t.double().requires_grad_() for t in (input, weight, weight[:, 0, 0, 0])]

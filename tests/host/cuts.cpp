@@ -129,7 +129,7 @@ int main() {
       static_cast<DepthwiseConv2dParams&>(q) = p;
       const auto cut = gram_sums::choose_cut(q, device);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
-      std::printf("%d %d %d %d %lld %lld", cut.images, cut.strips, cut.rows, cut.pairs,
+      std::printf("%d %d %d %d %lld %lld", cut.images, cut.strips, cut.rows, cut.together,
                   static_cast<long long>(cut.input_bytes), static_cast<long long>(cut.grad_bytes));
       for (const auto& rows : {cut.input, cut.grad})
         std::printf(" %d %d %d %d %d %d", rows.count, rows.piece, rows.is_aligned, rows.lead,

@@ -293,9 +293,7 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device
     return cudaErrorInvalidValue;
 
   const auto function = kernel<Traits>;
-  // The most of any cut: threads that launch at the same time must not lower each other's limit.
-  cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            device.shared_per_block);
+  cudaError_t status = allow_shared_memory(function, device);
   if (status != cudaSuccess) return status;
   function<<<static_cast<unsigned>(a.slices * a.shares), cut.threads(), cut.shared_bytes(),
              stream>>>(input_maps, grad_map, a, Sums<T>(p, a.shares));

@@ -237,7 +237,7 @@ inline Arguments arguments_of(const GradientParams& p, const Cut& cut) {
   a.units = static_cast<int>(ceil_div(p.batch, cut.images) * cut.strips);
   a.shares = cut.shares, a.groups = a.channels / kChannels;
   a.tiles = static_cast<int>(ceil_div(p.out_w, kTile));
-  a.whole_planes = cut.has_whole_planes(), a.together = cut.pairs ? 2 : 1;
+  a.whole_planes = cut.has_whole_planes(), a.together = cut.together;
   a.stage_bytes = static_cast<uint32_t>(cut.stage_bytes());
   a.spread_bytes = static_cast<uint32_t>(cut.spread_bytes());
   a.slots = cut.slots;
@@ -250,9 +250,7 @@ cudaError_t launch(const GradientParams& p, const Device& device, cudaStream_t s
   const Cut cut = choose_cut(p, device);
   const Arguments a = arguments_of(p, cut);
   const auto function = kernel<Traits>;
-  // The most of any cut: threads that launch at the same time must not lower each other's limit.
-  cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            device.shared_per_block);
+  cudaError_t status = allow_shared_memory(function, device);
   if (status != cudaSuccess) return status;
   function<<<static_cast<unsigned>(a.groups * a.shares), kThreads, cut.shared_bytes(), stream>>>(
       a, Sums<typename Traits::T>(p, a.shares));

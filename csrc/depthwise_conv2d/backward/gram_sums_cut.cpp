@@ -70,15 +70,14 @@ void choose_stage(Cut& cut, const GradientParams& p) {
   constexpr int64_t kMostRows = 64;  // of whole planes
   cut.images = cut.strips = 1;
   cut.rows = static_cast<int>(p.out_h);
-  cut.pairs = p.out_h <= kTile;
+  cut.together = p.out_h <= kTile ? 2 : 1;
   cut.input_bytes = kChannels * p.in_h * p.in_w * 2;
   cut.grad_bytes = kChannels * p.out_h * p.out_w * 2;
   const int64_t image = cut.input_bytes + cut.grad_bytes;
-  const int64_t step = cut.pairs ? kTile : kStepRows;
+  const int64_t step = kStepRows / cut.together;
   if (p.out_h <= kMostRows && image <= 3 * kStageBytes / 2) {
     const int64_t images = std::min<int64_t>({kMostImages, p.batch, kStageBytes / image});
-    const int64_t together = cut.pairs ? 2 : 1;
-    cut.images = static_cast<int>(images <= 1 ? 1 : images / together * together);
+    cut.images = std::max(1, static_cast<int>(images) / cut.together * cut.together);
     set_rows(cut, p, ceil_div(p.out_h, step) * step);
     return;
   }

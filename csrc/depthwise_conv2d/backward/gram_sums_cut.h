@@ -41,8 +41,8 @@ inline int pieces_of(int64_t width, const Rows& rows) {
 // of one image.
 struct Cut {
   int images, strips;
-  int rows;    // of grad_output, of a strip
-  bool pairs;  // planes are so low that a product has those of two images
+  int rows;      // of grad_output, of a strip
+  int together;  // images of a product: 2 where planes are low
   // Bytes from image to image, or from plane to plane where there are strips.
   int64_t input_bytes, grad_bytes;
   Rows input, grad;
@@ -50,12 +50,13 @@ struct Cut {
   int shares;
 
   bool has_whole_planes() const { return strips == 1; }
-  int64_t grad_begin() const { return (has_whole_planes() ? images : kChannels) * input_bytes; }
-  int64_t stage_bytes() const {
-    return grad_begin() + (has_whole_planes() ? images : kChannels) * grad_bytes + kCopyBytes;
-  }
+  int copies() const { return has_whole_planes() ? images : kChannels; }  // of a side
+  int64_t grad_begin() const { return copies() * input_bytes; }
+  int64_t stage_bytes() const { return grad_begin() + copies() * grad_bytes + kCopyBytes; }
   // Of a warp.
-  int64_t spread_bytes() const { return (pairs ? 2 : 1) * (input.image_bytes + grad.image_bytes); }
+  int64_t spread_bytes() const {
+    return int64_t{together} * (input.image_bytes + grad.image_bytes);
+  }
   int64_t shared_bytes() const {
     return slots * (stage_bytes() + static_cast<int64_t>(sizeof(uint64_t))) +
            kChannels * spread_bytes();

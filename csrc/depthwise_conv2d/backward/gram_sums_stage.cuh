@@ -29,7 +29,7 @@ struct Arguments {
   int groups;         // of channels
   int tiles;          // of the columns of grad_output
   bool whole_planes;  // see Cut
-  int together;       // images of a product: 2 where planes are low
+  int together;
   uint32_t stage_bytes, spread_bytes;
   int slots;
   Divisor by_strips;
