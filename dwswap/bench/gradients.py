@@ -126,13 +126,21 @@ class GradientBench(LayerBench):
             return trained, trained_by_pytorch, family
         return ours, gradients, family
 
+    def _samples(self, elements: int) -> int:
+        """How many images of so many elements a check takes."""
+        count = CHECK_ELEMENTS // elements
+        if self.device.type == "cuda":
+            # All that there is memory for: of another number of images cuDNN takes longer to choose
+            # its kernels than float64 takes. Both images and a gradient, and what compares it.
+            count = available_bytes(self.device) // (8 * elements * torch.float64.itemsize)
+        return min(max(count, 1), self.batch)
+
     def _check_gradients(
         self, shape: LayerShape, weight: Tensor, images: Images
     ) -> dict[str, LayerErrors]:
-        """Of some samples: float64 is slow."""
         geometry = (shape.stride, shape.padding, shape.dilation)
-        samples = max(1, CHECK_ELEMENTS // max(image[0].numel() for image in images))
-        x, grad = (image[: min(samples, self.batch)] for image in images)
+        samples = self._samples(max(image[0].numel() for image in images))
+        x, grad = (image[:samples] for image in images)
         mask = (True, True, False)
         ours = depthwise_conv2d_backward(grad, x, weight, *geometry, mask)
         with float32_convolutions():

@@ -50,7 +50,7 @@ int64_t resident_blocks(const Cut& cut, const Device& device) {
   return int64_t{device.multiprocessors} * std::max(1, std::min(by_registers, by_memory));
 }
 
-void choose_split(Cut& cut, const GradientParams& p, const Device& device) {
+Walks walks_of(const Cut& cut, const GradientParams& p, const Device& device) {
   Walks walks{};
   walks.columns = ceil_div(p.out_w, cut.columns) * ceil_div(p.batch, cut.images);
   walks.height = p.out_h;
@@ -60,56 +60,87 @@ void choose_split(Cut& cut, const GradientParams& p, const Device& device) {
   walks.resident = resident_blocks(cut, device);
   walks.reduction = 6;
   walks.enough_blocks = cut.boxes() > 1 ? 100 : 75;
-  cut.split = search_split(walks);
+  return walks;
 }
 
-// Bytes of the sectors that the pieces of pixels lie in, of a byte of these: blocks have so many
-// channels of a pixel, and pixels need not begin where sectors do.
-double sector_bytes(const Cut& cut, const GradientParams& p) {
-  constexpr int64_t kSector = 64, kPixels = 4;  // of 16 bytes at least: a sector's period
+// Bytes of what is read for the pieces of pixels, so many bytes at once, of a byte of these: blocks
+// have some channels of a pixel, and pixels need not begin where what is read does.
+double bytes_read(const Cut& cut, const GradientParams& p, int64_t at_once) {
+  constexpr int64_t kPixels = 8;  // of 16 bytes at least: a period of 128 bytes
   const int64_t pixel = p.channels * 2, piece = cut.groups * kGroupBytes;
-  int64_t sectors = 0;
+  int64_t reads = 0;
   for (int64_t begin = 0; begin < kPixels * pixel; begin += pixel) {
     for (int64_t from = begin; from < begin + pixel; from += piece) {
       const int64_t to = std::min(from + piece, begin + pixel);
-      sectors += ceil_div(to, kSector) - from / kSector;
+      reads += ceil_div(to, at_once) - from / at_once;
     }
   }
-  return static_cast<double>(sectors * kSector) / static_cast<double>(kPixels * pixel);
+  return static_cast<double>(reads * at_once) / static_cast<double>(kPixels * pixel);
 }
 
-// Of a launch, in us. The constants fit the times of 250 shapes of torchvision's with up to 12 cuts
-// each on an H200 (benchmarks/NOTES.md): cuts chosen by it take 1.03 times as long as the best
-// ones.
-double expected_us(const Cut& cut, const GradientParams& p, const Device& device) {
-  constexpr double kWave = 2.0, kStage = 0.8;  // of a block, until the first and between stages
-  constexpr double kBytes = 4.2e6, kProductsDone = 0.115e6;  // per us
-  constexpr double kEnough = 0.4;  // of the blocks that fit at once, to be as fast as all
+// The constants of the times below, in us, fit 7200 times of 356 shapes on an H200 (64 images;
+// benchmarks/NOTES.md).
+
+// All pixels, at the speed of memory.
+double reading_us(const Cut& cut, const GradientParams& p) {
+  constexpr double kBytes = 4.45e6;  // per us
+  constexpr double kHalo = 1.5;      // what several blocks read costs more than its bytes
+  // Beside its own bytes a block reads sectors to their ends; lines too where the blocks that want
+  // the rest of them come too late to find it in the cache, as they do in large images.
+  constexpr double kSectors = 0.1, kLines = 0.14, kLargeBytes = 300e6;
   const int64_t tiles = ceil_div(p.out_w, cut.columns);
   const int64_t strips = ceil_div(p.out_h, cut.split.rows);
-  const auto more_columns = static_cast<double>((tiles - 1) * (cut.kernel - cut.stride));
-  const auto more_rows = static_cast<double>((strips - 1) * (cut.kernel - cut.stride));
-  const double read =
-      (static_cast<double>(p.in_w) + more_columns) * (static_cast<double>(p.in_h) + more_rows) +
-      static_cast<double>(p.out_h * p.out_w);
-  // A half of what lies in sectors beside a block's own is in the cache when the next one reads it.
-  const double sectors = (1.0 + sector_bytes(cut, p)) / 2.0;
-  const double reading = 2.0 * static_cast<double>(p.batch * p.channels) * read * sectors / kBytes;
+  const int64_t in_w = p.in_w + (tiles - 1) * (cut.kernel - cut.stride);
+  const int64_t in_h = p.in_h + (strips - 1) * (cut.kernel - cut.stride);
+  const int64_t outputs = p.out_h * p.out_w;
+  const auto pixels = static_cast<double>(p.in_h * p.in_w + outputs);
+  const double bytes = 2.0 * static_cast<double>(p.batch * p.channels) * pixels *
+                       std::pow(static_cast<double>(in_h * in_w + outputs) / pixels, kHalo);
+  const double sectors = kSectors * (bytes_read(cut, p, 64) - 1.0);
+  const double lines = kLines * (bytes_read(cut, p, 128) - 1.0) * bytes / (bytes + kLargeBytes);
+  return bytes * (1.0 + sectors + lines) / kBytes;
+}
 
+// All products, by all tensor cores.
+double multiplying_us(const Cut& cut, const GradientParams& p) {
+  constexpr double kProductsDone = 0.13e6;  // per us
+  constexpr double kFirstRows = 1.9;  // for a row of input that is read for the strip above as well
+  const int64_t walks = ceil_div(p.out_w, cut.columns) * ceil_div(p.out_h, cut.split.rows) *
+                        ceil_div(p.batch, cut.images) * slices(cut, p);
+  const int64_t of_a_row = kProducts * cut.kernel * ceil_div(cut.kernel, 2);
   const int seen = seen_rows(cut.kernel, cut.stride) - 1;
-  const int64_t walks = tiles * strips * ceil_div(p.batch, cut.images) * slices(cut, p);
-  const int products = kProducts * cut.kernel * static_cast<int>(ceil_div(cut.kernel, 2));  // a row
-  const double multiplying = static_cast<double>(walks * cut.groups * cut.teams * products) *
-                             (static_cast<double>(cut.split.rows) + 0.5 * seen) / kProductsDone;
+  return static_cast<double>(walks * cut.groups * cut.teams * of_a_row) *
+         (static_cast<double>(cut.split.rows) + kFirstRows * seen) / kProductsDone;
+}
 
-  const double fill = static_cast<double>(cut.split.shares * slices(cut, p)) /
-                      static_cast<double>(resident_blocks(cut, device));
+// Of a launch: cuts chosen by it take 1.03 times as long as the best of some 20 of their shape.
+double expected_us(const Cut& cut, const GradientParams& p, const Device& device) {
+  constexpr double kReduction = 1.9;                      // the second kernel
+  constexpr double kWave = 1.7, kKilobyte = 0.01;         // until a block has its first stages
+  constexpr double kStage = 0.32, kRowOfTaps = 0.035;     // of a block alone
+  constexpr double kIdle = 0.35;                          // of the places that the last wave leaves
+  constexpr double kCrowded = 0.08, kCrowdedBytes = 2e5;  // in flight, per multiprocessor
+  constexpr double kOverlap = 1.8;  // of reading, multiplying and waiting: their norm
+  const int64_t resident = resident_blocks(cut, device);
+  const double fill =
+      static_cast<double>(cut.split.shares * slices(cut, p)) / static_cast<double>(resident);
   const double waves = std::ceil(fill);
-  // The last wave is a part of one, but its blocks are faster for it.
-  const double busy = fill < 1.0 ? std::max(fill, kEnough) : 0.5 * (fill + waves);
+  const double idle = fill < 1.0 ? 1.0 : 1.0 - kIdle + kIdle * waves / fill;
+  const auto in_flight =
+      static_cast<double>(resident / device.multiprocessors * cut.shared_bytes());
+  const double slower = idle * std::pow(in_flight / kCrowdedBytes, kCrowded);
+  const int seen = seen_rows(cut.kernel, cut.stride) - 1;
   const int64_t stages = cut.split.share * ceil_div(cut.split.rows + seen, cut.stage_rows);
-  return waves * kWave + std::max(busy / fill * (reading + multiplying),
-                                  waves * static_cast<double>(stages) * kStage);
+  const double waiting = waves * static_cast<double>(stages) *
+                         (kStage + kRowOfTaps * static_cast<double>(cut.stage_rows * cut.kernel));
+  const double streaming = std::pow(std::pow(slower * reading_us(cut, p), kOverlap) +
+                                        std::pow(slower * multiplying_us(cut, p), kOverlap) +
+                                        std::pow(waiting, kOverlap),
+                                    1.0 / kOverlap);
+  const double first_bytes =
+      static_cast<double>(std::min<int64_t>(stages, kSlots) * cut.stage_bytes()) / kSlots;
+  return waves * (kWave + kKilobyte * first_bytes / 1024.0) + streaming +
+         (cut.split.shares > 1 ? kReduction : 0.0);
 }
 
 // Groups of 8 channels that a block may have: some, or all, as one box that needs no swizzle or as
@@ -138,9 +169,13 @@ Cut search_cut(const GradientParams& p, const Device& device) {
       choose_pixels(cut, p, teams);
       if (cut.groups * cut.teams > most_warps(cut.kernel) || !fits(cut, device)) break;
       choose_stage_rows(cut, device);
-      choose_split(cut, p, device);
-      const double us = expected_us(cut, p, device);
-      if (us < best_us) best_us = us, best = cut;
+      const Walks walks = walks_of(cut, p, device);
+      for (int64_t strips = 1; strips <= most_strips(walks); strips += ceil_div(strips, 2)) {
+        double time = 0.0;
+        cut.split = search_shares(walks, strips, &time);
+        const double us = expected_us(cut, p, device);
+        if (us < best_us) best_us = us, best = cut;
+      }
     }
   }
   return best;

@@ -20,13 +20,17 @@ bool covers_gram_sums(const GradientParams& p) {
   return cut.slots > 0 && cut.shares * p.channels <= kLimit;
 }
 
-// Where plane_sums, whose work grows with the taps, took longer on an H200 (64 images). A warp
-// spreads rows of an odd number of columns in twice as many instructions.
+// Where plane_sums, whose work grows with the taps, took longer on an H200 (64 images). It has no
+// tiles whose last columns are in vain, and a warp of this spreads rows of an odd number of columns
+// in twice as many instructions.
 bool suits_gram_sums(const GradientParams& p) {
-  const bool is_odd = p.in_w % 2 != 0;
-  if (p.kernel_w == 7) return true;
-  if (p.kernel_w == 5) return p.in_w <= 32 || (p.stride_w == 1 && !is_odd);
-  return p.out_w > 10 && p.in_w <= (is_odd ? 16 : 32);
+  constexpr int64_t kWide = 32, kTile = gram_sums::kTile;
+  if (p.kernel_w == 7 || (p.kernel_w == 5 && p.stride_w == 1)) return true;
+  if (p.in_w > kWide) return false;
+  if (p.kernel_w == 5) return true;
+  const int64_t least_eighths = p.in_w % 2 != 0 || p.stride_w == 2 ? 7 : 6;
+  const int64_t columns = ceil_div(p.out_w, kTile) * kTile;
+  return p.out_w >= kTile && 8 * p.out_w >= least_eighths * columns;
 }
 
 int64_t gram_sums_workspace_bytes(const GradientParams& p) {

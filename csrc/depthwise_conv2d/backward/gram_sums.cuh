@@ -79,7 +79,9 @@ struct Products {
       input += S * kTileBytes;
     };
     const uint32_t end = grad + a.tiles * kTileBytes;
-#pragma unroll(S == 1 ? 2 : 1)
+    // Two at a time take registers, of which a third block of 7 x 7 has none to spare.
+    constexpr bool FEW_REGISTERS = S > 1 || (K == 7 && !Traits::kBias);
+#pragma unroll(FEW_REGISTERS ? 1 : 2)
     while (grad != end) add_tile.template operator()<false>();
     add_tile.template operator()<true>();
   }

@@ -18,7 +18,9 @@ constexpr int kCopyBytes = 16;        // bulk copies begin and end at multiples 
 
 // Blocks of a multiprocessor whose registers there are.
 constexpr int most_blocks(int kernel, int stride, bool bias) {
-  return kernel == 3 || (kernel == 5 && (stride == 1 || !bias)) ? 3 : 2;
+  if (kernel == 3) return stride == 1 ? 4 : 3;
+  if (kernel == 5) return stride == 1 || !bias ? 3 : 2;
+  return stride == 1 && !bias ? 3 : 2;
 }
 
 // Where the rows of an image lie for the products, with zeros around them.

@@ -24,9 +24,11 @@ struct Split {
   int64_t shares;  // blocks that share all strips; none is empty
 };
 
-// The split that takes the least time by a simple estimate.
-Split search_split(const Walks& walks);
-// The same, searched once per problem.
+// Strips that a column may be cut into.
+int64_t most_strips(const Walks& walks);
+// Of so many strips the split that takes the least time by a simple estimate, which `time` gets.
+Split search_shares(const Walks& walks, int64_t strips, double* time);
+// The same of any number of strips; searched once per problem.
 Split choose_split(const Walks& walks);
 
 }  // namespace dwswap
