@@ -66,6 +66,7 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
         FOLDER / "plane_strips_cut.cpp",
         FOLDER / "channel_columns_cut.cpp",
         FOLDER / "channel_direct_cut.cpp",
+        FOLDER / "channel_tiles_cut.cpp",
         FOLDER / "diagonal_cut.cpp",
         FOLDER / "toeplitz_cut.cpp",
         csrc_dir() / "squeeze_excitation" / "cut.cpp",
@@ -187,6 +188,28 @@ def test_channel_columns_can_always_be_launched(cuts):
         assert 1 <= rows <= problem.out_h, what
         assert 2 <= stages <= 4, what
         assert stages * chunk_rows * tile_w * 2 * pairs * problem.element_bytes <= 96 * 1024, what
+
+
+def test_channel_tiles_can_always_be_launched(cuts):
+    problems = [
+        problem._replace(kernel_w=problem.kernel_h, channels=problem.channels * 2)
+        for problem in ragged(400)
+        if problem.kernel_h != 1
+    ]
+    runs = list(itertools.product(problems, DEVICES))
+    for (problem, device), cut in zip(runs, cuts("channel_tiles", runs), strict=True):
+        pairs, groups_w, groups_h, rows, microseconds = cut
+        what = f"{problem} on {device}: {cut}"
+        assert 1 <= pairs <= problem.channels // 2, what
+        assert 1 <= groups_w <= min(8, -(-problem.out_w // 7)), what
+        assert 1 <= groups_h <= min(8, -(-problem.out_h // rows)), what
+        assert pairs * groups_w * groups_h <= 128, what
+        width = (groups_w * 7 - 1) * problem.stride + problem.kernel_w
+        height = (groups_h * rows - 1) * problem.stride + problem.kernel_h
+        taps = problem.kernel_h * problem.kernel_w
+        assert max(2 * pairs, width, height) <= 256, what  # of a box, along any axis
+        assert 2 * pairs * problem.element_bytes * (width * height + taps) <= 40960, what
+        assert microseconds < 2000, what
 
 
 def test_channel_direct_can_always_be_launched(cuts):

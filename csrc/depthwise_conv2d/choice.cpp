@@ -62,8 +62,8 @@ bool suits_channel_columns(const DepthwiseConv2dParams& p) {
 bool suits_plane_strips(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32, strided = p.stride_h > 1;
   const int64_t taps = p.kernel_h * p.kernel_w, outputs = outputs_per_multiprocessor(p);
-  if (taps <= 9) return outputs >= (!is_float ? 7000 : strided ? 60000 : 13000);
-  if (taps <= 25) return outputs >= (!is_float ? 3200 : strided ? 8000 : 6000);
+  if (taps <= 9) return outputs >= (!is_float ? 7000 : strided ? 27000 : 13000);
+  if (taps <= 25) return outputs >= (is_float ? 6000 : 3200);
   return outputs >= (is_float ? 2000 : 1000);
 }
 
@@ -93,12 +93,15 @@ bool suits_diagonal(const DepthwiseConv2dParams& p) {
 }
 
 // It computes whole tiles of columns, and a small problem is over before the bands are loaded; that
-// of few images all the more, as the walks of a product are short pieces of them.
+// of few images all the more, as the walks of a product are short pieces of them. Of long rows
+// plane_strips' strips are few enough, too, where the stride leaves a half of the work.
 bool suits_plane_bands(const DepthwiseConv2dParams& p) {
-  constexpr int64_t kTinyPlane = 10 * 10, kTile = plane_bands::kTile;
+  constexpr int64_t kTile = plane_bands::kTile, kLongRow = 64;
   const int64_t enough = 10000 / std::clamp<int64_t>(p.batch, 1, 4);
-  const bool fills_tiles = 4 * p.out_w >= 3 * ceil_div(p.out_w, kTile) * kTile;
-  return fills_tiles && p.out_h * p.out_w > kTinyPlane && outputs_per_multiprocessor(p) >= enough;
+  if (outputs_per_multiprocessor(p) < enough) return false;
+  if (p.stride_w == 2 && p.out_w > kLongRow) return false;
+  const int64_t least = p.kernel_w == 7 ? kTile - 1 : kTile;
+  return p.out_w >= least && 8 * p.out_w >= 5 * ceil_div(p.out_w, kTile) * kTile;
 }
 
 // In order of preference. The second lines of channel_direct and plane_strips are for what no other

@@ -17,6 +17,7 @@
 #include "depthwise_conv2d/backward/gram_sums_cut.h"
 #include "depthwise_conv2d/channel_columns_cut.h"
 #include "depthwise_conv2d/channel_direct_cut.h"
+#include "depthwise_conv2d/channel_tiles_cut.h"
 #include "depthwise_conv2d/diagonal_cut.h"
 #include "depthwise_conv2d/plane_bands_cut.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
@@ -62,6 +63,15 @@ int main() {
       std::printf("%d %d %d %d %d %d %d %d %d %.0f\n", cut.images, cut.segments, cut.planes,
                   cut.rows, cut.segment_rows, cut.warps, cut.in_pitch, cut.out_pitch,
                   cut.rows == 0 ? 0 : cut.shared_bytes(), took.count());
+    } else if (family == "channel_tiles") {
+      const channel_tiles::Reader reader{p.channels * element_bytes % 16 == 0, element_bytes * 2};
+      const auto depth = channel_tiles::choose_depth(p, device.multiprocessors);
+      const int rows = depth == Depth::kFlat ? 1 : p.kernel_h == 7 ? 2 : 4;
+      const auto tile = channel_tiles::choose_tile(p, reader, channel_tiles::kColumns, rows,
+                                                   element_bytes, device.multiprocessors);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %d %d %.0f\n", tile.pairs, tile.groups_w, tile.groups_h, rows,
+                  took.count());
     } else if (family == "squeeze_excitation") {
       SqueezeExcitationParams q{};
       q.batch = static_cast<int32_t>(p.batch), q.channels = static_cast<int32_t>(p.channels);
