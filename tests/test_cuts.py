@@ -5,22 +5,20 @@ The search is host code: nvcc compiles it with ``tests/host/cuts.cpp``, and no G
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
+from cuts_program import compile_cuts, run_cuts
 
 from dwswap.bench.shapes import torchvision_shapes
-from dwswap.compilation import csrc_dir
 from dwswap.separable import Cut, choose_cut, shared_bytes
-from dwswap.toolkit import BuildError, find_cudart, find_host_compiler, find_nvcc
+from dwswap.toolkit import BuildError
 
-FOLDER = csrc_dir() / "depthwise_conv2d"
 STAGE_BYTES = 32 * 1024
 STATIC_BYTES = 64
 # Multiprocessors, bytes of shared memory of each and of a block: H200, A100, RTX 4090, a small GPU.
@@ -50,41 +48,28 @@ Cuts = Callable[[str, list[tuple[Problem, tuple[int, int, int]]]], list[list[int
 
 
 @pytest.fixture(scope="module")
-def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
-    try:
-        nvcc = find_nvcc(torch.version.cuda)
-        host, cudart = find_host_compiler(), find_cudart(nvcc)
-    except BuildError as error:
-        pytest.skip(f"needs nvcc: {error}")
-    program = tmp_path_factory.mktemp("cuts") / "cuts"
-    sources = [
-        Path(__file__).parent / "host" / "cuts.cpp",
-        FOLDER / "backward" / "diagonal_sums_cut.cpp",
-        FOLDER / "backward" / "gram_sums_cut.cpp",
-        FOLDER / "backward" / "split.cpp",
-        FOLDER / "plane_bands_cut.cpp",
-        FOLDER / "plane_strips_cut.cpp",
-        FOLDER / "channel_columns_cut.cpp",
-        FOLDER / "channel_direct_cut.cpp",
-        FOLDER / "channel_tiles_cut.cpp",
-        FOLDER / "diagonal_cut.cpp",
-        FOLDER / "toeplitz_cut.cpp",
-        csrc_dir() / "squeeze_excitation" / "cut.cpp",
-    ]
-    # The runtime library that the build of the kernels links: a compiler from PyPI has no other.
-    link = ["-cudart", "none", "-Xlinker", f"{cudart},-rpath={cudart.parent}"]
-    flags = ["-ccbin", host, "-std=c++20", "-O2", "-arch=sm_80", f"-I{csrc_dir()}"]
-    command = [nvcc.path, *flags, *sources, *link, "-o", program]
-    subprocess.run(list(map(str, command)), check=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles the program once per set of flags."""
+    folder = tmp_path_factory.mktemp("cuts")
+
+    @functools.cache
+    def program(*flags: str) -> Path:
+        path = folder / f"cuts{''.join(flags)}"
+        try:
+            compile_cuts(path, *flags)
+        except BuildError as error:
+            pytest.skip(f"needs nvcc: {error}")
+        return path
+
+    return program
+
+
+@pytest.fixture(scope="module")
+def cuts(compiled) -> Cuts:
+    program = compiled()
 
     def run(family: str, problems: list[tuple[Problem, tuple[int, int, int]]]) -> list[list[int]]:
-        lines = [" ".join(map(str, (family, *problem, *device))) for problem, device in problems]
-        done = subprocess.run(
-            [str(program)], input="\n".join(lines), capture_output=True, text=True, check=True
-        )
-        found = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
-        assert len(found) == len(problems)
-        return found
+        return run_cuts(program, [(family, *problem, *device) for problem, device in problems])
 
     return run
 
@@ -634,3 +619,27 @@ def test_separable_conv2d_can_be_launched(cuts):
             Cut(pixels, slices), problem.channels, problem.kernel_w, problem.kernel_h
         )
         assert needed == told <= shared, what
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [
+        ("plane_strips", 3),
+        ("plane_bands", 5),
+        ("channel_columns", 3),
+        ("channel_tiles", 5),
+        ("diagonal", 5),
+        ("diagonal_sums", 3),
+        ("toeplitz", 31),
+    ],
+)
+def test_other_cuts_than_the_best_can_be_measured(cuts, compiled, family, kernel):
+    """What ``scripts/explore_cuts.py`` runs: rank 0 is what the library takes."""
+    problem = Problem(64, 240, 56, 56, kernel, kernel, 1, 2)
+    (chosen,) = cuts(family, [(problem, DEVICES[0])])
+    explored = compiled("-DDWSWAP_EXPLORE")
+    runs = [(family, *problem, *DEVICES[0])]
+    ranked = [tuple(run_cuts(explored, runs, rank)[0][:-1]) for rank in (0, 1, 2, 3, 10**6)]
+    assert list(ranked[0]) == chosen[:-1]
+    assert len(set(ranked)) > 2
+    assert ranked[-1] != ranked[0]

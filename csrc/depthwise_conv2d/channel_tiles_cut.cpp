@@ -8,6 +8,7 @@
 
 #include "common/integer.h"
 #include "common/memo.h"
+#include "common/search.h"
 #include "depthwise_conv2d/tensor_map.h"
 
 namespace dwswap {
@@ -124,8 +125,7 @@ Tile search_tile(const DepthwiseConv2dParams& p, const Kernel& k, int multiproce
   const auto wide = static_cast<int>(ceil_div(p.out_w, k.columns));
   const auto high = static_cast<int>(ceil_div(p.out_h, k.rows));
   const auto all_pairs = static_cast<int>(p.channels / 2);
-  Tile best{};
-  double least = std::numeric_limits<double>::infinity();
+  Search<Tile> search;
   for (const int wish : {4, 8, 12, 16, 24, 32, 48, 64}) {
     const int pairs = std::min(static_cast<int>(ceil_div(wish, step)) * step, all_pairs);
     const int most_w = std::min({wide, kMostGroups, kMaxThreads / pairs});
@@ -134,12 +134,11 @@ Tile search_tile(const DepthwiseConv2dParams& p, const Kernel& k, int multiproce
       for (int groups_h = 1; groups_h <= most_h; ++groups_h) {
         const Tile tile{pairs, groups_w, groups_h};
         if (tile_bytes(p, tile, k) > kTileBytes) continue;
-        const double clocks = expected_clocks(p, tile, k, multiprocessors);
-        if (clocks < least) least = clocks, best = tile;
+        search.consider(expected_clocks(p, tile, k, multiprocessors), tile);
       }
     }
   }
-  return best;
+  return search.best();
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 #include "depthwise_conv2d/diagonal_cut.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "common/memo.h"
+#include "common/search.h"
 #include "depthwise_conv2d/problem_key.h"
 #include "depthwise_conv2d/tensor_map.h"
 
@@ -69,17 +69,14 @@ Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
   constexpr int64_t kMostStrips = 16;
   // Rows below two kernels' are mostly border.
   const int64_t most = std::clamp<int64_t>(p.out_h * p.stride_h / (2 * p.kernel_h), 1, kMostStrips);
-  Cut best{};
-  double best_us = std::numeric_limits<double>::infinity();
+  Search<Cut> search;
   for (int teams = 1; teams <= kMostTeams; ++teams) {
     for (int64_t strips = 1; strips <= most; ++strips) {
       const Cut cut = make_cut(teams, strips, p, device);
-      if (cut.parts == 0) continue;
-      const double us = expected_us(cut, p, device);
-      if (us < best_us) best_us = us, best = cut;
+      if (cut.parts > 0) search.consider(expected_us(cut, p, device), cut);
     }
   }
-  return best;
+  return search.best();
 }
 
 }  // namespace

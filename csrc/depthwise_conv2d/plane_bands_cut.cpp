@@ -2,9 +2,9 @@
 
 #include <array>
 #include <cmath>
-#include <limits>
 
 #include "common/memo.h"
+#include "common/search.h"
 #include "depthwise_conv2d/problem_key.h"
 
 namespace dwswap {
@@ -87,8 +87,7 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const Device& de
 
 Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
   const int64_t tiles = ceil_div(p.out_w, kTile);
-  Cut best{};
-  double best_estimate = std::numeric_limits<double>::infinity();
+  Search<Cut> search;
   const auto consider = [&](Cut cut) {
     cut.segments = kWalks / cut.images;
     cut.segment_rows = ceil_div(cut.rows, cut.segments);
@@ -104,8 +103,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
     cut.in_pitch = choose_pitch(cut, in_bytes, cut.segment_rows * p.stride_h * in_row);
     cut.out_pitch = choose_pitch(cut, out_bytes, cut.segment_rows * out_row);
     if (cut.shared_bytes() + kStaticBytes > device.shared_per_block) return;
-    const double time = estimate(p, cut, device);
-    if (time < best_estimate) best_estimate = time, best = cut;
+    search.consider(estimate(p, cut, device), cut);
   };
   for (const int images : {1, 2, 4, 8, 16}) {
     if (images >= 2 * p.batch) break;
@@ -119,7 +117,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
     for (int planes = 2; planes <= std::min<int64_t>(p.channels, 32); ++planes)
       consider({images, 0, planes, static_cast<int>(p.out_h)});
   }
-  return best;
+  return search.best();
 }
 
 }  // namespace

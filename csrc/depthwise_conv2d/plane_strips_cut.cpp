@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <limits>
 #include <utility>
 
 #include "common/memo.h"
+#include "common/search.h"
 #include "depthwise_conv2d/problem_key.h"
 
 namespace dwswap {
@@ -155,8 +155,7 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const LoopRows& 
 Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& device) {
   const auto stride = static_cast<int>(p.stride_h), out_h = static_cast<int>(p.out_h);
   const auto kernel_h = static_cast<int>(p.kernel_h);
-  Cut best{};
-  double best_estimate = std::numeric_limits<double>::infinity();
+  Search<Cut> search;
   const auto consider = [&](Cut cut) {
     const int64_t in_rows =
         cut.planes > 1 ? p.in_h : std::min(int64_t{cut.rows - 1} * stride + kernel_h, p.in_h);
@@ -169,8 +168,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
     for (const auto& [stages, buffers] : kCopies) {
       cut.stages = stages, cut.buffers = buffers;
       if (cut.shared_bytes() + kStaticBytes > device.shared_per_block) continue;
-      const double time = estimate(p, cut, loops, conflicts, element_bytes, device);
-      if (time < best_estimate) best_estimate = time, best = cut;
+      search.consider(estimate(p, cut, loops, conflicts, element_bytes, device), cut);
     }
   };
   for (const bool wide : {true, false}) {
@@ -194,7 +192,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
       }
     }
   }
-  return best;
+  return search.best();
 }
 
 }  // namespace

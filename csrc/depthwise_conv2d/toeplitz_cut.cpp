@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "common/memo.h"
+#include "common/search.h"
 #include "depthwise_conv2d/problem_key.h"
 
 namespace dwswap {
@@ -53,8 +54,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
   const int steps = choose_steps(p);
   const auto stride = static_cast<int>(p.stride_w);
   const int64_t reach = (p.kernel_h - 1) * p.dilation_h + 1;
-  Cut best{};
-  double best_cost = std::numeric_limits<double>::infinity();
+  Search<Cut> search;
   // Instructions of a thread for an element that it copies, about; fewer where rows are aligned.
   const auto per_element = [&](int64_t width, bool whole_planes) {
     if (channels_last) return 4.0;
@@ -93,8 +93,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
     // Runs of few channels leave sectors of memory half used.
     const double run = channels * 2.0;
     const double sectors = channels_last ? 1.0 + kSector / 2.0 / run : 1.0;
-    const double cost = instructions * waiting * idle * sectors;
-    if (cost < best_cost) best_cost = cost, best = cut;
+    search.consider(instructions * waiting * idle * sectors, cut);
   };
   for (const int tiles : {1, 2, 4, 7}) {
     bool compiled = false;
@@ -117,7 +116,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, const Device& device) {
       }
     }
   }
-  return best;
+  return search.best();
 }
 
 }  // namespace

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "common/memo.h"
+#include "common/search.h"
 #include "depthwise_conv2d/problem_key.h"
 #include "depthwise_conv2d/tensor_map.h"
 
@@ -159,8 +159,7 @@ std::vector<int> group_counts(const GradientParams& p) {
 
 Cut search_cut(const GradientParams& p, const Device& device) {
   constexpr int kMostTeams = 4;
-  Cut best{};
-  double best_us = std::numeric_limits<double>::infinity();
+  Search<Cut> search;
   for (const int groups : group_counts(p)) {
     for (int teams = 1; teams <= kMostTeams; ++teams) {
       Cut cut{};
@@ -173,12 +172,11 @@ Cut search_cut(const GradientParams& p, const Device& device) {
       for (int64_t strips = 1; strips <= most_strips(walks); strips += ceil_div(strips, 2)) {
         double time = 0.0;
         cut.split = search_shares(walks, strips, &time);
-        const double us = expected_us(cut, p, device);
-        if (us < best_us) best_us = us, best = cut;
+        search.consider(expected_us(cut, p, device), cut);
       }
     }
   }
-  return best;
+  return search.best();
 }
 
 }  // namespace

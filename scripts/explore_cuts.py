@@ -1,0 +1,219 @@
+"""Time what a family of kernels could do, cut by cut, on the GPU at hand: how good is its choice?
+
+    python scripts/explore_cuts.py plane_strips --dtype float32 --layout contiguous -o cuts.csv
+    python scripts/explore_cuts.py diagonal_sums --dtype float16 --layout channels_last
+
+A family's search (csrc, *_cut.cpp) takes the cut of the least estimate. This builds a library whose
+searches take the one of any rank, times some ranks for every shape of torchvision's, and prints how
+much longer than the best of these the chosen one takes. The file has a line per shape and cut, to
+fit the constants of the estimate to; the fields of a cut are those that tests/host/cuts.cpp prints.
+
+Needs a CUDA GPU of sm_90 and nvcc. Families of weight gradients are timed as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["DWSWAP_NVCC_FLAGS"] = f"{os.environ.get('DWSWAP_NVCC_FLAGS', '')} -DDWSWAP_EXPLORE"
+
+import torch  # noqa: E402
+from cuts_program import compile_cuts, run_cuts  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from dwswap import build  # noqa: E402
+from dwswap.backward import backward_families  # noqa: E402
+from dwswap.bench.layers import DTYPES, LAYOUTS, laid_out, rounded  # noqa: E402
+from dwswap.bench.shapes import LayerShape, select, torchvision_shapes  # noqa: E402
+from dwswap.bench.timing import buffers_needed, time_copy, time_launches  # noqa: E402
+from dwswap.ops import depthwise_conv2d  # noqa: E402
+from dwswap.registration import kernel_family  # noqa: E402
+from dwswap.schema import depthwise_conv2d_backward  # noqa: E402
+
+FORWARD = ("plane_strips", "plane_bands", "channel_columns", "channel_tiles", "diagonal")
+GRADIENTS = ("diagonal_sums",)
+RANKS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+BUDGET = 0.003  # seconds of samples per cut
+MASK = (False, True, False)
+
+
+class Images:
+    """Inputs and gradients of outputs in one allocation, which the next shape takes over."""
+
+    def __init__(self, dtype: torch.dtype, memory_format: torch.memory_format, batch: int) -> None:
+        self.dtype, self.memory_format, self.batch = dtype, memory_format, batch
+        self.pool = torch.empty(0)
+
+    def of(self, shape: LayerShape, moved: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        sizes = (
+            [self.batch, shape.channels, shape.height, shape.width],
+            [self.batch, shape.out_channels, *shape.output],
+        )
+        counts = [self.batch * shape.input_elements, self.batch * shape.output_elements]
+        steps = [rounded(count, self.dtype.itemsize) for count in counts]
+        buffers = buffers_needed(moved)
+        if self.pool.numel() < buffers * sum(steps):
+            self.pool = torch.empty(0)
+            self.pool = torch.empty(buffers * sum(steps), dtype=self.dtype, device="cuda").normal_()
+        pairs = []
+        for begin in range(0, buffers * sum(steps), sum(steps)):
+            places = (begin, begin + steps[0])
+            x, grad = (
+                laid_out(self.pool[place : place + count], size, self.memory_format)
+                for place, count, size in zip(places, counts, sizes, strict=True)
+            )
+            pairs.append((x, grad))
+        return pairs
+
+
+def calls_of(
+    family: str, shape: LayerShape, images: list[tuple[torch.Tensor, torch.Tensor]]
+) -> list[Callable[[], Any]]:
+    """A launch per pair of images; none where another family runs."""
+    x, grad = images[0]
+    weight = torch.randn(shape.out_channels, 1, *shape.kernel, dtype=x.dtype, device="cuda")
+    weight = weight.contiguous(memory_format=torch.channels_last) if is_last(x) else weight
+    geometry = (shape.stride, shape.padding, shape.dilation)
+    if family in GRADIENTS:
+        if backward_families(grad, x, weight, *geometry, MASK)[1] != family:
+            return []
+        gradient = depthwise_conv2d_backward
+        return [partial(gradient, g, image, weight, *geometry, MASK) for image, g in images]
+    if kernel_family(x, weight, None, *geometry, None, "none", "none") != family:
+        return []
+    return [partial(depthwise_conv2d, image, weight, None, *geometry) for image, _ in images]
+
+
+def is_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def explore(arguments: argparse.Namespace, program: Path) -> Iterator[dict[str, Any]]:
+    """A row per shape and cut, the chosen one of a shape first."""
+    family, dtype = arguments.family, DTYPES[arguments.dtype]
+    images = Images(dtype, LAYOUTS[arguments.layout], arguments.batch)
+
+    def moved(shape: LayerShape) -> int:
+        elements = shape.input_elements + shape.output_elements
+        return arguments.batch * elements * dtype.itemsize
+
+    def calls(shape: LayerShape) -> list[Callable[[], Any]]:
+        return calls_of(family, shape, images.of(shape, moved(shape)))
+
+    chosen = select(torchvision_shapes(), arguments.select)
+    shapes = [shape for shape in chosen if shape.dilation == (1, 1) and calls(shape)]
+    found = [run_cuts(program, problems(arguments, shapes), rank) for rank in arguments.ranks]
+    for shape, *cuts in track(list(zip(shapes, *found, strict=True)), "shapes"):
+        launches = calls(shape)
+        copy = time_copy(moved(shape), "cuda", budget=BUDGET).microseconds
+        seen = set()
+        for rank, (*fields, _) in zip(arguments.ranks, cuts, strict=True):
+            cut = " ".join(map(str, fields))
+            if cut in seen:
+                continue
+            seen.add(cut)
+            os.environ["DWSWAP_CUT_RANK"] = str(rank)
+            us = time_launches(launches, "cuda", budget=BUDGET).microseconds
+            yield {
+                "shape": shape.index,
+                "channels": shape.channels,
+                "height": shape.height,
+                "width": shape.width,
+                "kernel": shape.kernel[0],
+                "stride": shape.stride[0],
+                "rank": rank,
+                "cut": cut,
+                "us": round(us, 3),
+                "copy_us": round(copy, 3),
+            }
+
+
+def problems(arguments: argparse.Namespace, shapes: list[LayerShape]) -> list[tuple[object, ...]]:
+    """What the program of cuts reads."""
+    device: Any = torch.cuda.get_device_properties(0)
+    shared = (device.shared_memory_per_multiprocessor, device.shared_memory_per_block_optin)
+    return [
+        (
+            *(arguments.family, arguments.batch, shape.channels, shape.height, shape.width),
+            *(*shape.kernel, shape.stride[0], DTYPES[arguments.dtype].itemsize),
+            *(device.multi_processor_count, *shared),
+        )
+        for shape in shapes
+    ]
+
+
+def summary(rows: list[dict[str, Any]]) -> Table:
+    shapes: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        shapes.setdefault(row["shape"], []).append(row)
+    groups: dict[tuple[int, int], list[list[dict[str, Any]]]] = {}
+    for cuts in shapes.values():
+        groups.setdefault((cuts[0]["kernel"], cuts[0]["stride"]), []).append(cuts)
+    columns = ("kernel", "stride", "shapes", "chosen / best", "worst", "% of copy", "of the best")
+    table = Table(*columns, title="the chosen cut, next to the best of those timed")
+    for (kernel, stride), group in sorted(groups.items()):
+        best = [min(cut["us"] for cut in cuts) for cuts in group]
+        ratios = [cuts[0]["us"] / least for cuts, least in zip(group, best, strict=True)]
+        chosen = geometric_mean(100 * cuts[0]["copy_us"] / cuts[0]["us"] for cuts in group)
+        mean = geometric_mean(ratios)
+        cells = (f"{mean:.3f}", f"{max(ratios):.2f}", f"{chosen:.1f}", f"{chosen * mean:.1f}")
+        table.add_row(str(kernel), str(stride), str(len(group)), *cells)
+    return table
+
+
+def ranks(text: str) -> tuple[int, ...]:
+    found = tuple(sorted({int(word) for word in text.split(",")}))
+    if found[0] != 0:
+        raise argparse.ArgumentTypeError(f"ranks must begin with 0, the chosen cut, got {text!r}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("family", choices=(*FORWARD, *GRADIENTS))
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), required=True)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--select", default="0:", help="as that of `dwswap bench layers`")
+    parser.add_argument("--ranks", type=ranks, default=RANKS, help="such as 0,1,2,4,8")
+    parser.add_argument("-o", "--output", type=Path, help="CSV")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("explore_cuts: PyTorch sees no CUDA GPU", file=sys.stderr)
+        return 1
+    os.environ["DWSWAP_FAMILY"] = arguments.family if arguments.family in FORWARD else ""
+    os.environ["DWSWAP_BACKWARD_FAMILY"] = arguments.family if arguments.family in GRADIENTS else ""
+    if not build.load():
+        print(f"explore_cuts: no kernels of ours: {build.status().reason}", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        program = Path(folder) / "cuts"
+        compile_cuts(program, "-DDWSWAP_EXPLORE")
+        rows = list(explore(arguments, program))
+    if not rows:
+        print(f"explore_cuts: {arguments.family} runs none of these shapes", file=sys.stderr)
+        return 1
+    if arguments.output is not None:
+        with arguments.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    Console().print(summary(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
