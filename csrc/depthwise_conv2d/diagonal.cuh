@@ -71,6 +71,20 @@ __device__ __forceinline__ Unit unit_at(const Arguments& a, int index) {
 __device__ __forceinline__ uint32_t swizzled(uint32_t byte) { return byte ^ (byte >> 3 & 0x30); }
 static_assert(kPixelBytes == 64);
 
+// Where the pieces are that lie in so many lines after each other, from `byte` on: two pixels are a
+// line. What a line adds to the bits that change a piece's place, it adds to no bit below.
+struct LinePlaces {
+  uint32_t even, odd;
+
+  LinePlaces() = default;
+  __device__ __forceinline__ explicit LinePlaces(uint32_t byte)
+      : even(swizzled(byte)), odd(byte ^ ((byte >> 3) + 0x10 & 0x30)) {}
+
+  __device__ __forceinline__ uint32_t at(int line) const {
+    return ((line % 2 == 0 ? even : odd) ^ (line / 2 % 2 == 0 ? 0 : 0x20)) + 128 * line;
+  }
+};
+
 // One output without the tensor cores.
 template <typename Traits>
 __device__ float convolve(const Arguments& a, int n, int y, int x, int c) {
@@ -176,17 +190,12 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
   // pixels of a row are those of all images of a unit.
   const uint32_t origin = shared_address(shared);
   const int first_pixel = team * PRODUCTS * kProductPixels;
-  uint32_t offsets[PRODUCTS][PAIRS + 1];
+  uint32_t offsets[PRODUCTS];
 #pragma unroll
   for (int p = 0; p < PRODUCTS; ++p) {
     const int pixel = min(first_pixel + p * kProductPixels + lane % 16, a.columns * a.images - 1);
-    const int column = pixel % a.columns * S;
-#pragma unroll
-    for (int i = 0; i <= PAIRS; ++i) {
-      const int at = column + 2 * i + (i < PAIRS ? lane / 16 : 0);
-      offsets[p][i] =
-          pixel / a.columns * STAGE_ROWS * a.tile_row_bytes + at * kPixelBytes + group * 16;
-    }
+    offsets[p] = pixel / a.columns * STAGE_ROWS * a.tile_row_bytes +
+                 (pixel % a.columns * S + lane / 16) * kPixelBytes + group * 16;
   }
   const uint32_t target =
       shared_address(results) + swizzled((first_pixel + lane % 16) * kPixelBytes + group * 16);
@@ -208,6 +217,12 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
     barrier_wait(&full[slot], parity);
     const int top = u.row * S - a.padding_h + stage * STAGE_ROWS;
     uint32_t row_address = origin + slot * a.stage_bytes;
+    LinePlaces places[PRODUCTS];
+    const auto find_places = [&] {
+#pragma unroll
+      for (int p = 0; p < PRODUCTS; ++p) places[p] = LinePlaces(row_address + offsets[p]);
+    };
+    find_places();
     uint32_t row_target = target + buffer * RING * a.result_bytes;
 #pragma unroll
     for (int i = 0; i < STAGE_ROWS; ++i) {
@@ -218,9 +233,9 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
           for (int j = 0; j <= PAIRS; ++j) {
             uint32_t x[4], last[2];
             if (j < PAIRS) {
-              load_matrices(x, swizzled(row_address + offsets[p][j]));
+              load_matrices(x, places[p].at(j));
             } else {
-              load_matrices(last, swizzled(row_address + offsets[p][j]));
+              load_matrices(last, places[p].at(j));
             }
 #pragma unroll
             for (int h = 0; h < K; ++h) {
@@ -235,7 +250,9 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
           }
         }
       }
+      // Here, and not where they are needed: the loads are what the row waits for.
       row_address += a.tile_row_bytes;
+      find_places();
       if ((i + 1 - K + K * S) % S != 0) continue;
 #pragma unroll
       for (int p = 0; p < PRODUCTS; ++p) {

@@ -46,10 +46,11 @@ Cut make_cut(int teams, int64_t strips, const DepthwiseConv2dParams& p, const De
 }
 
 // Of a launch but for its start, in us: of the stages that a block has one after another, each as
-// long as the slowest of what it takes. The constants fit the times of 93 of torchvision's shapes
-// on an H200 (benchmarks/NOTES.md).
+// long as the slowest of what it takes, and a little of what it reads and writes. The constants fit
+// 1000 times of 134 of torchvision's shapes on an H200 (benchmarks/NOTES.md).
 double expected_us(const Cut& cut, const DepthwiseConv2dParams& p, const Device& device) {
-  constexpr double kStage = 1.5, kProducts = 970.0, kBytes = 4.2e6;  // the latter two per us
+  constexpr double kStage = 2.0, kProducts = 970.0, kBytes = 3.7e6;  // the latter two per us
+  constexpr double kNotHidden = 0.1;                                 // of reading and writing
   const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
   const int64_t blocks = int64_t{cut.chunks} * cut.parts;
   const int products = kGroups * cut.teams * products_of_warp(kernel) * kernel *
@@ -60,7 +61,8 @@ double expected_us(const Cut& cut, const DepthwiseConv2dParams& p, const Device&
       static_cast<double>(ceil_div(blocks, device.multiprocessors));
   const double bytes = static_cast<double>(blocks * cut.images) * pixels * kPixelBytes;
   const double stage =
-      std::max({kStage, blocks_of_multiprocessor * products / kProducts, bytes / kBytes});
+      std::max({kStage, blocks_of_multiprocessor * products / kProducts, bytes / kBytes}) +
+      kNotHidden * bytes / kBytes;
   return static_cast<double>(ceil_div(cut.units, cut.parts) * cut.stages) * stage;
 }
 
