@@ -79,6 +79,28 @@ def test_a_wrong_gradient_fails(monkeypatch, tmp_path, capsys, wrong):
     assert f"FAILED {('input', 'weight')[wrong]}: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("place", "problem"), [((0, 2, 1, 1), "not zero"), ((-1, 2, 1, 1), None)], ids=["other", "last"]
+)
+def test_a_wrong_gradient_of_any_image_fails(monkeypatch, place, problem):
+    """One image is compared with float64, the last; those of the others must be zero."""
+    monkeypatch.setattr(gradients, "CHECK_ELEMENTS", 1)
+    original = gradients.depthwise_conv2d_backward
+
+    def spoilt(*args):
+        grads = original(*args)
+        if grads[0] is not None:
+            grads[0][place] += 1e-3
+        return grads
+
+    assert bench().measure(SHAPE, "float32", "contiguous").passed
+    monkeypatch.setattr(gradients, "depthwise_conv2d_backward", spoilt)
+    result = bench().measure(SHAPE, "float32", "contiguous")
+    assert not result.passed
+    assert result.part("weight").passed
+    assert problem is None or problem in result.part("input").problem
+
+
 def test_what_does_not_fit_is_skipped(monkeypatch):
     monkeypatch.setattr(gradients, "available_bytes", lambda device: 0)
     assert "GB are free" in bench().measure(SHAPE, "float32", "contiguous").reason
