@@ -14,6 +14,7 @@ Needs a CUDA GPU of sm_90 and nvcc. Families of weight gradients are timed as su
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import sys
@@ -47,6 +48,10 @@ FORWARD = ("plane_strips", "plane_bands", "channel_columns", "channel_tiles", "d
 GRADIENTS = ("diagonal_sums",)
 RANKS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 BUDGET = 0.003  # seconds of samples per cut
+COLUMNS = (
+    *("shape", "channels", "height", "width", "kernel", "stride"),
+    *("rank", "cut", "us", "copy_us"),
+)
 MASK = (False, True, False)
 
 
@@ -101,7 +106,9 @@ def is_last(x: torch.Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def explore(arguments: argparse.Namespace, program: Path) -> Iterator[dict[str, Any]]:
+def explore(
+    arguments: argparse.Namespace, chosen: list[LayerShape], program: Path
+) -> Iterator[dict[str, Any]]:
     """A row per shape and cut, the chosen one of a shape first."""
     family, dtype = arguments.family, DTYPES[arguments.dtype]
     images = Images(dtype, LAYOUTS[arguments.layout], arguments.batch)
@@ -113,7 +120,6 @@ def explore(arguments: argparse.Namespace, program: Path) -> Iterator[dict[str, 
     def calls(shape: LayerShape) -> list[Callable[[], Any]]:
         return calls_of(family, shape, images.of(shape, moved(shape)))
 
-    chosen = select(torchvision_shapes(), arguments.select)
     shapes = [shape for shape in chosen if shape.dilation == (1, 1) and calls(shape)]
     found = [run_cuts(program, problems(arguments, shapes), rank) for rank in arguments.ranks]
     for shape, *cuts in track(list(zip(shapes, *found, strict=True)), "shapes"):
@@ -127,18 +133,9 @@ def explore(arguments: argparse.Namespace, program: Path) -> Iterator[dict[str, 
             seen.add(cut)
             os.environ["DWSWAP_CUT_RANK"] = str(rank)
             us = time_launches(launches, "cuda", budget=BUDGET).microseconds
-            yield {
-                "shape": shape.index,
-                "channels": shape.channels,
-                "height": shape.height,
-                "width": shape.width,
-                "kernel": shape.kernel[0],
-                "stride": shape.stride[0],
-                "rank": rank,
-                "cut": cut,
-                "us": round(us, 3),
-                "copy_us": round(copy, 3),
-            }
+            size = (shape.channels, shape.height, shape.width, shape.kernel[0], shape.stride[0])
+            row = (shape.index, *size, rank, cut, round(us, 3), round(copy, 3))
+            yield dict(zip(COLUMNS, row, strict=True))
 
 
 def problems(arguments: argparse.Namespace, shapes: list[LayerShape]) -> list[tuple[object, ...]]:
@@ -181,36 +178,54 @@ def ranks(text: str) -> tuple[int, ...]:
     return found
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of images must be at least 1, got {text!r}")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("family", choices=(*FORWARD, *GRADIENTS))
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16")
     parser.add_argument("--layout", choices=tuple(LAYOUTS), required=True)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=count, default=64)
     parser.add_argument("--select", default="0:", help="as that of `dwswap bench layers`")
     parser.add_argument("--ranks", type=ranks, default=RANKS, help="such as 0,1,2,4,8")
-    parser.add_argument("-o", "--output", type=Path, help="CSV")
+    parser.add_argument("-o", "--output", type=Path, help="CSV; has what was timed when it ends")
     arguments = parser.parse_args()
+    try:
+        chosen = select(torchvision_shapes(), arguments.select)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         print("explore_cuts: PyTorch sees no CUDA GPU", file=sys.stderr)
         return 1
     os.environ["DWSWAP_FAMILY"] = arguments.family if arguments.family in FORWARD else ""
     os.environ["DWSWAP_BACKWARD_FAMILY"] = arguments.family if arguments.family in GRADIENTS else ""
-    if not build.load():
-        print(f"explore_cuts: no kernels of ours: {build.status().reason}", file=sys.stderr)
-        return 1
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        program = Path(folder) / "cuts"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        program = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cuts"
+        writer = None
+        if arguments.output is not None:
+            # Each line is there when its cut has been timed, whatever ends the run.
+            file = stack.enter_context(
+                arguments.output.open("w", newline="", encoding="utf-8", buffering=1)
+            )
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+        if not build.load():
+            print(f"explore_cuts: no kernels of ours: {build.status().reason}", file=sys.stderr)
+            return 1
         compile_cuts(program, "-DDWSWAP_EXPLORE")
-        rows = list(explore(arguments, program))
+        rows = []
+        for row in explore(arguments, chosen, program):
+            rows.append(row)
+            if writer is not None:
+                writer.writerow(row)
     if not rows:
         print(f"explore_cuts: {arguments.family} runs none of these shapes", file=sys.stderr)
         return 1
-    if arguments.output is not None:
-        with arguments.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
     Console().print(summary(rows))
     return 0
 

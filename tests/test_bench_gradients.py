@@ -80,10 +80,12 @@ def test_a_wrong_gradient_fails(monkeypatch, tmp_path, capsys, wrong):
 
 
 @pytest.mark.parametrize(
-    ("place", "problem"), [((0, 2, 1, 1), "not zero"), ((-1, 2, 1, 1), None)], ids=["other", "last"]
+    ("place", "problem"),
+    [((0, 2, 1, 1), "result of all images"), ((-1, 2, 1, 1), None)],
+    ids=["other", "last"],
 )
 def test_a_wrong_gradient_of_any_image_fails(monkeypatch, place, problem):
-    """One image is compared with float64, the last; those of the others must be zero."""
+    """One image is compared with float64, the last; all are with PyTorch's."""
     monkeypatch.setattr(gradients, "CHECK_ELEMENTS", 1)
     original = gradients.depthwise_conv2d_backward
 
@@ -99,6 +101,22 @@ def test_a_wrong_gradient_of_any_image_fails(monkeypatch, place, problem):
     assert not result.passed
     assert result.part("weight").passed
     assert problem is None or problem in result.part("input").problem
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_image_that_is_left_out_fails(monkeypatch, dtype):
+    monkeypatch.setattr(gradients, "CHECK_ELEMENTS", 1)
+    original = gradients.depthwise_conv2d_backward
+
+    def without_one(grad, *args):
+        grad = grad.clone()
+        grad[0] = 0
+        return original(grad, *args)
+
+    monkeypatch.setattr(gradients, "depthwise_conv2d_backward", without_one)
+    result = bench(batch=64).measure(SHAPE, dtype, "contiguous")
+    for name in ("input", "weight"):
+        assert "result of all images" in result.part(name).problem
 
 
 def test_what_does_not_fit_is_skipped(monkeypatch):

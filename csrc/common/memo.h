@@ -14,7 +14,7 @@ template <typename Key, typename Compute>
 auto memoized(const Key& key, Compute&& compute) {
 #ifdef DWSWAP_EXPLORE
   return compute();  // what a search finds changes: see search.h
-#endif
+#else
   constexpr size_t kMost = 4096;  // problems of changing size must not fill the memory
   static std::map<Key, decltype(compute())> known;
   static std::shared_mutex mutex;
@@ -27,6 +27,7 @@ auto memoized(const Key& key, Compute&& compute) {
   const std::unique_lock lock(mutex);
   if (known.size() == kMost) known.clear();
   return known.emplace(key, value).first->second;
+#endif
 }
 
 }  // namespace dwswap

@@ -14,9 +14,10 @@ namespace channel_columns {
 namespace {
 
 // Registers of a quarter of a multiprocessor hold so many warps; they are in whole, and a block's
-// are spread over the quarters.
-int warps_that_fit(int columns, int stride) {
+// are spread over the quarters. Activations take up to 128 registers of a thread.
+int warps_that_fit(int columns, int stride, bool plain) {
   constexpr int kQuarters = 4;
+  if (!plain) return kQuarters * 4;
   if (stride == 1) return kQuarters * (columns == 7 ? 4 : 6);  // at most 112 and 80 registers
   return kQuarters * (columns == 7 ? 5 : 7);                   // 96 and 72
 }
@@ -52,7 +53,7 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, int element_byte
 
   const double chunk_bytes = static_cast<double>(open) * stride * tile_w * run;
   const double shared = cut.stages * chunk_bytes + run * kKernel * kKernel + kBlockBytes;
-  const double fit = warps_that_fit(cut.columns, stride) / warps;  // in whole
+  const double fit = warps_that_fit(cut.columns, stride, p.is_plain()) / warps;  // in whole
   const double resident =
       std::max(1.0, std::floor(std::min({kMostBlocks, kSharedBytes / shared, fit})));
   const double segments = ceil_div(p.out_h, cut.rows);
@@ -140,8 +141,9 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, int multiproce
 }  // namespace
 
 Cut choose_cut(const DepthwiseConv2dParams& p, int element_bytes, int multiprocessors) {
-  const std::array<int64_t, 9> key{p.batch, p.channels, p.in_h,        p.in_w,         p.out_h,
-                                   p.out_w, p.stride_h, element_bytes, multiprocessors};
+  const std::array<int64_t, 10> key{p.is_plain(),  p.batch,        p.channels, p.in_h,
+                                    p.in_w,        p.out_h,        p.out_w,    p.stride_h,
+                                    element_bytes, multiprocessors};
   return memoized(key, [&] { return search_cut(p, element_bytes, multiprocessors); });
 }
 

@@ -93,15 +93,15 @@ bool suits_diagonal(const DepthwiseConv2dParams& p) {
 }
 
 // It computes whole tiles of columns, and a small problem is over before the bands are loaded; that
-// of few images all the more, as the walks of a product are short pieces of them. Of long rows
-// plane_strips' strips are few enough, too, where the stride leaves a half of the work.
+// of few images all the more, as the walks of a product are short pieces of them. Long rows with
+// stride 2 were faster in plane_strips, and 9 columns, of which the second tile has one.
 bool suits_plane_bands(const DepthwiseConv2dParams& p) {
   constexpr int64_t kTile = plane_bands::kTile, kLongRow = 64;
   const int64_t enough = 10000 / std::clamp<int64_t>(p.batch, 1, 4);
   if (outputs_per_multiprocessor(p) < enough) return false;
   if (p.stride_w == 2 && p.out_w > kLongRow) return false;
   const int64_t least = p.kernel_w == 7 ? kTile - 1 : kTile;
-  return p.out_w >= least && 8 * p.out_w >= 5 * ceil_div(p.out_w, kTile) * kTile;
+  return std::min(p.out_h, p.out_w) >= least && p.out_w != kTile + 1;
 }
 
 // In order of preference. The second lines of channel_direct and plane_strips are for what no other

@@ -333,6 +333,7 @@ template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Device& device,
                          cudaStream_t stream) {
   const Cut cut = choose_cut(p, device);
+  if (cut.parts == 0) return cudaErrorInvalidValue;
 #define DWSWAP_CASE(K, S)                                                      \
   if (p.kernel_h == K && p.stride_h == S) {                                    \
     return p.activation <= Activation::kRelu6                                  \

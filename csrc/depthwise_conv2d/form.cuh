@@ -13,8 +13,8 @@ namespace dwswap {
 enum class Form { kPlain, kRelu, kClamp, kHardswish, kSilu, kAny };
 
 inline Form form_of(const DepthwiseConv2dParams& p) {
+  if (p.is_plain()) return Form::kPlain;
   const Activation most = p.input_activation > p.activation ? p.input_activation : p.activation;
-  if (!p.transforms_input() && most == Activation::kNone) return Form::kPlain;
   if (most <= Activation::kRelu) return Form::kRelu;
   if (most <= Activation::kRelu6) return Form::kClamp;
   if (p.input_activation != p.activation) return Form::kAny;

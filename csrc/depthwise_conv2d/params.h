@@ -35,6 +35,8 @@ struct DepthwiseConv2dParams {
   int64_t out_channels() const { return channels * multiplier; }
   int64_t outputs() const { return batch * out_channels() * out_h * out_w; }
   bool is_dilated() const { return dilation_h != 1 || dilation_w != 1; }
+  // No activation, nor anything that is done to the input.
+  bool is_plain() const { return !transforms_input() && activation == Activation::kNone; }
   bool transforms_input() const {
     return input_bias != nullptr || input_activation != Activation::kNone;
   }

@@ -64,7 +64,9 @@ int main() {
                   cut.rows, cut.segment_rows, cut.warps, cut.in_pitch, cut.out_pitch,
                   cut.rows == 0 ? 0 : cut.shared_bytes(), took.count());
     } else if (family == "channel_tiles") {
-      const channel_tiles::Reader reader{p.channels * element_bytes % 16 == 0, element_bytes * 2};
+      const int64_t pixel = p.channels * element_bytes;
+      const int vector = pixel % 16 == 0 ? 16 : pixel % 8 == 0 ? 8 : 4;
+      const channel_tiles::Reader reader{vector == 16, vector};
       const auto depth = channel_tiles::choose_depth(p, device.multiprocessors);
       const int rows = depth == Depth::kFlat ? 1 : p.kernel_h == 7 ? 2 : 4;
       const auto tile = channel_tiles::choose_tile(p, reader, channel_tiles::kColumns, rows,

@@ -65,9 +65,9 @@ Walks walks_of(const Cut& cut, const GradientParams& p, const Device& device) {
 
 // Bytes of what is read for the pieces of pixels, so many bytes at once, of a byte of these: blocks
 // have some channels of a pixel, and pixels need not begin where what is read does.
-double bytes_read(const Cut& cut, const GradientParams& p, int64_t at_once) {
+double bytes_read(int groups, const GradientParams& p, int64_t at_once) {
   constexpr int64_t kPixels = 8;  // of 16 bytes at least: a period of 128 bytes
-  const int64_t pixel = p.channels * 2, piece = cut.groups * kGroupBytes;
+  const int64_t pixel = p.channels * 2, piece = groups * kGroupBytes;
   int64_t reads = 0;
   for (int64_t begin = 0; begin < kPixels * pixel; begin += pixel) {
     for (int64_t from = begin; from < begin + pixel; from += piece) {
@@ -81,8 +81,14 @@ double bytes_read(const Cut& cut, const GradientParams& p, int64_t at_once) {
 // The constants of the times below, in us, fit 7200 times of 356 shapes on an H200 (64 images;
 // benchmarks/NOTES.md).
 
+// Of bytes that blocks want, those that are read where sectors of 64 bytes are, and where lines
+// are.
+struct Read {
+  double sectors, lines;
+};
+
 // All pixels, at the speed of memory.
-double reading_us(const Cut& cut, const GradientParams& p) {
+double reading_us(const Cut& cut, const Read& read, const GradientParams& p) {
   constexpr double kBytes = 4.45e6;  // per us
   constexpr double kHalo = 1.5;      // what several blocks read costs more than its bytes
   // Beside its own bytes a block reads sectors to their ends; lines too where the blocks that want
@@ -96,8 +102,8 @@ double reading_us(const Cut& cut, const GradientParams& p) {
   const auto pixels = static_cast<double>(p.in_h * p.in_w + outputs);
   const double bytes = 2.0 * static_cast<double>(p.batch * p.channels) * pixels *
                        std::pow(static_cast<double>(in_h * in_w + outputs) / pixels, kHalo);
-  const double sectors = kSectors * (bytes_read(cut, p, 64) - 1.0);
-  const double lines = kLines * (bytes_read(cut, p, 128) - 1.0) * bytes / (bytes + kLargeBytes);
+  const double sectors = kSectors * (read.sectors - 1.0);
+  const double lines = kLines * (read.lines - 1.0) * bytes / (bytes + kLargeBytes);
   return bytes * (1.0 + sectors + lines) / kBytes;
 }
 
@@ -114,7 +120,8 @@ double multiplying_us(const Cut& cut, const GradientParams& p) {
 }
 
 // Of a launch: cuts chosen by it take 1.03 times as long as the best of some 20 of their shape.
-double expected_us(const Cut& cut, const GradientParams& p, const Device& device) {
+double expected_us(const Cut& cut, const Read& read, const GradientParams& p,
+                   const Device& device) {
   constexpr double kReduction = 1.9;                      // the second kernel
   constexpr double kWave = 1.7, kKilobyte = 0.01;         // until a block has its first stages
   constexpr double kStage = 0.32, kRowOfTaps = 0.035;     // of a block alone
@@ -133,7 +140,7 @@ double expected_us(const Cut& cut, const GradientParams& p, const Device& device
   const int64_t stages = cut.split.share * ceil_div(cut.split.rows + seen, cut.stage_rows);
   const double waiting = waves * static_cast<double>(stages) *
                          (kStage + kRowOfTaps * static_cast<double>(cut.stage_rows * cut.kernel));
-  const double streaming = std::pow(std::pow(slower * reading_us(cut, p), kOverlap) +
+  const double streaming = std::pow(std::pow(slower * reading_us(cut, read, p), kOverlap) +
                                         std::pow(slower * multiplying_us(cut, p), kOverlap) +
                                         std::pow(waiting, kOverlap),
                                     1.0 / kOverlap);
@@ -161,6 +168,7 @@ Cut search_cut(const GradientParams& p, const Device& device) {
   constexpr int kMostTeams = 4;
   Search<Cut> search;
   for (const int groups : group_counts(p)) {
+    const Read read{bytes_read(groups, p, 64), bytes_read(groups, p, 128)};
     for (int teams = 1; teams <= kMostTeams; ++teams) {
       Cut cut{};
       cut.kernel = static_cast<int>(p.kernel_h), cut.stride = static_cast<int>(p.stride_h);
@@ -170,9 +178,8 @@ Cut search_cut(const GradientParams& p, const Device& device) {
       choose_stage_rows(cut, device);
       const Walks walks = walks_of(cut, p, device);
       for (int64_t strips = 1; strips <= most_strips(walks); strips += ceil_div(strips, 2)) {
-        double time = 0.0;
-        cut.split = search_shares(walks, strips, &time);
-        search.consider(expected_us(cut, p, device), cut);
+        cut.split = search_shares(walks, strips).split;
+        search.consider(expected_us(cut, read, p, device), cut);
       }
     }
   }

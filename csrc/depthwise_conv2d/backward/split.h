@@ -26,8 +26,12 @@ struct Split {
 
 // Strips that a column may be cut into.
 int64_t most_strips(const Walks& walks);
-// Of so many strips the split that takes the least time by a simple estimate, which `time` gets.
-Split search_shares(const Walks& walks, int64_t strips, double* time);
+// The split that takes the least time by a simple estimate, in rows that are walked.
+struct BestSplit {
+  Split split;
+  double time;
+};
+BestSplit search_shares(const Walks& walks, int64_t strips);
 // The same of any number of strips; searched once per problem.
 Split choose_split(const Walks& walks);
 
