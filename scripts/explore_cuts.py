@@ -19,8 +19,7 @@ import csv
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -36,13 +35,10 @@ from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from dwswap import build  # noqa: E402
-from dwswap.backward import backward_families  # noqa: E402
-from dwswap.bench.layers import DTYPES, LAYOUTS, laid_out, rounded  # noqa: E402
+from dwswap.bench.gradients import GradientBench  # noqa: E402
+from dwswap.bench.layers import DTYPES, LAYOUTS, LayerBench  # noqa: E402
 from dwswap.bench.shapes import LayerShape, select, torchvision_shapes  # noqa: E402
-from dwswap.bench.timing import buffers_needed, time_copy, time_launches  # noqa: E402
-from dwswap.ops import depthwise_conv2d  # noqa: E402
-from dwswap.registration import kernel_family  # noqa: E402
-from dwswap.schema import depthwise_conv2d_backward  # noqa: E402
+from dwswap.bench.timing import time_copy, time_launches  # noqa: E402
 
 FORWARD = ("plane_strips", "plane_bands", "channel_columns", "channel_tiles", "diagonal")
 GRADIENTS = ("diagonal_sums",)
@@ -52,79 +48,25 @@ COLUMNS = (
     *("shape", "channels", "height", "width", "kernel", "stride"),
     *("rank", "cut", "us", "copy_us"),
 )
-MASK = (False, True, False)
-
-
-class Images:
-    """Inputs and gradients of outputs in one allocation, which the next shape takes over."""
-
-    def __init__(self, dtype: torch.dtype, memory_format: torch.memory_format, batch: int) -> None:
-        self.dtype, self.memory_format, self.batch = dtype, memory_format, batch
-        self.pool = torch.empty(0)
-
-    def of(self, shape: LayerShape, moved: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        sizes = (
-            [self.batch, shape.channels, shape.height, shape.width],
-            [self.batch, shape.out_channels, *shape.output],
-        )
-        counts = [self.batch * shape.input_elements, self.batch * shape.output_elements]
-        steps = [rounded(count, self.dtype.itemsize) for count in counts]
-        buffers = buffers_needed(moved)
-        if self.pool.numel() < buffers * sum(steps):
-            self.pool = torch.empty(0)
-            self.pool = torch.empty(buffers * sum(steps), dtype=self.dtype, device="cuda").normal_()
-        pairs = []
-        for begin in range(0, buffers * sum(steps), sum(steps)):
-            places = (begin, begin + steps[0])
-            x, grad = (
-                laid_out(self.pool[place : place + count], size, self.memory_format)
-                for place, count, size in zip(places, counts, sizes, strict=True)
-            )
-            pairs.append((x, grad))
-        return pairs
-
-
-def calls_of(
-    family: str, shape: LayerShape, images: list[tuple[torch.Tensor, torch.Tensor]]
-) -> list[Callable[[], Any]]:
-    """A launch per pair of images; none where another family runs."""
-    x, grad = images[0]
-    weight = torch.randn(shape.out_channels, 1, *shape.kernel, dtype=x.dtype, device="cuda")
-    weight = weight.contiguous(memory_format=torch.channels_last) if is_last(x) else weight
-    geometry = (shape.stride, shape.padding, shape.dilation)
-    if family in GRADIENTS:
-        if backward_families(grad, x, weight, *geometry, MASK)[1] != family:
-            return []
-        gradient = depthwise_conv2d_backward
-        return [partial(gradient, g, image, weight, *geometry, MASK) for image, g in images]
-    if kernel_family(x, weight, None, *geometry, None, "none", "none") != family:
-        return []
-    return [partial(depthwise_conv2d, image, weight, None, *geometry) for image, _ in images]
-
-
-def is_last(x: torch.Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def explore(
     arguments: argparse.Namespace, chosen: list[LayerShape], program: Path
 ) -> Iterator[dict[str, Any]]:
     """A row per shape and cut, the chosen one of a shape first."""
-    family, dtype = arguments.family, DTYPES[arguments.dtype]
-    images = Images(dtype, LAYOUTS[arguments.layout], arguments.batch)
+    bench_of = GradientBench if arguments.family in GRADIENTS else LayerBench
+    bench = bench_of(torch.device("cuda"), batch=arguments.batch, budget=BUDGET)
 
-    def moved(shape: LayerShape) -> int:
-        elements = shape.input_elements + shape.output_elements
-        return arguments.batch * elements * dtype.itemsize
+    def runs(shape: LayerShape) -> bool:
+        family, _ = bench.launches(shape, arguments.dtype, arguments.layout)
+        return family == arguments.family
 
-    def calls(shape: LayerShape) -> list[Callable[[], Any]]:
-        return calls_of(family, shape, images.of(shape, moved(shape)))
-
-    shapes = [shape for shape in chosen if shape.dilation == (1, 1) and calls(shape)]
+    shapes = [shape for shape in chosen if shape.dilation == (1, 1) and runs(shape)]
     found = [run_cuts(program, problems(arguments, shapes), rank) for rank in arguments.ranks]
     for shape, *cuts in track(list(zip(shapes, *found, strict=True)), "shapes"):
-        launches = calls(shape)
-        copy = time_copy(moved(shape), "cuda", budget=BUDGET).microseconds
+        _, launches = bench.launches(shape, arguments.dtype, arguments.layout)
+        moved = bench.moved_bytes(shape, arguments.dtype)
+        copy = time_copy(moved, "cuda", budget=BUDGET).microseconds
         seen = set()
         for rank, (*fields, _) in zip(arguments.ranks, cuts, strict=True):
             cut = " ".join(map(str, fields))
@@ -204,7 +146,6 @@ def main() -> int:
     os.environ["DWSWAP_FAMILY"] = arguments.family if arguments.family in FORWARD else ""
     os.environ["DWSWAP_BACKWARD_FAMILY"] = arguments.family if arguments.family in GRADIENTS else ""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         program = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cuts"
         writer = None
         if arguments.output is not None:

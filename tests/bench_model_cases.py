@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -32,6 +33,21 @@ class Small(nn.Module):
 
 def small() -> nn.Module:
     return Small()
+
+
+def interrupt_after_one(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Ctrl-C while the second case is measured; the cases that were, so an entry more ends that."""
+    measured: list[object] = []
+    original = ModelBench.measure
+
+    def measure(self, case, peers):
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return original(self, case, peers)
+
+    monkeypatch.setattr(ModelBench, "measure", measure)
+    return measured
 
 
 def bench(**changes) -> ModelBench:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from test_bench_layers import SHAPE, TINY
 
-from dwswap.bench import gradients
+from dwswap.bench import gradients, layers
 from dwswap.bench.gradient_record import GradientRecord
 from dwswap.bench.gradient_results import PARTS, GradientResult
 from dwswap.bench.gradients import GradientBench
+from dwswap.bench.layers import CPU_BUFFERS
 from dwswap.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,17 @@ def test_measure(dtype, layout):
         assert row.percent_of_copy == 100 * row.copy_us / row.ours_us
     assert result.part("training").copy_us == 3 * result.part("input").copy_us
     assert GradientResult(**json.loads(json.dumps(result.to_dict()))) == result
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_launches_are_those_of_the_weight(layout):
+    family, launches = bench().launches(SHAPE, "float32", layout)
+    assert family == "aten"
+    assert len(launches) == CPU_BUFFERS
+    for launch in launches:
+        of_input, of_weight, of_bias = launch()
+        assert of_input is of_bias is None
+        assert of_weight.shape == (6, 1, 3, 3)
 
 
 def test_images_do_not_overlap(monkeypatch):
@@ -86,7 +98,7 @@ def test_a_wrong_gradient_fails(monkeypatch, tmp_path, capsys, wrong):
 )
 def test_a_wrong_gradient_of_any_image_fails(monkeypatch, place, problem):
     """One image is compared with float64, the last; all are with PyTorch's."""
-    monkeypatch.setattr(gradients, "CHECK_ELEMENTS", 1)
+    monkeypatch.setattr(layers, "CHECK_ELEMENTS", 1)
     original = gradients.depthwise_conv2d_backward
 
     def spoilt(*args):
@@ -105,7 +117,7 @@ def test_a_wrong_gradient_of_any_image_fails(monkeypatch, place, problem):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_an_image_that_is_left_out_fails(monkeypatch, dtype):
-    monkeypatch.setattr(gradients, "CHECK_ELEMENTS", 1)
+    monkeypatch.setattr(layers, "CHECK_ELEMENTS", 1)
     original = gradients.depthwise_conv2d_backward
 
     def without_one(grad, *args):

@@ -254,6 +254,15 @@ def test_wrong_numbers_fail(monkeypatch, change, problem):
         assert problem in result.problem
 
 
+def test_launches_have_inputs_of_their_own():
+    family, launches = bench().launches(SHAPE, "float32", "channels_last")
+    assert family == "aten"
+    outputs = [launch() for launch in launches]
+    assert len(outputs) == layers.CPU_BUFFERS
+    assert outputs[0].is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(outputs[0], outputs[1])
+
+
 def test_another_layout_fails(monkeypatch):
     original = layers.depthwise_conv2d
     monkeypatch.setattr(

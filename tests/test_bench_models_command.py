@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bench_model_cases import HERE, result, run
+from bench_model_cases import HERE, interrupt_after_one, result, run
 
 from dwswap.bench.model_cases import ACCEPTED, depthwise_models
 from dwswap.bench.model_peers import EAGER, RUNNERS, Runner
@@ -55,16 +55,7 @@ def test_command(tmp_path, capsys, wide):
 
 @pytest.mark.slow
 def test_command_is_ended_and_resumed(tmp_path, capsys, monkeypatch, wide):
-    measured = []
-    original = ModelBench.measure
-
-    def measure(self, case, peers):
-        if len(measured) == 1:
-            raise KeyboardInterrupt
-        measured.append(case)
-        return original(self, case, peers)
-
-    monkeypatch.setattr(ModelBench, "measure", measure)
+    measured = interrupt_after_one(monkeypatch)
     batches = ("--batch", "1", "2", "3")
     assert command(tmp_path, *batches) == 130
     assert "1 of 3 are in" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bench_model_cases import interrupt_after_one
 from tiny_models import Block
 from torch import nn
 
@@ -489,16 +490,7 @@ def test_command(tmp_path, capsys):
 
 @pytest.mark.usefixtures("wide")
 def test_command_is_ended_and_resumed(tmp_path, capsys, monkeypatch):
-    measured = []
-    original = ModelBench.measure
-
-    def measure(self, case, peers):
-        if len(measured) == 1:
-            raise KeyboardInterrupt
-        measured.append(case)
-        return original(self, case, peers)
-
-    monkeypatch.setattr(ModelBench, "measure", measure)
+    measured = interrupt_after_one(monkeypatch)
     part = ("--batch", "2", "3", "--dtype", "float32", "--layout", "contiguous", "--peers", "none")
     assert command(tmp_path, *part) == 130
     assert "1 of 2 are in" in capsys.readouterr().out

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <limits>
 #include <numeric>
 
 #include "common/integer.h"
@@ -53,19 +52,26 @@ double read_along(int64_t in, int64_t tiles, int tile, int shared) {
   return static_cast<double>(std::min(in + (tiles - 1) * shared, tiles * tile));
 }
 
-// Shared memory of a tile; more than there is where the copy engine cannot bring it.
-int tile_bytes(const DepthwiseConv2dParams& p, const Tile& tile, const Kernel& k) {
+// What a block reads: a tile of the input, and the taps.
+struct Extent {
+  int width, height;
+  int run_bytes;  // of a pixel
+  int bytes;      // of shared memory
+};
+Extent extent_of(const DepthwiseConv2dParams& p, const Tile& tile, const Kernel& k) {
   const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
-  const int width = (tile.groups_w * k.columns - 1) * stride + kernel;
-  const int height = (tile.groups_h * k.rows - 1) * stride + kernel;
-  if (width > kMostBoxElements || height > kMostBoxElements) return std::numeric_limits<int>::max();
-  return 2 * tile.pairs * k.element_bytes * (width * height + kernel * kernel);
+  Extent e{};
+  e.width = (tile.groups_w * k.columns - 1) * stride + kernel;
+  e.height = (tile.groups_h * k.rows - 1) * stride + kernel;
+  e.run_bytes = 2 * tile.pairs * k.element_bytes;
+  e.bytes = e.run_bytes * (e.width * e.height + kernel * kernel);
+  return e;
 }
 
 // Time in clocks of a multiprocessor: what moves and what is computed hide each other in part. The
 // constants fit 5200 times of float32 on an H200 (64 images; benchmarks/NOTES.md).
-double expected_clocks(const DepthwiseConv2dParams& p, const Tile& tile, const Kernel& k,
-                       int multiprocessors) {
+double expected_clocks(const DepthwiseConv2dParams& p, const Tile& tile, const Extent& extent,
+                       const Kernel& k, int multiprocessors) {
   constexpr int kSharedBytes = 233472, kBlockBytes = 1152;  // a block takes more than its tile
   constexpr int kResidentWarps = 16;                        // by their registers
   constexpr int kQuarters = 4;                              // each issues for its own warps
@@ -78,28 +84,25 @@ double expected_clocks(const DepthwiseConv2dParams& p, const Tile& tile, const K
   constexpr double kAsyncClocks = 22.0;           // of a warp's copy, without the copy engine
   constexpr double kIssue = 2.0, kSetup = 330.0;  // of a multiply-add of a warp, and of a warp
   const auto kernel = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
-  const int run = 2 * tile.pairs * k.element_bytes;
+  const int run = extent.run_bytes, pixels = extent.width * extent.height;
   const int64_t pitch = p.channels * k.element_bytes;
   const int64_t slices = ceil_div(p.channels / 2, tile.pairs);
   const int64_t tiles_w = ceil_div(ceil_div(p.out_w, k.columns), tile.groups_w);
   const int64_t tiles_h = ceil_div(ceil_div(p.out_h, k.rows), tile.groups_h);
-  const int width = (tile.groups_w * k.columns - 1) * stride + kernel;
-  const int height = (tile.groups_h * k.rows - 1) * stride + kernel;
-  const int pixels = width * height;
   const auto warps = static_cast<int>(ceil_div(tile.threads(), 32));
   // Of a multiprocessor.
   const double images = static_cast<double>(p.batch) / multiprocessors;
   const double blocks = static_cast<double>(slices * tiles_w * tiles_h) * images;
-  const int resident = std::max(
-      1, std::min(kSharedBytes / (tile_bytes(p, tile, k) + kBlockBytes), kResidentWarps / warps));
+  const int resident =
+      std::max(1, std::min(kSharedBytes / (extent.bytes + kBlockBytes), kResidentWarps / warps));
 
   const double pieces = kPieceClocks * touched(kPiece, run, pitch);
   const double lines = kLineClocks * touched(kLine, run, pitch);
   // In shared memory runs lie behind each other. Those of 96 bytes straddle lines, and take the
   // copy engine longer than those of 64.
   const double tile_lines = touched(kLine, run, run);
-  const double read = read_along(p.in_w, tiles_w, width, kernel - stride) *
-                      read_along(p.in_h, tiles_h, height, kernel - stride);
+  const double read = read_along(p.in_w, tiles_w, extent.width, kernel - stride) *
+                      read_along(p.in_h, tiles_h, extent.height, kernel - stride);
   const auto outputs = static_cast<double>(p.out_h * p.out_w);
   const double copy =
       static_cast<double>(pitch) * (static_cast<double>(p.in_h * p.in_w) + outputs) / kCopyBytes;
@@ -133,8 +136,10 @@ Tile search_tile(const DepthwiseConv2dParams& p, const Kernel& k, int multiproce
       const int most_h = std::min({high, kMostGroups, kMaxThreads / (pairs * groups_w)});
       for (int groups_h = 1; groups_h <= most_h; ++groups_h) {
         const Tile tile{pairs, groups_w, groups_h};
-        if (tile_bytes(p, tile, k) > kTileBytes) continue;
-        search.consider(expected_clocks(p, tile, k, multiprocessors), tile);
+        const Extent extent = extent_of(p, tile, k);
+        if (std::max(extent.width, extent.height) > kMostBoxElements || extent.bytes > kTileBytes)
+          continue;
+        search.consider(expected_clocks(p, tile, extent, k, multiprocessors), tile);
       }
     }
   }

@@ -180,9 +180,7 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
   constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, S = Traits::kStride;
   constexpr int COLUMNS = Traits::kColumns, IN_COLUMNS = Traits::kInputColumns;
   constexpr int EDGE = Traits::kMaxPaddingW, OPEN = Traits::kOpenRows;
-  // Unrolled, the rows of sums move by renaming. Too long a body would not stay in the instruction
-  // cache.
-  constexpr int UNROLL = KH * KW <= 25 && FORM != Form::kAny ? OPEN : 1;
+  constexpr int UNROLL = FORM == Form::kAny ? 1 : unrolled_rows(KH, KW, S);
   const float in_low = low_of(a.input_activation), in_high = high_of(a.input_activation);
   const float low = low_of(a.activation), high = high_of(a.activation);
 

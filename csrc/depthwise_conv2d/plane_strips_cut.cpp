@@ -48,7 +48,7 @@ struct LoopRows {
 LoopRows loop_rows(const DepthwiseConv2dParams& p, const Cut& cut) {
   const auto kernel_h = static_cast<int>(p.kernel_h), stride = static_cast<int>(p.stride_h);
   const int open = open_rows(kernel_h, stride);
-  const int unroll = p.kernel_h * p.kernel_w <= 25 ? open : 1;
+  const int unroll = unrolled_rows(kernel_h, static_cast<int>(p.kernel_w), stride);
   const auto rows = static_cast<int>(ceil_div(cut.rows, cut.groups));
   const auto groups = static_cast<int>(ceil_div(cut.rows, rows));  // that have any
   // Of input, from the first row that the piece's outputs ask for; of strips, one in the middle.

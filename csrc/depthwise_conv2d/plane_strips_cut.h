@@ -23,6 +23,12 @@ constexpr int kWideColumns = 7;
 // Rows of output that an input row contributes to.
 constexpr int open_rows(int kernel_h, int stride) { return (kernel_h + stride - 1) / stride; }
 
+// Steps of the kernel's loop that are unrolled: the rows of sums move by renaming. Too long a body
+// would not stay in the instruction cache.
+constexpr int unrolled_rows(int kernel_h, int kernel_w, int stride) {
+  return kernel_h * kernel_w <= 25 ? open_rows(kernel_h, stride) : 1;
+}
+
 // Of a block: sums and taps share the registers.
 constexpr int max_threads(int kernel_h, int kernel_w, int stride, bool wide) {
   const bool heavy = wide && kWideColumns * open_rows(kernel_h, stride) + kernel_h * kernel_w > 64;

@@ -7,7 +7,6 @@ training runs them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,18 +19,16 @@ from dwswap.backward import backward_families
 from dwswap.bench.gradient_results import PARTS, GradientResult
 from dwswap.bench.layer_results import Skipped
 from dwswap.bench.layers import (
-    CHECK_ELEMENTS,
-    CPU_BUFFERS,
     DTYPES,
     GPU_RESERVE,
     LAYOUTS,
     LayerBench,
     available_bytes,
+    checked_elsewhere,
     laid_out,
     rounded,
 )
 from dwswap.bench.shapes import LayerShape
-from dwswap.bench.timing import buffers_needed
 from dwswap.ops import depthwise_conv2d
 from dwswap.precision import float32_convolutions
 from dwswap.report import LayerErrors
@@ -54,11 +51,9 @@ class GradientBench(LayerBench):
         """Check the gradients of one shape, then time them; ``Skipped`` where memory is short."""
         element, memory_format = DTYPES[dtype], LAYOUTS[layout]
         size = [self.batch, shape.channels, shape.height, shape.width]
-        out_size = [self.batch, shape.out_channels, *shape.output]
-        elements = [self.batch * shape.input_elements, self.batch * shape.output_elements]
-        moved = sum(elements) * element.itemsize
+        moved = self.moved_bytes(shape, dtype)
         cuda = self.device.type == "cuda"
-        buffers = buffers_needed(moved) if cuda else CPU_BUFFERS
+        buffers = self._buffers(moved)
         # Both images of a launch, and what a step of training makes of them.
         needed = 2 * buffers * moved + 4 * moved + (GPU_RESERVE if cuda else 0)
         available = available_bytes(self.device) + self._pool.nbytes
@@ -66,18 +61,7 @@ class GradientBench(LayerBench):
         if needed > available:
             return skipped(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
         try:
-            first = rounded(elements[0], element.itemsize)
-            pair = [1, 1, 1, first + elements[1]]
-            windows = self._inputs(buffers, pair, element, torch.contiguous_format)
-            inputs = [
-                (
-                    laid_out(window.view(-1)[: elements[0]], size, memory_format),
-                    laid_out(window.view(-1)[first:], out_size, memory_format),
-                )
-                for window in windows
-            ]
-            weight = self._random(element, shape.out_channels, 1, *shape.kernel)
-            weight = weight.contiguous(memory_format=memory_format)
+            inputs, weight = self._tensors(shape, element, memory_format, buffers)
             errors = self._check_gradients(shape, weight, inputs[0])
             copy = self._copy(moved)
             parts = {}
@@ -100,6 +84,39 @@ class GradientBench(LayerBench):
             return skipped(str(error).partition("\n")[0])
         passed = all(found.passed for found in errors.values())
         return GradientResult(shape.index, dtype, layout, size, parts, passed)
+
+    def launches(
+        self, shape: LayerShape, dtype: str, layout: str
+    ) -> tuple[str, list[Callable[[], Any]]]:
+        """As those of ``LayerBench``, of the gradient of the weight."""
+        buffers = self._buffers(self.moved_bytes(shape, dtype))
+        inputs, weight = self._tensors(shape, DTYPES[dtype], LAYOUTS[layout], buffers)
+        ours, _, family = self._part("weight", shape, weight, inputs[0])
+        return family, [partial(ours, images) for images in inputs]
+
+    def _tensors(
+        self,
+        shape: LayerShape,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        buffers: int,
+    ) -> tuple[list[Images], Tensor]:
+        """So many pairs of images, which do not overlap, and a weight."""
+        size = [self.batch, shape.channels, shape.height, shape.width]
+        out_size = [self.batch, shape.out_channels, *shape.output]
+        elements = [self.batch * shape.input_elements, self.batch * shape.output_elements]
+        first = rounded(elements[0], dtype.itemsize)
+        pair = [1, 1, 1, first + elements[1]]
+        windows = self._inputs(buffers, pair, dtype, torch.contiguous_format)
+        inputs = [
+            (
+                laid_out(window.view(-1)[: elements[0]], size, memory_format),
+                laid_out(window.view(-1)[first:], out_size, memory_format),
+            )
+            for window in windows
+        ]
+        weight = self._random(dtype, shape.out_channels, 1, *shape.kernel)
+        return inputs, weight.contiguous(memory_format=memory_format)
 
     def _part(
         self, name: str, shape: LayerShape, weight: Tensor, images: Images
@@ -136,9 +153,7 @@ class GradientBench(LayerBench):
         for another number of images cuDNN would plan its kernels anew, which takes longer.
         """
         x, grad = images
-        samples = max(1, CHECK_ELEMENTS // max(image[0].numel() for image in images))
-        step = -(-self.batch // min(samples, self.batch))
-        part = slice((self.batch - 1) % step, None, step)
+        part = self._samples(max(image[0].numel() for image in images))
         grad_of_part = torch.zeros_like(grad)
         grad_of_part[part] = grad[part]
         wide = (x[part].double().contiguous(), grad[part].double().contiguous())
@@ -150,19 +165,16 @@ class GradientBench(LayerBench):
         }
         del grad_of_part, wide, exact
         ours, theirs = self._both(shape, weight, images)
-        # Elsewhere both are as far from float64 as in the samples, give or take a factor of 2. Sums
-        # over more images are farther: in float32 errors add up, in half precision the rounding of
-        # a result is the largest, and random numbers add up to the root of how many there are.
+        # Sums over more images are farther from float64: in float32 errors add up, in half
+        # precision the rounding of a result is the largest, and random numbers add up to the root
+        # of how many there are.
         more = self.batch / len(range(self.batch)[part])
-        factors = {"input": 1.0, "weight": more if x.dtype == torch.float32 else more**0.5}
-        for (name, factor), mine, peer in zip(factors.items(), ours, theirs, strict=False):
-            apart = float((mine - peer).abs().max())
-            limit = errors[name].limit + errors[name].pytorch
-            # A comparison with NaN is false, so NaN fails.
-            if errors[name].passed and not apart <= 2 * factor * limit:
-                problem = f"{apart:.2g} from PyTorch's result of all images"
-                errors[name] = dataclasses.replace(errors[name], problem=problem)
-        return errors
+        farther = {"input": 1.0, "weight": more if x.dtype == torch.float32 else more**0.5}
+        found = zip(errors, ours, theirs, strict=False)
+        return {
+            name: checked_elsewhere(errors[name], mine, peer, "of all images", farther[name])
+            for name, mine, peer in found
+        }
 
     def _both(
         self, shape: LayerShape, weight: Tensor, images: Images

@@ -41,6 +41,7 @@ __all__ = [
     "LAYOUTS",
     "LayerBench",
     "available_bytes",
+    "checked_elsewhere",
     "laid_out",
     "rounded",
 ]
@@ -109,9 +110,9 @@ class LayerBench:
         width = DTYPES[dtype].itemsize
         bytes_in = self.batch * shape.input_elements * width
         bytes_out = self.batch * shape.output_elements * width
-        moved = bytes_in + bytes_out
+        moved = self.moved_bytes(shape, dtype)
         cuda = self.device.type == "cuda"
-        buffers = buffers_needed(moved) if cuda else CPU_BUFFERS
+        buffers = self._buffers(moved)
 
         held = self._pool.nbytes
         pool = max(held, buffers * rounded(bytes_in, 1))
@@ -143,6 +144,27 @@ class LayerBench:
             plain_us=plain,
             errors=errors,
         )
+
+    def moved_bytes(self, shape: LayerShape, dtype: str) -> int:
+        """Of input and output."""
+        elements = shape.input_elements + shape.output_elements
+        return self.batch * elements * DTYPES[dtype].itemsize
+
+    def launches(
+        self, shape: LayerShape, dtype: str, layout: str
+    ) -> tuple[str, list[Callable[[], Any]]]:
+        """The family of kernels that runs a shape, and a launch of ours per buffer of a rotation.
+
+        The next shape takes over the inputs, and memory is not looked at first.
+        """
+        size = [self.batch, shape.channels, shape.height, shape.width]
+        buffers = self._buffers(self.moved_bytes(shape, dtype))
+        inputs = self._inputs(buffers, size, DTYPES[dtype], LAYOUTS[layout])
+        calls = self._calls(shape, DTYPES[dtype], LAYOUTS[layout])
+        return calls.family(inputs[0]), [partial(calls.ours, x) for x in inputs]
+
+    def _buffers(self, moved: int) -> int:
+        return buffers_needed(moved) if self.device.type == "cuda" else CPU_BUFFERS
 
     def _result(
         self,
@@ -246,18 +268,15 @@ class LayerBench:
         poison = torch.full_like(theirs, float("nan"))
         del poison
         ours = calls.ours(x)
-        samples = max(1, CHECK_ELEMENTS // max(x[0].numel(), theirs[0].numel()))
-        step = -(-self.batch // min(samples, self.batch))
-        part = slice((self.batch - 1) % step, None, step)
+        part = self._samples(max(x[0].numel(), theirs[0].numel()))
         errors = compare(ours[part], theirs[part], calls.exact(x[part]))
-        if errors.passed:
-            apart = float((ours - theirs).abs().max())
-            # Both are as far from float64 elsewhere as in the samples, give or take a factor of 2.
-            # A comparison with NaN is false, so NaN fails.
-            if not apart <= 2 * (errors.limit + errors.pytorch):
-                problem = f"{apart:.2g} from PyTorch's result outside the samples"
-                errors = dataclasses.replace(errors, problem=problem)
-        return errors
+        return checked_elsewhere(errors, ours, theirs, "outside the samples")
+
+    def _samples(self, elements: int) -> slice:
+        """Of so many elements each, those that a check compares with float64, which is slow."""
+        count = min(max(1, CHECK_ELEMENTS // elements), self.batch)
+        step = -(-self.batch // count)
+        return slice((self.batch - 1) % step, None, step)
 
     def _compare(
         self, ours: Callable[[T], Any], pytorch: Callable[[T], Any], inputs: Sequence[T]
@@ -280,6 +299,23 @@ class LayerBench:
             timing = time_copy(num_bytes, self.device, budget=self.budget)
             self.copies[num_bytes] = timing.microseconds
         return self.copies[num_bytes]
+
+
+def checked_elsewhere(
+    errors: LayerErrors, ours: Tensor, theirs: Tensor, where: str, farther: float = 1.0
+) -> LayerErrors:
+    """``errors`` of some samples, with a problem where all of ours are too far from PyTorch's.
+
+    Both are as far from float64 elsewhere as in the samples, give or take a factor of 2, or
+    ``farther``.
+    """
+    if not errors.passed:
+        return errors
+    apart = float((ours - theirs).abs().max())
+    # A comparison with NaN is false, so NaN fails.
+    if apart <= 2 * farther * (errors.limit + errors.pytorch):
+        return errors
+    return dataclasses.replace(errors, problem=f"{apart:.2g} from PyTorch's result {where}")
 
 
 def available_bytes(device: torch.device) -> int:
