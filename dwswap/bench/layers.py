@@ -306,8 +306,8 @@ def checked_elsewhere(
 ) -> LayerErrors:
     """``errors`` of some samples, with a problem where all of ours are too far from PyTorch's.
 
-    Both are as far from float64 elsewhere as in the samples, give or take a factor of 2, or
-    ``farther``.
+    Both are as far from float64 elsewhere as in the samples, give or take a factor of 2; where
+    they are ``farther``, so many times as far.
     """
     if not errors.passed:
         return errors
