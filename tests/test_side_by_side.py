@@ -113,7 +113,7 @@ def test_no_devices():
 
 def test_an_error_comes_with_its_traceback(forked):
     make = partial(FakeBench, bad="raise")
-    with pytest.raises(WorkerFailed, match="measures on cpu failed") as caught:
+    with pytest.raises(WorkerFailed, match="a process that measures on cpu failed") as caught:
         list(measure_side_by_side(make, [CPU, CPU], JOBS))
     assert "ArithmeticError: shape 4 is bad" in str(caught.value)
     assert "test_side_by_side.py" in str(caught.value)
@@ -145,20 +145,22 @@ class FakeWorker:
 
     def __init__(self, rate: int) -> None:
         self.rate = rate
-        self.jobs: list[side_by_side.Job] = []
+        self.job: side_by_side.Job | None = None
         self.done: list[side_by_side.Job] = []
         self.pipe = self
         self.turn = 0
 
     def send(self, job) -> None:
-        self.jobs.append(job)
+        assert self.job is None
+        self.job = job
 
     def poll(self) -> bool:
         self.turn += 1
         return self.turn % self.rate == 0
 
     def receive(self):
-        self.done.append(self.jobs.pop(0))
+        self.done.append(self.job)
+        self.job = None
         return self.done[-1]
 
 
@@ -175,7 +177,66 @@ def test_images_of_one_size_stay_with_one_process(monkeypatch):
     uneven = [FakeWorker(1), FakeWorker(1000)]
     found = list(side_by_side._results(uneven, JOBS))
     assert sorted(found, key=JOBS.index) == JOBS
-    assert len(uneven[1].done) == side_by_side.AHEAD
+    assert len(uneven[1].done) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "jobs", "cores", "expected"),
+    [
+        (1, 1, 16, [0]),
+        (1, 15, 16, [0]),
+        (1, 16, 16, [0, 0]),
+        (1, 368, 16, [0] * 5),
+        (1, 368, 2, [0, 0]),
+        (2, 1, 32, [0]),
+        (2, 4, 32, [0, 1]),
+        (2, 368, 32, [0, 1] * 5),
+        (2, 368, 6, [0, 1] * 3),
+        (4, 368, 2, [0, 1, 2, 3]),
+    ],
+)
+def test_processes_of_gpus(monkeypatch, gpus, jobs, cores, expected):
+    """As many as there is work and cores for, and none without a job."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    devices = [torch.device("cuda", index) for index in range(gpus)]
+    assert side_by_side._places(devices, jobs) == [devices[index] for index in expected]
+
+
+def test_a_cpu_has_one_process():
+    assert side_by_side._places([CPU], 368) == [CPU]
+    assert side_by_side._places([CPU, CPU], 368) == [CPU, CPU]
+
+
+class TurnBench(FakeBench):
+    """Writes when it plans and measures."""
+
+    def plan(self, shape, dtype, layout) -> None:
+        self.note("plan", shape, dtype)
+
+    def measure(self, shape, dtype, layout) -> LayerResult | Skipped:
+        self.note("begin", shape, dtype)
+        time.sleep(0.01)
+        self.note("end", shape, dtype)
+        return Skipped(shape.index, dtype, layout, [], "")
+
+    @staticmethod
+    def note(what: str, shape, dtype: str) -> None:
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(f"{what} {shape.index} {dtype}\n")
+
+
+def test_one_measures_at_a_time_what_it_has_planned(forked, monkeypatch, tmp_path):
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    monkeypatch.setattr(side_by_side, "_places", lambda devices, jobs: [CPU] * 3)
+    assert len(list(measure_side_by_side(TurnBench, [CPU], JOBS))) == len(JOBS)
+    notes = (tmp_path / "notes").read_text().splitlines()
+    measured = [note for note in notes if not note.startswith("plan")]
+    for begin, end in zip(measured[::2], measured[1::2], strict=True):
+        assert end == begin.replace("begin", "end")
+        assert notes.index(begin.replace("begin", "plan")) < notes.index(begin)
+    assert len(notes) == 3 * len(JOBS)
+    # Somebody planned while another one measured.
+    assert any(note.startswith("plan") for note in notes[notes.index(measured[0]) : -2])
 
 
 # the command
@@ -223,7 +284,7 @@ def test_command_whose_process_is_killed(tmp_path, monkeypatch, capsys, several,
     monkeypatch.setenv("COLUMNS", "300")
     assert command(tmp_path, "--gpus", "2") == 2
     captured = capsys.readouterr()
-    assert "error: the process that measures on cpu was killed by signal 9" in captured.err
+    assert "error: a process that measures on cpu was killed by signal 9" in captured.err
     assert "of 6 are in" in captured.out
     assert len(list(Path(tmp_path).glob("*.partial.json"))) == 1
     assert no_child_is_left()

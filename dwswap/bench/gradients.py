@@ -7,6 +7,7 @@ training runs them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -115,8 +116,24 @@ class GradientBench(LayerBench):
             )
             for window in windows
         ]
-        weight = self._random(dtype, shape.out_channels, 1, *shape.kernel)
-        return inputs, weight.contiguous(memory_format=memory_format)
+        weight, _ = self._weights(shape, dtype, memory_format, self._random)
+        return inputs, weight
+
+    def _plan(
+        self, shape: LayerShape, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> None:
+        size = [self.batch, shape.channels, shape.height, shape.width]
+        out_size = [self.batch, shape.out_channels, *shape.output]
+        x, grad = (
+            laid_out(self._unwritten(dtype, math.prod(image)), image, memory_format)
+            for image in (size, out_size)
+        )
+        weight, bias = self._weights(shape, dtype, memory_format, self._unwritten)
+        F.conv2d(x, weight, bias, shape.stride, shape.padding, shape.dilation, shape.channels)
+        gradients = partial(_pytorch_gradients, shape, weight, (x, grad))
+        gradients(mask=(True, True, shape.bias))
+        with float32_convolutions():
+            gradients(mask=(True, True, False))
 
     def _part(
         self, name: str, shape: LayerShape, weight: Tensor, images: Images

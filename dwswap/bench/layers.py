@@ -5,13 +5,14 @@ costs is mostly not the kernels: capture, instantiation and the outputs' memory 
 estimated, and the samples ``budget`` seconds (15 ms). So inputs are windows of one pool of random
 numbers per dtype, and a copy is measured once per number of bytes. The 368 shapes in three dtypes
 and two layouts make 4416 measurements (about 2.5 minutes), 500 copies, 2208 checks, 2000 plans that
-cuDNN builds, and a second look where we are about as fast as PyTorch: five minutes and more on one
-GPU; ``dwswap.bench.side_by_side`` spreads them over several.
+cuDNN builds, and a second look where we are about as fast as PyTorch. ``dwswap.bench.side_by_side``
+has other processes plan meanwhile.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from dwswap.activations import ACTIVATIONS
 from dwswap.bench.gradient_results import Measured
 from dwswap.bench.layer_results import LayerResult, Skipped
 from dwswap.bench.shapes import LayerShape
-from dwswap.bench.timing import buffers_needed, time_copy, time_launches
+from dwswap.bench.timing import GraphMemory, buffers_needed, time_copy, time_launches
 from dwswap.ops import depthwise_conv2d
 from dwswap.precision import float32_convolutions
 from dwswap.registration import kernel_family
@@ -58,6 +59,9 @@ CLOSE = 1.05
 """A speedup below this is measured again: there noise could decide who is faster."""
 
 CPU_BUFFERS = 2
+GRAPH_BYTES = 4_000_000_000
+"""Memory of graphs is given back when it has grown to more."""
+
 GPU_RESERVE = 1_000_000_000
 """Bytes for the float64 check, cuDNN's workspaces and the allocator's rounding."""
 
@@ -101,7 +105,24 @@ class LayerBench:
         self.budget = budget
         self.copies = dict(copies or {})
         self._pool = torch.empty(0)
+        self._graphs: GraphMemory | None = None
         self._generator = torch.Generator(device).manual_seed(0)
+
+    @torch.no_grad()
+    def plan(self, shape: LayerShape, dtype: str, layout: str) -> None:
+        """Have cuDNN plan what ``measure`` will run of PyTorch's; nothing runs on the GPU.
+
+        For a new shape that takes a core 0.1 to 0.8 s. Plans are kept by the thread that calls.
+        """
+        memory = self._graph_memory()
+        if memory is None:
+            return
+        try:
+            # What is captured is not run. Plans load code, which only this mode allows.
+            with torch.cuda.device(self.device), memory.capture(torch.cuda.CUDAGraph(), "relaxed"):
+                self._plan(shape, DTYPES[dtype], LAYOUTS[layout])
+        except torch.OutOfMemoryError:
+            return  # ``measure`` says so
 
     @torch.no_grad()
     def measure(self, shape: LayerShape, dtype: str, layout: str) -> Measured:
@@ -126,7 +147,8 @@ class LayerBench:
             return skipped(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
         try:
             inputs = self._inputs(buffers, size, DTYPES[dtype], LAYOUTS[layout])
-            calls = self._calls(shape, DTYPES[dtype], LAYOUTS[layout])
+            weights = self._weights(shape, DTYPES[dtype], LAYOUTS[layout], self._random)
+            calls = self._calls(shape, *weights)
             errors = self._check(calls, inputs[0])
             times = self._compare(calls.ours, calls.pytorch, inputs)
             plain = None if self.activation == "none" else self._time(calls.plain, inputs)
@@ -160,7 +182,8 @@ class LayerBench:
         size = [self.batch, shape.channels, shape.height, shape.width]
         buffers = self._buffers(self.moved_bytes(shape, dtype))
         inputs = self._inputs(buffers, size, DTYPES[dtype], LAYOUTS[layout])
-        calls = self._calls(shape, DTYPES[dtype], LAYOUTS[layout])
+        weights = self._weights(shape, DTYPES[dtype], LAYOUTS[layout], self._random)
+        calls = self._calls(shape, *weights)
         return calls.family(inputs[0]), [partial(calls.ours, x) for x in inputs]
 
     def _buffers(self, moved: int) -> int:
@@ -224,12 +247,34 @@ class LayerBench:
         values = torch.empty(size, dtype=dtype, device=self.device)
         return values.normal_(generator=self._generator)
 
-    def _calls(
+    def _unwritten(self, dtype: torch.dtype, *size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=self.device)
+
+    def _weights(
+        self,
+        shape: LayerShape,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        make: Callable[..., Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias; ``make`` is ``_random`` or ``_unwritten``."""
+        weight = make(dtype, shape.out_channels, 1, *shape.kernel)
+        bias = make(dtype, shape.out_channels) if shape.bias else None
+        return weight.contiguous(memory_format=memory_format), bias
+
+    def _plan(
         self, shape: LayerShape, dtype: torch.dtype, memory_format: torch.memory_format
-    ) -> Calls:
-        weight = self._random(dtype, shape.out_channels, 1, *shape.kernel)
-        weight = weight.contiguous(memory_format=memory_format)
-        bias = self._random(dtype, shape.out_channels) if shape.bias else None
+    ) -> None:
+        """Call what ``measure`` calls of PyTorch's, on tensors that nothing was written to."""
+        size = [self.batch, shape.channels, shape.height, shape.width]
+        x = laid_out(self._unwritten(dtype, math.prod(size)), size, memory_format)
+        weights = self._weights(shape, dtype, memory_format, self._unwritten)
+        pytorch = self._calls(shape, *weights).pytorch
+        pytorch(x)
+        with float32_convolutions():
+            pytorch(x)
+
+    def _calls(self, shape: LayerShape, weight: Tensor, bias: Tensor | None) -> Calls:
         geometry = (shape.stride, shape.padding, shape.dilation)
         activate = ACTIVATIONS[self.activation].forward
 
@@ -292,13 +337,27 @@ class LayerBench:
 
     def _time(self, call: Callable[[T], Any], inputs: Sequence[T], budgets: int = 1) -> float:
         launches = [partial(call, x) for x in inputs]
-        return time_launches(launches, self.device, budget=budgets * self.budget).microseconds
+        timing = time_launches(
+            launches, self.device, budget=budgets * self.budget, memory=self._graph_memory()
+        )
+        return timing.microseconds
 
     def _copy(self, num_bytes: int) -> float:
         if num_bytes not in self.copies:
-            timing = time_copy(num_bytes, self.device, budget=self.budget)
+            timing = time_copy(
+                num_bytes, self.device, budget=self.budget, memory=self._graph_memory()
+            )
             self.copies[num_bytes] = timing.microseconds
         return self.copies[num_bytes]
+
+    def _graph_memory(self) -> GraphMemory | None:
+        if self.device.type != "cuda":
+            return None
+        if torch.cuda.memory_reserved(self.device) > GRAPH_BYTES + self._pool.nbytes:
+            self._graphs = None
+            torch.cuda.empty_cache()
+        self._graphs = self._graphs or GraphMemory(self.device)
+        return self._graphs
 
 
 def checked_elsewhere(

@@ -1,20 +1,25 @@
-"""The measurements of ``dwswap bench layers`` on several GPUs of one kind: a process per GPU.
+"""The measurements of ``dwswap bench layers`` in processes, on one GPU or several of one kind.
 
-Each process has a bench of its own and measures one job after the other, so all times of one result
-are of one GPU. The parent hands the jobs out over a pipe per process: no lock is shared, so a
-process that is killed ends its pipe and blocks nobody.
+Most of the time of a new shape goes to cuDNN, which plans its kernels on the CPU. So a GPU has
+several processes: one measures, alone on the GPU, and the others plan meanwhile. Each has a bench
+of its own, and all times of one result are of one GPU. The parent hands the jobs out over a pipe
+per process; one that is killed ends its pipe, and the parent ends the others, which may be waiting
+for their turn on the GPU.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
+from multiprocessing.synchronize import Lock
 from typing import Any, Protocol
 
 import torch
@@ -29,12 +34,17 @@ __all__ = ["Job", "WorkerDied", "WorkerFailed", "measure_side_by_side"]
 Job = tuple[LayerShape, str, str]
 """A shape, and the names of a dtype and of a layout."""
 
-AHEAD = 2
-"""Jobs that a process holds: the one it measures, and one so that it need not wait for the next."""
+PROCESSES = 5
+"""Of a GPU, at most: a plan takes three to five times as long as its measurement."""
+
+LEAST_JOBS = 8
+"""Of a process: it takes some seconds to start."""
 
 
 class Bench(Protocol):
     """Such as ``dwswap.bench.layers.LayerBench``."""
+
+    def plan(self, shape: LayerShape, dtype: str, layout: str) -> None: ...
 
     def measure(self, shape: LayerShape, dtype: str, layout: str) -> Measured: ...
 
@@ -52,7 +62,7 @@ def measure_side_by_side(
 ) -> Generator[Any, None, None]:
     """Measure ``jobs``, each on one of ``devices``; yield what the benches return as it comes.
 
-    One device, or one job, is measured in this process, in order. Close the iterator where its end
+    What needs one process only is measured in this one, in order. Close the iterator where its end
     is not reached: that ends the processes.
 
     Args:
@@ -66,7 +76,8 @@ def measure_side_by_side(
     """
     if not devices:
         raise ValueError("devices must hold at least one device, got none")
-    if min(len(devices), len(jobs)) <= 1:
+    places = _places(devices, len(jobs))
+    if len(places) <= 1:
         bench = make(devices[0])
         for job in jobs:
             yield bench.measure(*job)
@@ -74,8 +85,11 @@ def measure_side_by_side(
     workers: list[_Worker] = []
     try:
         with _interrupts_ignored():
-            for device in devices[: len(jobs)]:
-                workers.append(_Worker(make, device))
+            # A forked process could not use CUDA.
+            context = multiprocessing.get_context("spawn")
+            turns = {device: context.Lock() for device in devices}
+            for device in places:
+                workers.append(_Worker(context, make, device, turns[device]))
         yield from _results(workers, jobs)
     finally:
         for worker in workers:
@@ -85,24 +99,38 @@ def measure_side_by_side(
             worker.pipe.close()
 
 
-class _Worker:
-    """The process of one device, and the jobs that it holds."""
+def _places(devices: Sequence[torch.device], jobs: int) -> list[torch.device]:
+    """The device of each process, which has several where there is work and cores for them."""
+    most = min(jobs // LEAST_JOBS, os.cpu_count() or 1) // len(devices)
+    rounds = [
+        [device for device in devices if turn == 0 or device.type == "cuda"]
+        for turn in range(max(1, min(PROCESSES, most)))
+    ]
+    return list(chain.from_iterable(rounds))[:jobs]
 
-    def __init__(self, make: Callable[[torch.device], Bench], device: torch.device) -> None:
+
+class _Worker:
+    """A process that measures on one device, and the job that it holds."""
+
+    def __init__(
+        self,
+        context: SpawnContext,
+        make: Callable[[torch.device], Bench],
+        device: torch.device,
+        turn: Lock,
+    ) -> None:
         self.device = device
-        self.jobs: deque[Job] = deque()
-        # A forked process could not use CUDA.
-        context = multiprocessing.get_context("spawn")
+        self.job: Job | None = None
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(make, device, algorithms(), theirs), daemon=True
+            target=_serve, args=(make, device, algorithms(), turn, theirs), daemon=True
         )
         self.process.start()
         # Else the pipe would stay open when the process ends.
         theirs.close()
 
     def send(self, job: Job) -> None:
-        self.jobs.append(job)
+        self.job = job
         try:
             self.pipe.send(job)
         except ConnectionError:
@@ -115,8 +143,8 @@ class _Worker:
         except (EOFError, OSError) as error:
             raise WorkerDied(self._death()) from error
         if problem is not None:
-            raise WorkerFailed(f"the process that measures on {self.device} failed:\n{problem}")
-        self.jobs.popleft()
+            raise WorkerFailed(f"a process that measures on {self.device} failed:\n{problem}")
+        self.job = None
         return result
 
     def _death(self) -> str:
@@ -125,9 +153,10 @@ class _Worker:
         how = f"ended with exit code {code}"
         if code < 0:
             how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        shape, dtype, layout = self.jobs[0]
+        assert self.job is not None
+        shape, dtype, layout = self.job
         return (
-            f"the process that measures on {self.device} {how}, at shape {shape.index} ({shape}), "
+            f"a process that measures on {self.device} {how}, at shape {shape.index} ({shape}), "
             f"{dtype} {layout}"
         )
 
@@ -148,10 +177,9 @@ def _results(workers: Sequence[_Worker], jobs: Sequence[Job]) -> Iterator[Measur
         owners.setdefault(_size(job), worker)
         worker.send(job)
 
-    for _ in range(AHEAD):
-        for worker in workers:
-            hand_out(worker)
-    while busy := [worker for worker in workers if worker.jobs]:
+    for worker in workers:
+        hand_out(worker)
+    while busy := [worker for worker in workers if worker.job]:
         wait([worker.pipe for worker in busy])
         for worker in busy:
             if worker.pipe.poll():
@@ -169,6 +197,7 @@ def _serve(
     make: Callable[[torch.device], Bench],
     device: torch.device,
     chosen: dict[str, Any],
+    turn: Lock,
     pipe: Connection,
 ) -> None:
     """What a process does: it answers each job with a result, or with a traceback and its end."""
@@ -181,7 +210,11 @@ def _serve(
         use_algorithms(chosen)
         bench = make(device)
         while True:
-            pipe.send((bench.measure(*pipe.recv()), None))
+            job = pipe.recv()
+            bench.plan(*job)
+            with turn:
+                result = bench.measure(*job)
+            pipe.send((result, None))
     except Exception:
         # Where the parent was killed there is nobody to tell: this raises too, and that is the end.
         pipe.send((None, traceback.format_exc()))

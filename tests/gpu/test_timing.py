@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import pytest
 import torch
 
-from dwswap.bench.timing import buffers_needed, time_calls, time_copy, time_launches
+from dwswap.bench.gradients import GradientBench
+from dwswap.bench.layers import LayerBench
+from dwswap.bench.shapes import torchvision_shapes
+from dwswap.bench.timing import GraphMemory, buffers_needed, time_calls, time_copy, time_launches
 
 pytestmark = pytest.mark.gpu
 
@@ -44,3 +48,38 @@ def test_launches_leave_the_current_stream_alone():
     before = torch.cuda.current_stream()
     time_launches([lambda: torch.ones(4, device="cuda")], "cuda")
     assert torch.cuda.current_stream() == before
+
+
+def test_memory_of_graphs_is_used_again_and_given_back():
+    sources = [torch.rand(1 << 22, device="cuda") for _ in range(4)]
+    launches = [partial(torch.relu, source) for source in sources]
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    memory = GraphMemory(torch.device("cuda", torch.cuda.current_device()))
+    with_it = time_launches(launches, "cuda", memory=memory)
+    grown = torch.cuda.memory_reserved()
+    for _ in range(3):
+        time_launches(launches, "cuda", budget=0.001, memory=memory)
+    assert torch.cuda.memory_reserved() == grown > before
+    del memory
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
+    without = time_launches(launches, "cuda")
+    assert 0.7 < with_it.microseconds / without.microseconds < 1.4
+
+
+@pytest.mark.parametrize("make", [LayerBench, GradientBench])
+def test_planned_kernels_run_at_once(make):
+    """What is planned takes no plan later, and nothing has run until then."""
+    (shape,) = (s for s in torchvision_shapes() if s.index == 40)
+    bench = make(torch.device("cuda", torch.cuda.current_device()), batch=61, budget=0.001)
+    bench.plan(shape, "float16", "channels_last")  # with what the first call of all does
+    bench.batch = 67
+    torch.cuda.synchronize()
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        bench.plan(shape, "float16", "channels_last")
+        seconds.append(time.perf_counter() - start)
+    assert seconds[1] < seconds[0] / 4, seconds
+    assert bench.measure(shape, "float16", "channels_last").passed
