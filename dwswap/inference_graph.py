@@ -95,7 +95,8 @@ class InferenceGraph(fx.GraphModule):
         """``train(False)`` and ``eval()`` are fine.
 
         Raises:
-            RuntimeError: ``mode`` is true.
+            RuntimeError: ``mode`` is true. (``train_guard`` puts back what PyTorch has changed
+                around this graph by then.)
         """
         if mode:
             raise RuntimeError(

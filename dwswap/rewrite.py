@@ -46,6 +46,7 @@ from dwswap.tracing import (
     one_at_a_time,
     one_line,
 )
+from dwswap.train_guard import guard_train
 from dwswap.verify import verify_result
 
 __all__ = ["explain", "optimize"]
@@ -174,6 +175,7 @@ def optimize(
         result = subject
     if options is not None:
         result = with_cuda_graphs(result, report, options)
+    guard_train(result)
     attach(result, report)
     logger.info("%s", report.summary())
     if isinstance(model, ExportedProgram):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import image
+from tiny_models import ControlFlow, image
 from torch import Tensor, nn
 
 import dwswap
@@ -66,6 +66,20 @@ def test_inside_a_model() -> None:
     model = nn.Sequential(extractor(training=False)).eval()
     for options in ({}, {"fuse": False}):
         torch.testing.assert_close(computed(dwswap.optimize(model, **options)), computed(model))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_beside_a_graph_that_refuses_to_train(training: bool) -> None:
+    model = nn.Sequential(extractor(training=False), ControlFlow()).eval()
+    fast: Any = dwswap.optimize(model, skip=lambda module, path: path.startswith("0"))
+    assert dwswap.report(fast).traced == ("1.block",)
+    fast[0].train(training)
+    expected = computed(fast[0])
+    with pytest.raises(RuntimeError, match="optimized for inference"):
+        fast.train()
+    assert (fast.training, fast[0].training, fast[1].training) == (False, training, False)
+    # A feature extractor swaps its graph where its mode changes.
+    torch.testing.assert_close(computed(fast[0]), expected)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
