@@ -38,10 +38,10 @@ from dwswap import build  # noqa: E402
 from dwswap.bench.gradients import GradientBench  # noqa: E402
 from dwswap.bench.layers import DTYPES, LAYOUTS, LayerBench  # noqa: E402
 from dwswap.bench.shapes import LayerShape, select, torchvision_shapes  # noqa: E402
-from dwswap.bench.timing import time_copy, time_launches  # noqa: E402
+from dwswap.bench.timing import GraphMemory, time_copy, time_launches  # noqa: E402
 
 FORWARD = ("plane_strips", "plane_bands", "channel_columns", "channel_tiles", "diagonal")
-GRADIENTS = ("diagonal_sums",)
+GRADIENTS = ("column_sums", "diagonal_sums")
 RANKS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 BUDGET = 0.003  # seconds of samples per cut
 COLUMNS = (
@@ -55,7 +55,9 @@ def explore(
 ) -> Iterator[dict[str, Any]]:
     """A row per shape and cut, the chosen one of a shape first."""
     bench_of = GradientBench if arguments.family in GRADIENTS else LayerBench
-    bench = bench_of(torch.device("cuda"), batch=arguments.batch, budget=BUDGET)
+    device = torch.device("cuda", torch.cuda.current_device())
+    bench = bench_of(device, batch=arguments.batch, budget=BUDGET)
+    timed: dict[str, Any] = {"budget": BUDGET, "memory": GraphMemory(device)}
 
     def runs(shape: LayerShape) -> bool:
         family, _ = bench.launches(shape, arguments.dtype, arguments.layout)
@@ -66,7 +68,7 @@ def explore(
     for shape, *cuts in track(list(zip(shapes, *found, strict=True)), "shapes"):
         _, launches = bench.launches(shape, arguments.dtype, arguments.layout)
         moved = bench.moved_bytes(shape, arguments.dtype)
-        copy = time_copy(moved, "cuda", budget=BUDGET).microseconds
+        copy = time_copy(moved, device, **timed).microseconds
         seen = set()
         for rank, (*fields, _) in zip(arguments.ranks, cuts, strict=True):
             cut = " ".join(map(str, fields))
@@ -74,7 +76,7 @@ def explore(
                 continue
             seen.add(cut)
             os.environ["DWSWAP_CUT_RANK"] = str(rank)
-            us = time_launches(launches, "cuda", budget=BUDGET).microseconds
+            us = time_launches(launches, device, **timed).microseconds
             size = (shape.channels, shape.height, shape.width, shape.kernel[0], shape.stride[0])
             row = (shape.index, *size, rank, cut, round(us, 3), round(copy, 3))
             yield dict(zip(COLUMNS, row, strict=True))

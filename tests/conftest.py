@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cuts_program import Cuts, Problem, compile_cuts, run_cuts
+
+from dwswap.toolkit import BuildError
 
 CUDA = torch.cuda.is_available()
 
@@ -38,6 +42,33 @@ def readme_table() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def cuts_compiler(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles the program once per set of flags."""
+    folder = tmp_path_factory.mktemp("cuts")
+
+    @functools.cache
+    def program(*flags: str) -> Path:
+        path = folder / f"cuts{''.join(flags)}"
+        try:
+            compile_cuts(path, *flags)
+        except BuildError as error:
+            pytest.skip(f"needs nvcc: {error}")
+        return path
+
+    return program
+
+
+@pytest.fixture(scope="session")
+def cuts(cuts_compiler) -> Cuts:
+    program = cuts_compiler()
+
+    def run(family: str, problems: list[tuple[Problem, tuple[int, int, int]]]) -> list[list[int]]:
+        return run_cuts(program, [(family, *problem, *device) for problem, device in problems])
+
+    return run
 
 
 @pytest.fixture

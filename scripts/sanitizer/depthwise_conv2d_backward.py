@@ -26,7 +26,8 @@ def problems() -> Iterator[Problem]:
                 yield ragged
                 yield ragged._replace(shape=(2, channels, 33, 29), extra_padding=(1, 0))
             if memory_format is torch.channels_last and dtype in HALVES:
-                # diagonal_sums, which has the 72 above too: several boxes, a few channels of a box.
+                # column_sums and diagonal_sums, which have the 72 above too: several boxes, a few
+                # channels of a box.
                 ragged = Problem(dtype, memory_format, (3, 136, 9, 35), size, stride)
                 yield ragged
                 yield ragged._replace(shape=(5, 24, 15, 70))

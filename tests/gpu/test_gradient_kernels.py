@@ -54,6 +54,14 @@ class Row:
 
 
 GRAM = Row("sums", "gram_sums", "contiguous", channels=(24,), dtypes=HALVES, sizes=NARROW)
+COLUMN_SUMS = Row(
+    "sums",
+    "column_sums",
+    "channels_last",
+    kernels=((3, 3),),
+    channels=(8, 24, 72, 136, 200, 520),
+    sizes=(*SIZES, (1, 1), (2, 3), (28, 112)),
+)
 ANY_KERNEL = ((1, 1), (2, 2), (3, 1), (4, 3), (1, 11), (9, 9))
 ROWS = {
     "flipped": Row("input", "flipped", "contiguous", (*SQUARES, (2, 5)), (1,)),
@@ -118,15 +126,21 @@ ROWS = {
     ),
     "gram sums, more padding": replace(GRAM, extra_padding=(1, 4)),
     "diagonal sums": Row(
-        "sums", "diagonal_sums", "channels_last", channels=(8, 32, 72, 80, 136, 200), dtypes=HALVES
+        "sums",
+        "diagonal_sums",
+        "channels_last",
+        SQUARES[1:],
+        channels=(8, 32, 72, 80, 136, 200),
+        dtypes=HALVES,
     ),
     "diagonal sums, misaligned by pixels": Row(
-        "sums", "diagonal_sums", "offset_by_vector", channels=(8, 72), dtypes=HALVES
+        "sums", "diagonal_sums", "offset_by_vector", SQUARES[1:], channels=(8, 72), dtypes=HALVES
     ),
     "diagonal sums, no padding": Row(
         "sums",
         "diagonal_sums",
         "channels_last",
+        SQUARES[1:],
         channels=(24,),
         dtypes=HALVES,
         extra_padding=(-1, -1),
@@ -135,10 +149,17 @@ ROWS = {
         "sums",
         "diagonal_sums",
         "channels_last",
+        SQUARES[1:],
         channels=(24,),
         dtypes=HALVES,
         extra_padding=(1, 4),
     ),
+    "column sums": COLUMN_SUMS,
+    "column sums, misaligned by pixels": replace(
+        COLUMN_SUMS, layout="offset_by_vector", channels=(8, 72)
+    ),
+    "column sums, no padding": replace(COLUMN_SUMS, channels=(24,), extra_padding=(-1, -1)),
+    "column sums, more padding": replace(COLUMN_SUMS, channels=(24,), extra_padding=(1, 1)),
     "channel sums": Row("sums", "channel_sums", "channels_last", channels=(1, 3, 8, 58, 72, 130)),
     "channel sums, misaligned": Row("sums", "channel_sums", "offset_channels_last"),
     "channel sums, pairs": Row("sums", "channel_sums", "offset_by_pair", channels=(8, 58)),

@@ -14,6 +14,7 @@
 
 #include "batch_norm/cut.h"
 #include "channel_scale/cut.h"
+#include "depthwise_conv2d/backward/column_sums_cut.h"
 #include "depthwise_conv2d/backward/diagonal_sums_cut.h"
 #include "depthwise_conv2d/backward/gram_sums_cut.h"
 #include "depthwise_conv2d/channel_columns_cut.h"
@@ -125,6 +126,14 @@ int main() {
       std::printf("%d %d %d %d %d %d %d %d %lld %.0f\n", cut.vector, cut.lanes, cut.rows,
                   cut.groups, cut.chunks, cut.splits, cut.positions, cut.span,
                   static_cast<long long>(cut.units), took.count());
+    } else if (family == "column_sums") {
+      GradientParams q{};
+      static_cast<DepthwiseConv2dParams&>(q) = p;
+      const auto cut = column_sums::choose_cut(q, element_bytes, device);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %d %d %d %d %d %d %d %.0f\n", cut.pairs, cut.groups, cut.images, cut.slots,
+                  cut.rows, cut.shares, cut.input_columns(), cut.threads(), cut.shared_bytes(),
+                  took.count());
     } else if (family == "diagonal_sums") {
       GradientParams q{};
       static_cast<DepthwiseConv2dParams&>(q) = p;

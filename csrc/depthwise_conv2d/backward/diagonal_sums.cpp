@@ -8,7 +8,7 @@ namespace dwswap {
 bool covers_diagonal_sums(const GradientParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
   constexpr uint64_t kCopyEngineBytes = 16;
-  if (!is_half(p.dtype)) return false;
+  if (!is_half(p.dtype) || p.kernel_h == 3) return false;
   if (!p.channels_last() || !sums_squares(p) || p.multiplier != 1 || p.is_dilated()) return false;
   if (p.stride_w == 2 && p.in_w == 1) return false;  // there are no odd columns
   const uint64_t places = static_cast<uint64_t>(p.channels) * 2 |

@@ -1,5 +1,5 @@
-// channels_last in half precision on the tensor cores, the gradients of weight and bias, K = 3, 5
-// and 7, stride 1 and 2 (sm_90).
+// channels_last in half precision on the tensor cores, the gradients of weight and bias, K = 5 and
+// 7, stride 1 and 2 (sm_90).
 //
 // Of 8 channels and 16 pixels, the product of what a tap sees of the input (8 channels x 16 pixels)
 // and of grad_output (16 pixels x 8 channels) has the sums of that tap on its diagonal; a matrix
@@ -164,8 +164,6 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
   constexpr int PAIRS = K / 2 + 1;
   float sums[K][PAIRS][4] = {}, bias[4] = {};
   uint32_t grad[kProducts][SEEN][2];  // the newest row first
-  // Of several boxes the last one may have groups beyond the last channel.
-  const int stage_rows = K != 3 || group * kGroup < channels ? a.stage_rows : 0;
   int slot = 0;
   uint32_t parity = 0;
   for (int item = share; item < a.items; item += a.shares) {
@@ -179,7 +177,7 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
       uint32_t row_address = origin + slot * a.stage_bytes;
       uint32_t grad_address = row_address + grad_offset;
 #pragma unroll 1
-      for (int r = 0; r < stage_rows; ++r) {
+      for (int r = 0; r < a.stage_rows; ++r) {
 #pragma unroll
         for (int p = 0; p < kProducts; ++p) {
 #pragma unroll
@@ -310,8 +308,6 @@ cudaError_t launch_typed(const GradientParams& p, const Device& device, cudaStre
   if (p.kernel_h == K && p.stride_h == S) {                 \
     return launch<Traits<T, K, S>>(p, cut, device, stream); \
   }
-  DWSWAP_CASE(3, 1)
-  DWSWAP_CASE(3, 2)
   DWSWAP_CASE(5, 1)
   DWSWAP_CASE(5, 2)
   DWSWAP_CASE(7, 1)

@@ -6,6 +6,7 @@
 
 #include "common/memo.h"
 #include "common/search.h"
+#include "depthwise_conv2d/cache_reads.h"
 #include "depthwise_conv2d/problem_key.h"
 #include "depthwise_conv2d/tensor_map.h"
 
@@ -63,32 +64,11 @@ Walks walks_of(const Cut& cut, const GradientParams& p, const Device& device) {
   return walks;
 }
 
-// Bytes of what is read for the pieces of pixels, so many bytes at once, of a byte of these: blocks
-// have some channels of a pixel, and pixels need not begin where what is read does.
-double bytes_read(int groups, const GradientParams& p, int64_t at_once) {
-  constexpr int64_t kPixels = 8;  // of 16 bytes at least: a period of 128 bytes
-  const int64_t pixel = p.channels * 2, piece = groups * kGroupBytes;
-  int64_t reads = 0;
-  for (int64_t begin = 0; begin < kPixels * pixel; begin += pixel) {
-    for (int64_t from = begin; from < begin + pixel; from += piece) {
-      const int64_t to = std::min(from + piece, begin + pixel);
-      reads += ceil_div(to, at_once) - from / at_once;
-    }
-  }
-  return static_cast<double>(reads * at_once) / static_cast<double>(kPixels * pixel);
-}
-
 // The constants of the times below, in us, fit 7200 times of 356 shapes on an H200 (64 images;
 // benchmarks/NOTES.md).
 
-// Of bytes that blocks want, those that are read where sectors of 64 bytes are, and where lines
-// are.
-struct Read {
-  double sectors, lines;
-};
-
 // All pixels, at the speed of memory.
-double reading_us(const Cut& cut, const Read& read, const GradientParams& p) {
+double reading_us(const Cut& cut, const CacheReads& read, const GradientParams& p) {
   constexpr double kBytes = 4.45e6;  // per us
   constexpr double kHalo = 1.5;      // what several blocks read costs more than its bytes
   // Beside its own bytes a block reads sectors to their ends; lines too where the blocks that want
@@ -120,7 +100,7 @@ double multiplying_us(const Cut& cut, const GradientParams& p) {
 }
 
 // Of a launch: cuts chosen by it take 1.03 times as long as the best of some 20 of their shape.
-double expected_us(const Cut& cut, const Read& read, const GradientParams& p,
+double expected_us(const Cut& cut, const CacheReads& read, const GradientParams& p,
                    const Device& device) {
   constexpr double kReduction = 1.9;                      // the second kernel
   constexpr double kWave = 1.7, kKilobyte = 0.01;         // until a block has its first stages
@@ -168,7 +148,7 @@ Cut search_cut(const GradientParams& p, const Device& device) {
   constexpr int kMostTeams = 4;
   Search<Cut> search;
   for (const int groups : group_counts(p)) {
-    const Read read{bytes_read(groups, p, 64), bytes_read(groups, p, 128)};
+    const CacheReads read = cache_reads(p.channels * 2, groups * kGroupBytes);
     for (int teams = 1; teams <= kMostTeams; ++teams) {
       Cut cut{};
       cut.kernel = static_cast<int>(p.kernel_h), cut.stride = static_cast<int>(p.stride_h);

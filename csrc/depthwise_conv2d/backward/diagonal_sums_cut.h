@@ -22,9 +22,9 @@ constexpr int kZerosBytes = 16;
 constexpr int kTailBytes = kZerosBytes + kSlots * static_cast<int>(sizeof(uint64_t));
 
 // Warps of a block at most: the sums of a thread take its registers.
-constexpr int most_warps(int kernel) { return kernel == 3 ? 24 : kernel == 5 ? 16 : 12; }
+constexpr int most_warps(int kernel) { return kernel == 5 ? 16 : 12; }
 constexpr int kRegisters = 65536;  // of a multiprocessor
-constexpr int registers(int kernel) { return kernel == 3 ? 80 : kernel == 5 ? 128 : 168; }
+constexpr int registers(int kernel) { return kernel == 5 ? 128 : 168; }
 // Rows of grad_output that a row of input is seen from.
 constexpr int seen_rows(int kernel, int stride) { return (kernel - 1) / stride + 1; }
 

@@ -52,6 +52,10 @@ bool covers_diagonal_sums(const GradientParams& params);
 int64_t diagonal_sums_workspace_bytes(const GradientParams& params);
 cudaError_t launch_diagonal_sums(const GradientParams& params, cudaStream_t stream);
 
+bool covers_column_sums(const GradientParams& params);
+int64_t column_sums_workspace_bytes(const GradientParams& params);
+cudaError_t launch_column_sums(const GradientParams& params, cudaStream_t stream);
+
 bool covers_channel_sums(const GradientParams& params);
 int64_t channel_sums_workspace_bytes(const GradientParams& params);
 cudaError_t launch_channel_sums(const GradientParams& params, cudaStream_t stream);
