@@ -6,12 +6,13 @@
 Every figure between the markers comes from a file in benchmarks/results, written by `--json` of
 examples/kernelbench.py, by `dwswap bench` or by `dwswap demo`. Of several files of one kind and
 device the newest counts; those of `dwswap bench models` are merged case by case, with `--train` and
-without, and drawn anew.
+without, those of `dwswap bench layers --backward` by dtype and layout, and both are drawn anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dwswap.bench.gradient_results import GradientResult
     from dwswap.bench.model_results import ModelResult
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,16 +83,36 @@ def layers_table(result: dict[str, Any]) -> list[str]:
 
 
 def gradients_table(result: dict[str, Any]) -> list[str]:
-    """The lines of one record of `dwswap bench layers --backward`, and the pictures next to it."""
+    """The lines of the merged records of `dwswap bench layers --backward`, and their pictures."""
+    from dwswap.bench.gradient_results import PARTS
+    from dwswap.bench.layer_summary import speedup_markdown, summarize
+
+    rows = gradients(result)
     lines = [
         f"Gradients of the depthwise convolutions of torchvision's models, N = {result['batch']}, "
-        f"on {result['device']} (`dwswap bench layers --backward`):",
-        "",
-        *result["markdown"],
+        f"on {result['device']} (`dwswap bench layers --backward`).",
     ]
-    for picture in sorted(result["path"].parent.glob(f"{result['path'].stem}-*.png")):
+    for name, picture in gradient_pictures(result).items():
+        summary = summarize([row.part(name) for row in rows], targets=False)
+        lines += ["", f"{PARTS[name]}, speedup over PyTorch's:", "", *speedup_markdown(summary)]
         lines += ["", f"![Speedup and percent of copy](benchmarks/results/{picture.name})"]
     return lines
+
+
+def gradients(result: dict[str, Any]) -> list[GradientResult]:
+    """The rows of a merged record."""
+    from dwswap.bench.gradient_results import GradientResult
+
+    return [GradientResult(**row) for row in result["results"]]
+
+
+def gradient_pictures(result: dict[str, Any]) -> dict[str, Path]:
+    """The pictures of a merged record, by what they show."""
+    from dwswap.bench.gradient_results import PARTS
+    from dwswap.bench.records import slug
+
+    stem = f"gradients-{slug(result['device'])}-n{result['batch']}"
+    return {name: result["path"].with_name(f"{stem}-{name}.png") for name in PARTS}
 
 
 def models_table(result: dict[str, Any]) -> list[str]:
@@ -149,12 +171,18 @@ def shown(paths: Iterable[Path]) -> list[str]:
 
 def draw(folder: Path) -> None:
     """Draw what the lines for the merged records in ``folder`` show; needs matplotlib."""
-    from dwswap.bench.model_plot import plot
+    from dwswap.bench import layer_plot, model_plot
+    from dwswap.bench.gradient_results import PARTS
 
-    for (kind, device, _), result in newest_records(folder).items():
+    for (kind, device, batch), result in newest_records(folder).items():
         if kind in MERGED:
             for path, rows in pictures(result).items():
-                plot(rows, path, f"dwswap on {device}")
+                model_plot.plot(rows, path, f"dwswap on {device}")
+        if kind == "gradients":
+            title = f"Depthwise convolutions of torchvision, N = {batch}, on {device}"
+            for name, path in gradient_pictures(result).items():
+                parts = [row.part(name) for row in gradients(result)]
+                layer_plot.plot(parts, path, f"{PARTS[name]}: {title}", targets=False)
 
 
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -169,6 +197,18 @@ def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
                 best[case] = found
     newest = max(records, key=lambda record: record["recorded"])
     return {**newest, "results": [best[case][2] for case in sorted(best, key=_place)]}
+
+
+def merged_gradients(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of all dtypes and layouts: for each the rows of the newest record that has it."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["recorded"]):
+        settings = record["settings"]
+        for key in itertools.product(settings["dtypes"], settings["layouts"]):
+            rows[key] = [row for row in record["results"] if (row["dtype"], row["layout"]) == key]
+    kinds = sorted(rows, key=lambda key: (DTYPES.index(key[0]), key[1] != "contiguous"))
+    newest = max(records, key=lambda record: record["recorded"])
+    return {**newest, "results": [row for kind in kinds for row in rows[kind]]}
 
 
 def _place(case: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -192,6 +232,9 @@ TABLES = {
 MERGED = ("models", "training")
 """The kinds of which all records count, case by case."""
 
+DTYPES = ("float32", "float16", "bfloat16")
+"""As tables have them."""
+
 
 def newest_records(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     """The records in ``folder`` that count, by kind, device and what else tells them apart.
@@ -204,14 +247,19 @@ def newest_records(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     """
     newest: dict[tuple[str, str, str], dict[str, Any]] = {}
     models: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    of_gradients: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         kind = result.get("kind") if isinstance(result, dict) else None
         if kind not in TABLES:
             continue
-        if kind in ("layers", "gradients") and not (result["complete"] and result["whole"]):
+        if kind == "layers" and not (result["complete"] and result["whole"]):
             continue
         if kind in MERGED and not result["complete"]:
+            continue
+        if kind == "gradients" and not (
+            result["complete"] and result["settings"]["select"] is None and not result["switches"]
+        ):
             continue
         if not all(row["passed"] for row in result.get("results") or result["timings"]):
             raise ValueError(f"{path}: holds a result that failed its check")
@@ -219,10 +267,15 @@ def newest_records(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
             models.setdefault((kind, result["device"]), []).append({**result, "path": path})
             continue
         key = (kind, result["device"], str(result.get("model") or result.get("batch", "")))
+        if kind == "gradients":
+            of_gradients.setdefault(key, []).append({**result, "path": path})
+            continue
         if key not in newest or newest[key]["recorded"] < result["recorded"]:
             newest[key] = {**result, "path": path}
     for (kind, device), records in models.items():
         newest[kind, device, ""] = merged(records)
+    for key, records in of_gradients.items():
+        newest[key] = merged_gradients(records)
     return newest
 
 

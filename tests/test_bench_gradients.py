@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,21 +170,59 @@ def test_no_activation(tmp_path, capsys):
     assert "leave out --activation" in capsys.readouterr().err
 
 
+def test_readme_merges_whole_runs_of_a_dtype_and_layout(tmp_path, readme_table):
+    """The newest of each; runs of some shapes, or with switches, do not count."""
+    settings = {"dtypes": ["float32"], "layouts": ["contiguous"], "batch": 3, "select": None}
+    row = bench().measure(SHAPE, "float32", "contiguous").to_dict()
+    row["parts"] = {name: {**part, "speedup": 2.0} for name, part in row["parts"].items()}
+
+    def save(name: str, recorded: str, speedup: float, **changes) -> None:
+        made = GradientRecord(tmp_path / name, device="GPU", settings={**settings, **changes})
+        key = {"dtype": made_dtype(changes), "layout": changes.get("layouts", ["contiguous"])[0]}
+        parts = {
+            part: {**fields, **key, "speedup": speedup} for part, fields in row["parts"].items()
+        }
+        made.add(GradientResult(**{**row, **key, "parts": parts}))
+        made.finish()
+        found = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+        text = json.dumps({**found, "recorded": recorded})
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+    def made_dtype(changes) -> str:
+        return changes.get("dtypes", ["float32"])[0]
+
+    save("part.json", "2026-01-09", 9.5, select="0:1")
+    assert readme_table.section(tmp_path) == readme_table.NOTHING
+    save("old.json", "2026-01-01", 2.5)
+    save("new.json", "2026-01-02", 3.5)
+    save("half.json", "2026-01-01", 4.5, dtypes=["float16"], layouts=["channels_last"])
+    text = readme_table.section(tmp_path)
+    assert all(f"{head}, speedup over PyTorch's:" in text for head in PARTS.values())
+    assert "3.50" in text
+    assert "4.50" in text
+    assert "2.50" not in text
+    assert "9.50" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| float")]
+    assert [row.split(" | ")[0] for row in rows] == ["| float32", "| float16"] * len(PARTS)
+    assert text.count("gradients-gpu-n3-") == len(PARTS)
+
+
 @pytest.mark.slow
-def test_readme_shows_whole_runs_only(tmp_path):
+def test_readme_is_filled_and_drawn(tmp_path):
     assert command(tmp_path, "--layout", "channels_last") == 0
     (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["settings"]["select"] = None
+    path.write_text(json.dumps(found), encoding="utf-8")
     readme = tmp_path / "README.md"
+    markers = [
+        f"<!-- {name}: start (scripts/readme_table.py) -->\n<!-- {name}: end -->\n"
+        for name in ("headline", "results")
+    ]
+    readme.write_text("".join(markers), encoding="utf-8")
     script = ROOT / "scripts" / "readme_table.py"
-    for whole in (False, True):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**found, "whole": whole}), encoding="utf-8")
-        markers = [
-            f"<!-- {name}: start (scripts/readme_table.py) -->\n<!-- {name}: end -->\n"
-            for name in ("headline", "results")
-        ]
-        readme.write_text("".join(markers), encoding="utf-8")
-        given = ["--readme", str(readme), "--results", str(tmp_path)]
-        subprocess.run([sys.executable, str(script), *given], check=True)
-        text = readme.read_text(encoding="utf-8")
-        assert ("Gradient of the weight, speedup over PyTorch's:" in text) == whole
+    given = ["--readme", str(readme), "--results", str(tmp_path)]
+    subprocess.run([sys.executable, str(script), *given], check=True)
+    shown = re.findall(r"benchmarks/results/(gradients-[^)]*)", readme.read_text(encoding="utf-8"))
+    assert len(shown) == len(PARTS)
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in shown)

@@ -11,6 +11,7 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,30 +182,41 @@ def test_images_of_one_size_stay_with_one_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "jobs", "cores", "expected"),
+    ("gpus", "jobs", "cores", "most", "expected"),
     [
-        (1, 1, 16, [0]),
-        (1, 15, 16, [0]),
-        (1, 16, 16, [0, 0]),
-        (1, 368, 16, [0] * 5),
-        (1, 368, 2, [0, 0]),
-        (2, 1, 32, [0]),
-        (2, 4, 32, [0, 1]),
-        (2, 368, 32, [0, 1] * 5),
-        (2, 368, 6, [0, 1] * 3),
-        (4, 368, 2, [0, 1, 2, 3]),
+        (1, 1, 16, 5, [0]),
+        (1, 15, 16, 5, [0]),
+        (1, 16, 16, 5, [0, 0]),
+        (1, 368, 16, 5, [0] * 5),
+        (1, 368, 16, 3, [0] * 3),
+        (1, 368, 16, 0, [0]),
+        (1, 368, 2, 5, [0, 0]),
+        (2, 1, 32, 5, [0]),
+        (2, 4, 32, 5, [0, 1]),
+        (2, 368, 32, 5, [0, 1] * 5),
+        (2, 368, 6, 5, [0, 1] * 3),
+        (4, 368, 2, 5, [0, 1, 2, 3]),
     ],
 )
-def test_processes_of_gpus(monkeypatch, gpus, jobs, cores, expected):
+def test_processes_of_gpus(monkeypatch, gpus, jobs, cores, most, expected):
     """As many as there is work and cores for, and none without a job."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     devices = [torch.device("cuda", index) for index in range(gpus)]
-    assert side_by_side._places(devices, jobs) == [devices[index] for index in expected]
+    assert side_by_side._places(devices, jobs, most) == [devices[index] for index in expected]
 
 
-def test_a_cpu_has_one_process():
-    assert side_by_side._places([CPU], 368) == [CPU]
-    assert side_by_side._places([CPU, CPU], 368) == [CPU, CPU]
+@pytest.mark.parametrize(
+    ("gigabytes", "expected"), [((16,), 0), ((80,), 3), ((141,), 5), ((288,), 5), ((141, 80), 3)]
+)
+def test_most_processes_of_gpus(monkeypatch, gigabytes, expected):
+    """As the memory of the smallest allows."""
+    found = [SimpleNamespace(total_memory=size * 10**9) for size in gigabytes]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: found[device.index], raising=True
+    )
+    devices = [torch.device("cuda", index) for index in range(len(found))]
+    assert side_by_side._most_processes(devices) == expected
+    assert side_by_side._most_processes([CPU]) == 1
 
 
 class TurnBench(FakeBench):
@@ -227,7 +239,7 @@ class TurnBench(FakeBench):
 
 def test_one_measures_at_a_time_what_it_has_planned(forked, monkeypatch, tmp_path):
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
-    monkeypatch.setattr(side_by_side, "_places", lambda devices, jobs: [CPU] * 3)
+    monkeypatch.setattr(side_by_side, "_places", lambda devices, jobs, most: [CPU] * 3)
     assert len(list(measure_side_by_side(TurnBench, [CPU], JOBS))) == len(JOBS)
     notes = (tmp_path / "notes").read_text().splitlines()
     measured = [note for note in notes if not note.startswith("plan")]

@@ -16,7 +16,6 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from multiprocessing.synchronize import Lock
@@ -39,6 +38,9 @@ PROCESSES = 5
 
 LEAST_JOBS = 8
 """Of a process: it takes some seconds to start."""
+
+PROCESS_BYTES = 24_000_000_000
+"""Of a GPU's memory, for each process: the largest shapes with 64 images take as much."""
 
 
 class Bench(Protocol):
@@ -76,7 +78,7 @@ def measure_side_by_side(
     """
     if not devices:
         raise ValueError("devices must hold at least one device, got none")
-    places = _places(devices, len(jobs))
+    places = _places(devices, len(jobs), _most_processes(devices))
     if len(places) <= 1:
         bench = make(devices[0])
         for job in jobs:
@@ -99,14 +101,18 @@ def measure_side_by_side(
             worker.pipe.close()
 
 
-def _places(devices: Sequence[torch.device], jobs: int) -> list[torch.device]:
-    """The device of each process, which has several where there is work and cores for them."""
-    most = min(jobs // LEAST_JOBS, os.cpu_count() or 1) // len(devices)
-    rounds = [
-        [device for device in devices if turn == 0 or device.type == "cuda"]
-        for turn in range(max(1, min(PROCESSES, most)))
-    ]
-    return list(chain.from_iterable(rounds))[:jobs]
+def _most_processes(devices: Sequence[torch.device]) -> int:
+    """Of each device, for which it has the memory. A CPU plans nothing, so one is enough."""
+    if any(device.type != "cuda" for device in devices):
+        return 1
+    memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    return min(PROCESSES, memory // PROCESS_BYTES)
+
+
+def _places(devices: Sequence[torch.device], jobs: int, most: int) -> list[torch.device]:
+    """The device of each process: ``most`` of each where there is work and cores for them."""
+    possible = min(jobs // LEAST_JOBS, os.cpu_count() or 1) // len(devices)
+    return (list(devices) * max(1, min(most, possible)))[:jobs]
 
 
 class _Worker:
