@@ -18,6 +18,7 @@
 #include "common/sum.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/backward/column_sums_cut.h"
+#include "depthwise_conv2d/backward/strips.cuh"
 #include "depthwise_conv2d/backward/sums.cuh"
 #include "depthwise_conv2d/tensor_map.h"
 
@@ -38,37 +39,15 @@ struct Traits {
 };
 
 struct Arguments {
-  int channels, in_h, out_h, padding_h, padding_w;
-  int pairs, groups, images, slots;
-  int rows, items;                                   // of a strip; strips of all images
+  int channels, padding_w;
+  Strips strips;
+  int pairs, groups, slots;
   int slices, shares;                                // of channels, and of strips
   int pixel_bytes, input_row_bytes, grad_row_bytes;  // of a stage
   uint32_t stage_bytes, grad_offset, box_bytes;
-  Divisor by_slices, by_tiles, by_strips, by_pairs, by_groups;
+  Divisor by_slices, by_pairs, by_groups;
   bool wants_bias;
 };
-
-struct Strip {
-  int image, row, column;  // of grad_output, the first ones
-  int rows, stages;
-};
-
-template <typename Traits>
-__device__ __forceinline__ Strip strip_at(const Arguments& a, int index) {
-  uint32_t tile, strip;
-  const uint32_t image = a.by_strips.divide(a.by_tiles.divide(index, &tile), &strip);
-  Strip s{};
-  s.image = static_cast<int>(image) * a.images;
-  s.row = static_cast<int>(strip) * a.rows;
-  s.column = static_cast<int>(tile) * a.groups * kColumns;
-  s.rows = min(a.rows, a.out_h - s.row);
-  // Rows behind those of the strip see its last rows of input, where there are any.
-  constexpr int S = Traits::kStride, SEEN = Traits::kSeen;
-  const int input_rows = a.in_h - (s.row * S - a.padding_h);
-  const int steps = min(s.rows + SEEN - 1, (input_rows + S - 1) / S);
-  s.stages = (steps + SEEN - 1) / SEEN;
-  return s;
-}
 
 template <typename Traits>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks)
@@ -89,13 +68,13 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks)
   // The next stage that thread 0 asks for. The strip is found anew each time: registers are few.
   int ahead_index = share, ahead_stage = 0;
   const auto fetch = [&](int slot) {
-    if (ahead_index >= a.items) return;
-    const Strip ahead = strip_at<Traits>(a, ahead_index);
+    if (ahead_index >= a.strips.count) return;
+    const Strip ahead = strip_at<S, SEEN>(a.strips, ahead_index, SEEN);
     const int row = ahead.row + ahead_stage * SEEN;
     unsigned char* const stage = shared + slot * a.stage_bytes;
     barrier_expect(&full[slot], a.box_bytes);
     copy_box(stage, &input_map, &full[slot], first_channel, ahead.column * S - a.padding_w,
-             row * S - a.padding_h, ahead.image);
+             row * S - a.strips.padding_h, ahead.image);
     copy_box(stage + a.grad_offset, &grad_map, &full[slot], first_channel, ahead.column, row,
              ahead.image);
     if (++ahead_stage < ahead.stages) return;
@@ -109,7 +88,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks)
   const auto place = static_cast<int>(a.by_pairs.divide(threadIdx.x, &pair));
   const auto image = static_cast<int>(a.by_groups.divide(place, &group));
   // Threads without work stay for the barriers.
-  const bool busy = image < a.images;
+  const bool busy = image < a.strips.images;
   const int column = static_cast<int>(group) * kColumns, c = 2 * static_cast<int>(pair);
   const int word = c * static_cast<int>(sizeof(T));
   const int input_place = image * SEEN * S * a.input_row_bytes + column * S * a.pixel_bytes + word;
@@ -137,12 +116,12 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks)
   float grad[SEEN][kColumns][2];  // row q is grad[q % SEEN]
   int slot = 0, unfolded = 0;
   uint32_t parity = 0;
-  for (int item = share; item < a.items; item += a.shares) {
-    const Strip s = strip_at<Traits>(a, item);
+  for (int item = share; item < a.strips.count; item += a.shares) {
+    const Strip s = strip_at<S, SEEN>(a.strips, item, SEEN);
 #pragma unroll
     for (int i = 0; i < SEEN * kColumns; ++i)
       grad[i / kColumns][i % kColumns][0] = grad[i / kColumns][i % kColumns][1] = 0.0f;
-    int rows_left = s.rows, ih = s.row * S - a.padding_h;
+    int rows_left = s.rows, ih = s.row * S - a.strips.padding_h;
     for (int stage = 0; stage < s.stages; ++stage) {
       barrier_wait(&full[slot], parity);
       const unsigned char* input_row = shared + slot * a.stage_bytes + input_place;
@@ -163,7 +142,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks)
           }
 #pragma unroll
           for (int e = 0; e < S; ++e) {
-            if (static_cast<unsigned>(ih + step * S + e) < static_cast<unsigned>(a.in_h)) {
+            if (static_cast<unsigned>(ih + step * S + e) < static_cast<unsigned>(a.strips.in_h)) {
               // It is row e of the windows of the newest row of grad_output, row e + S of those of
               // the one before, and so on.
 #pragma unroll
@@ -201,7 +180,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks)
   release_next_kernel();
   // [sum][place][channel]
   auto* const partials = reinterpret_cast<float*>(shared);
-  const int places = a.groups * a.images;
+  const int places = a.groups * a.strips.images;
   if (busy) {
 #pragma unroll
     for (int i = 0; i <= TAPS; ++i) {
@@ -230,15 +209,10 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device
                    cudaStream_t stream) {
   using T = typename Traits::T;
   constexpr int S = Traits::kStride, SEEN = Traits::kSeen;
-  const auto tiles = static_cast<uint32_t>(ceil_div(p.out_w, cut.columns()));
-  const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
   Arguments a{};
-  a.channels = static_cast<int>(p.channels);
-  a.in_h = static_cast<int>(p.in_h), a.out_h = static_cast<int>(p.out_h);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.pairs = cut.pairs, a.groups = cut.groups, a.images = cut.images, a.slots = cut.slots;
-  a.rows = cut.rows;
-  a.items = static_cast<int>(tiles * strips * ceil_div(p.batch, cut.images));
+  a.channels = static_cast<int>(p.channels), a.padding_w = static_cast<int>(p.padding_w);
+  a.strips = Strips(p, cut.rows, cut.columns(), cut.images);
+  a.pairs = cut.pairs, a.groups = cut.groups, a.slots = cut.slots;
   a.slices = static_cast<int>(ceil_div(p.channels, 2 * cut.pairs)), a.shares = cut.shares;
   a.pixel_bytes = cut.pixel_bytes();
   a.input_row_bytes = cut.input_columns() * a.pixel_bytes;
@@ -246,7 +220,6 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device
   a.stage_bytes = cut.stage_bytes(), a.grad_offset = cut.grad_offset();
   a.box_bytes = cut.input_bytes() + cut.grad_bytes();
   a.by_slices = Divisor(static_cast<uint32_t>(a.slices));
-  a.by_tiles = Divisor(tiles), a.by_strips = Divisor(strips);
   a.by_pairs = Divisor(static_cast<uint32_t>(cut.pairs));
   a.by_groups = Divisor(static_cast<uint32_t>(cut.groups));
   a.wants_bias = p.wants_bias;

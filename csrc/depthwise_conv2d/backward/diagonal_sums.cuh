@@ -24,6 +24,7 @@
 #include "common/numeric.cuh"
 #include "common/tma.cuh"
 #include "depthwise_conv2d/backward/diagonal_sums_cut.h"
+#include "depthwise_conv2d/backward/strips.cuh"
 #include "depthwise_conv2d/backward/sums.cuh"
 #include "depthwise_conv2d/tensor_map.h"
 
@@ -40,40 +41,17 @@ struct Traits {
 };
 
 struct Arguments {
-  int channels, in_h, out_h, padding_h, padding_w;
-  int columns, images, stage_rows;
-  int rows, items;     // of a strip; strips of all images
+  int channels, padding_w;
+  Strips strips;
+  int stage_rows;
   int slices, shares;  // of channels, and of strips
   int groups, pixel_bytes;
   int input_row_bytes, grad_row_bytes;
   int box_channels;  // a block's are in one box or several
   uint32_t stage_bytes, part_bytes, plane_bytes, box_bytes;
   uint32_t swizzle;
-  Divisor by_columns, by_strips;
   bool wants_bias;
 };
-
-struct Strip {
-  int image, row, column;  // of grad_output, the first ones
-  int rows, stages;
-};
-
-template <typename Traits>
-__device__ __forceinline__ Strip strip_at(const Arguments& a, int index) {
-  uint32_t column, strip;
-  const uint32_t image = a.by_strips.divide(a.by_columns.divide(index, &column), &strip);
-  Strip s{};
-  s.image = static_cast<int>(image) * a.images;
-  s.row = static_cast<int>(strip) * a.rows;
-  s.column = static_cast<int>(column) * a.columns;
-  s.rows = min(a.rows, a.out_h - s.row);
-  // Rows behind those of the strip see its last rows of input, where there are any.
-  constexpr int S = Traits::kStride;
-  const int input_rows = a.in_h - (s.row * S - a.padding_h);
-  const int steps = min(s.rows + Traits::kSeen - 1, (input_rows + S - 1) / S);
-  s.stages = (steps + a.stage_rows - 1) / a.stage_rows;
-  return s;
-}
 
 // Of all columns, or of those with an even and an odd distance from a tile's first one.
 template <int STRIDE>
@@ -103,8 +81,8 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
   // The next stage that thread 0 asks for. The strip is found anew each time: registers are few.
   int ahead_index = share, ahead_stage = 0;
   const auto fetch = [&](int slot) {
-    if (ahead_index >= a.items) return;
-    const Strip ahead = strip_at<Traits>(a, ahead_index);
+    if (ahead_index >= a.strips.count) return;
+    const Strip ahead = strip_at<S, SEEN>(a.strips, ahead_index, a.stage_rows);
     const int row = ahead.row + ahead_stage * a.stage_rows;
     barrier_expect(&full[slot], boxes * a.box_bytes);
     for (int box = 0; box < boxes; ++box) {
@@ -116,7 +94,7 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
 #pragma unroll
       for (int plane = 0; plane < S; ++plane)
         copy_box(part + plane * a.plane_bytes, &input_maps.planes[plane], &full[slot], channel,
-                 S == 1 ? first : (first + plane) >> 1, row * S - a.padding_h, ahead.image);
+                 S == 1 ? first : (first + plane) >> 1, row * S - a.strips.padding_h, ahead.image);
       copy_box(part + S * a.plane_bytes, &grad_map, &full[slot], channel, ahead.column, row,
                ahead.image);
     }
@@ -132,7 +110,7 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
   // A lane gives the address of a pixel of one of four matrices: of grad_output the halves of both
   // products, zeros where there is no pixel for them; of the input the halves of a product at
   // either of two taps. The pixels of a row are those of all images of a stage.
-  const int matrix = lane / 8, all_pixels = a.columns * a.images;
+  const int matrix = lane / 8, all_pixels = a.strips.columns * a.strips.images;
   const int first_pixel = team * kTeamPixels + lane % 8;
   const uint32_t origin = shared_address(shared), zeros_address = shared_address(zeros);
   const int box_groups = a.box_channels / kGroup;
@@ -140,15 +118,15 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
   const int pixel = first_pixel + 8 * matrix;
   const bool has_pixel = pixel < all_pixels;
   const uint32_t grad_offset = S * a.plane_bytes + place +
-                               pixel / a.columns * a.stage_rows * a.grad_row_bytes +
-                               pixel % a.columns * a.pixel_bytes;
+                               pixel / a.strips.columns * a.stage_rows * a.grad_row_bytes +
+                               pixel % a.strips.columns * a.pixel_bytes;
   uint32_t offsets[kProducts];
 #pragma unroll
   for (int p = 0; p < kProducts; ++p) {
     const int seen = min(first_pixel + 16 * p + matrix / 2 * 8, all_pixels - 1), tap = matrix % 2;
-    const int column = seen % a.columns + (S == 1 ? tap : 0);
+    const int column = seen % a.strips.columns + (S == 1 ? tap : 0);
     offsets[p] = (S == 1 ? 0 : tap * a.plane_bytes) + place + column * a.pixel_bytes +
-                 seen / a.columns * a.stage_rows * S * a.input_row_bytes;
+                 seen / a.strips.columns * a.stage_rows * S * a.input_row_bytes;
   }
   // From a pair of taps to the next.
   const int pair_bytes = (S == 1 ? 2 : 1) * a.pixel_bytes;
@@ -166,12 +144,12 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
   uint32_t grad[kProducts][SEEN][2];  // the newest row first
   int slot = 0;
   uint32_t parity = 0;
-  for (int item = share; item < a.items; item += a.shares) {
-    const Strip s = strip_at<Traits>(a, item);
+  for (int item = share; item < a.strips.count; item += a.shares) {
+    const Strip s = strip_at<S, SEEN>(a.strips, item, a.stage_rows);
 #pragma unroll
     for (int i = 0; i < kProducts * SEEN; ++i)
       grad[i / SEEN][i % SEEN][0] = grad[i / SEEN][i % SEEN][1] = 0;
-    int rows_left = s.rows, ih = s.row * S - a.padding_h;
+    int rows_left = s.rows, ih = s.row * S - a.strips.padding_h;
     for (int stage = 0; stage < s.stages; ++stage) {
       barrier_wait(&full[slot], parity);
       uint32_t row_address = origin + slot * a.stage_bytes;
@@ -192,7 +170,7 @@ __global__ void __launch_bounds__(32 * most_warps(Traits::kKernel))
         --rows_left;
 #pragma unroll
         for (int e = 0; e < S; ++e) {
-          if (static_cast<unsigned>(ih) < static_cast<unsigned>(a.in_h)) {
+          if (static_cast<unsigned>(ih) < static_cast<unsigned>(a.strips.in_h)) {
             // It is row e of the windows of the newest row of grad_output, row e + S of those of
             // the one before, and so on.
 #pragma unroll
@@ -249,15 +227,10 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device
                    cudaStream_t stream) {
   using T = typename Traits::T;
   constexpr int S = Traits::kStride;
-  const int columns = static_cast<int>(ceil_div(p.out_w, cut.columns));
-  const int strips = static_cast<int>(ceil_div(p.out_h, cut.split.rows));
   Arguments a{};
-  a.channels = static_cast<int>(p.channels);
-  a.in_h = static_cast<int>(p.in_h), a.out_h = static_cast<int>(p.out_h);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.columns = cut.columns, a.images = cut.images, a.stage_rows = cut.stage_rows;
-  a.rows = static_cast<int>(cut.split.rows);
-  a.items = static_cast<int>(columns * strips * ceil_div(p.batch, cut.images));
+  a.channels = static_cast<int>(p.channels), a.padding_w = static_cast<int>(p.padding_w);
+  a.strips = Strips(p, cut.split.rows, cut.columns, cut.images);
+  a.stage_rows = cut.stage_rows;
   a.slices = static_cast<int>(ceil_div(p.channels, cut.groups * kGroup));
   a.groups = cut.groups, a.pixel_bytes = cut.pixel_bytes();
   a.input_row_bytes = cut.input_columns() * cut.pixel_bytes();
@@ -266,7 +239,6 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device
   a.stage_bytes = cut.stage_bytes(), a.plane_bytes = cut.plane_bytes();
   a.box_bytes = cut.images * cut.stage_rows * (S * S * a.input_row_bytes + a.grad_row_bytes);
   a.swizzle = cut.swizzle();
-  a.by_columns = Divisor(columns), a.by_strips = Divisor(strips);
   a.wants_bias = p.wants_bias;
   a.shares = static_cast<int>(cut.split.shares);
 
