@@ -17,11 +17,12 @@ def guard_train(model: nn.Module) -> None:
 
     PyTorch sets the mode of a module before it asks the children: when the graph refuses, what is
     around it and before it trains already. So each module around a graph, ``model`` and those
-    inside it, gets a ``train`` that puts the modes back. Copies and files keep it; a shallow copy
-    (``copy.copy``) has that of its original. What a user puts around ``model`` has none:
-    ``nn.Sequential(model).train()`` leaves ``model`` as it was, but itself and what it has before
-    ``model`` in train mode, until its ``eval()``. ``torch.compile(model)``, whose mode is that of
-    ``model``, leaves ``model.training`` true in the same way.
+    inside it, gets a ``train`` that puts the modes back. Copies and files keep it; that of a
+    shallow copy (``copy.copy``) sets the mode of its original, and returns that. What a user puts
+    around ``model`` has none: ``nn.Sequential(model).train()`` leaves ``model`` as it was, but
+    itself and what it has before ``model`` in train mode, until its ``eval()``.
+    ``torch.compile(model)``, whose mode is that of ``model``, leaves ``model.training`` true in the
+    same way.
     """
     for module in model.modules():
         # A GraphModule is rebuilt from its attributes: pickle would find it there without end.

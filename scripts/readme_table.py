@@ -257,9 +257,7 @@ def newest_records(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
             continue
         if kind in MERGED and not result["complete"]:
             continue
-        if kind == "gradients" and not (
-            result["complete"] and result["settings"]["select"] is None and not result["switches"]
-        ):
+        if kind == "gradients" and not has_every_shape(result):
             continue
         if not all(row["passed"] for row in result.get("results") or result["timings"]):
             raise ValueError(f"{path}: holds a result that failed its check")
@@ -277,6 +275,13 @@ def newest_records(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     for key, records in of_gradients.items():
         newest[key] = merged_gradients(records)
     return newest
+
+
+def has_every_shape(record: dict[str, Any]) -> bool:
+    """Whether a record of gradients has all shapes of its dtypes and layouts, from a GPU."""
+    settings = record["settings"]
+    chosen = settings["select"] is not None or settings["reduced"] or record["switches"]
+    return record["complete"] and not chosen and not record["skipped"]
 
 
 def headline(folder: Path) -> str:

@@ -133,7 +133,7 @@ def test_an_image_that_is_left_out_fails(monkeypatch, dtype):
 
 
 def test_what_does_not_fit_is_skipped(monkeypatch):
-    monkeypatch.setattr(gradients, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(layers, "available_bytes", lambda device: 0)
     assert "GB are free" in bench().measure(SHAPE, "float32", "contiguous").reason
 
 
@@ -172,7 +172,13 @@ def test_no_activation(tmp_path, capsys):
 
 def test_readme_merges_whole_runs_of_a_dtype_and_layout(tmp_path, readme_table):
     """The newest of each; runs of some shapes, or with switches, do not count."""
-    settings = {"dtypes": ["float32"], "layouts": ["contiguous"], "batch": 3, "select": None}
+    settings = {
+        "dtypes": ["float32"],
+        "layouts": ["contiguous"],
+        "batch": 3,
+        "select": None,
+        "reduced": False,
+    }
     row = bench().measure(SHAPE, "float32", "contiguous").to_dict()
     row["parts"] = {name: {**part, "speedup": 2.0} for name, part in row["parts"].items()}
 
@@ -192,6 +198,7 @@ def test_readme_merges_whole_runs_of_a_dtype_and_layout(tmp_path, readme_table):
         return changes.get("dtypes", ["float32"])[0]
 
     save("part.json", "2026-01-09", 9.5, select="0:1")
+    save("cpu.json", "2026-01-09", 9.5, reduced=True)
     assert readme_table.section(tmp_path) == readme_table.NOTHING
     save("old.json", "2026-01-01", 2.5)
     save("new.json", "2026-01-02", 3.5)
@@ -212,7 +219,7 @@ def test_readme_is_filled_and_drawn(tmp_path):
     assert command(tmp_path, "--layout", "channels_last") == 0
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text(encoding="utf-8"))
-    found["settings"]["select"] = None
+    found["settings"] |= {"select": None, "reduced": False}
     path.write_text(json.dumps(found), encoding="utf-8")
     readme = tmp_path / "README.md"
     markers = [

@@ -200,23 +200,33 @@ def test_images_of_one_size_stay_with_one_process(monkeypatch):
 )
 def test_processes_of_gpus(monkeypatch, gpus, jobs, cores, most, expected):
     """As many as there is work and cores for, and none without a job."""
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     devices = [torch.device("cuda", index) for index in range(gpus)]
     assert side_by_side._places(devices, jobs, most) == [devices[index] for index in expected]
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "expected"), [((16,), 0), ((80,), 3), ((141,), 5), ((288,), 5), ((141, 80), 3)]
+    ("free", "needed", "expected"),
+    [
+        ((16,), 34, 0),
+        ((80,), 34, 2),
+        ((141,), 34, 4),
+        ((141,), 134, 1),
+        ((141,), 9, 5),
+        ((141, 80), 34, 2),
+    ],
 )
-def test_most_processes_of_gpus(monkeypatch, gigabytes, expected):
-    """As the memory of the smallest allows."""
-    found = [SimpleNamespace(total_memory=size * 10**9) for size in gigabytes]
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: found[device.index], raising=True
-    )
-    devices = [torch.device("cuda", index) for index in range(len(found))]
-    assert side_by_side._most_processes(devices) == expected
-    assert side_by_side._most_processes([CPU]) == 1
+def test_most_processes_of_gpus(monkeypatch, free, needed, expected):
+    """As many as have memory for the largest job, on the GPU with the least of it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index] * 10**9, 0))
+    sizes = iter([needed * 10**9, *[10**9] * len(JOBS)])
+    bench = SimpleNamespace(needed_bytes=lambda shape, dtype: next(sizes))
+    devices = [torch.device("cuda", index) for index in range(len(free))]
+    assert side_by_side._most_processes(lambda device: bench, devices, JOBS) == expected
+
+
+def test_a_cpu_has_one_process():
+    assert side_by_side._most_processes(FakeBench, [CPU], JOBS) == 1
 
 
 class TurnBench(FakeBench):
@@ -248,7 +258,11 @@ def test_one_measures_at_a_time_what_it_has_planned(forked, monkeypatch, tmp_pat
         assert notes.index(begin.replace("begin", "plan")) < notes.index(begin)
     assert len(notes) == 3 * len(JOBS)
     # Somebody planned while another one measured.
-    assert any(note.startswith("plan") for note in notes[notes.index(measured[0]) : -2])
+    assert any(
+        note.startswith("plan")
+        for begin in measured[::2]
+        for note in notes[notes.index(begin) : notes.index(begin.replace("begin", "end"))]
+    )
 
 
 # the command

@@ -21,10 +21,8 @@ from dwswap.bench.gradient_results import PARTS, GradientResult
 from dwswap.bench.layer_results import Skipped
 from dwswap.bench.layers import (
     DTYPES,
-    GPU_RESERVE,
     LAYOUTS,
     LayerBench,
-    available_bytes,
     checked_elsewhere,
     laid_out,
     rounded,
@@ -53,11 +51,9 @@ class GradientBench(LayerBench):
         element, memory_format = DTYPES[dtype], LAYOUTS[layout]
         size = [self.batch, shape.channels, shape.height, shape.width]
         moved = self.moved_bytes(shape, dtype)
-        cuda = self.device.type == "cuda"
         buffers = self._buffers(moved)
-        # Both images of a launch, and what a step of training makes of them.
-        needed = 2 * buffers * moved + 4 * moved + (GPU_RESERVE if cuda else 0)
-        available = available_bytes(self.device) + self._pool.nbytes
+        needed = self.needed_bytes(shape, dtype)
+        available = self._available_bytes(needed)
         skipped = partial(Skipped, shape.index, dtype, layout, size)
         if needed > available:
             return skipped(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
@@ -85,6 +81,11 @@ class GradientBench(LayerBench):
             return skipped(str(error).partition("\n")[0])
         passed = all(found.passed for found in errors.values())
         return GradientResult(shape.index, dtype, layout, size, parts, passed)
+
+    def needed_bytes(self, shape: LayerShape, dtype: str) -> int:
+        moved = self.moved_bytes(shape, dtype)
+        # Both images of a launch, and what a step of training makes of them.
+        return 2 * self._buffers(moved) * moved + 4 * moved + self._reserve
 
     def launches(
         self, shape: LayerShape, dtype: str, layout: str

@@ -114,34 +114,28 @@ class LayerBench:
 
         For a new shape that takes a core 0.1 to 0.8 s. Plans are kept by the thread that calls.
         """
-        memory = self._graph_memory()
-        if memory is None:
+        needed = self.needed_bytes(shape, dtype)
+        if self.device.type != "cuda" or needed > self._available_bytes(needed):
             return
         try:
+            memory = self._graph_memory()
+            assert memory is not None
             # What is captured is not run. Plans load code, which only this mode allows.
             with torch.cuda.device(self.device), memory.capture(torch.cuda.CUDAGraph(), "relaxed"):
                 self._plan(shape, DTYPES[dtype], LAYOUTS[layout])
-        except torch.OutOfMemoryError:
-            return  # ``measure`` says so
+        except RuntimeError:
+            # Out of memory, or of cuDNN, which says that in words of its own. What does not pass
+            # comes back in ``measure``, where it counts.
+            return
 
     @torch.no_grad()
     def measure(self, shape: LayerShape, dtype: str, layout: str) -> Measured:
         """Check one shape, then time it; ``Skipped`` where it does not fit into memory."""
         size = [self.batch, shape.channels, shape.height, shape.width]
-        width = DTYPES[dtype].itemsize
-        bytes_in = self.batch * shape.input_elements * width
-        bytes_out = self.batch * shape.output_elements * width
         moved = self.moved_bytes(shape, dtype)
-        cuda = self.device.type == "cuda"
         buffers = self._buffers(moved)
-
-        held = self._pool.nbytes
-        pool = max(held, buffers * rounded(bytes_in, 1))
-        # The outputs of a graph, with what the warm-up before it, PyTorch's layout changes and the
-        # check need; the copy has buffers of its own.
-        needed = pool + max(buffers * moved, buffers * bytes_out + 4 * moved)
-        needed += GPU_RESERVE if cuda else 0
-        available = available_bytes(self.device) + held
+        needed = self.needed_bytes(shape, dtype)
+        available = self._available_bytes(needed)
         skipped = partial(Skipped, shape.index, dtype, layout, size)
         if needed > available:
             return skipped(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
@@ -166,6 +160,30 @@ class LayerBench:
             plain_us=plain,
             errors=errors,
         )
+
+    def needed_bytes(self, shape: LayerShape, dtype: str) -> int:
+        """What ``measure`` takes of the device's memory, about."""
+        width = DTYPES[dtype].itemsize
+        bytes_in = self.batch * shape.input_elements * width
+        bytes_out = self.batch * shape.output_elements * width
+        moved = self.moved_bytes(shape, dtype)
+        buffers = self._buffers(moved)
+        pool = max(self._pool.nbytes, buffers * rounded(bytes_in, 1))
+        # The outputs of a graph, with what the warm-up before it, PyTorch's layout changes and the
+        # check need; the copy has buffers of its own.
+        return pool + max(buffers * moved, buffers * bytes_out + 4 * moved) + self._reserve
+
+    @property
+    def _reserve(self) -> int:
+        return GPU_RESERVE if self.device.type == "cuda" else 0
+
+    def _available_bytes(self, needed: int) -> int:
+        """Free memory, with that of the pool; what graphs hold is given back where it is needed."""
+        held = self._pool.nbytes
+        if self.device.type == "cuda" and needed > torch.cuda.mem_get_info(self.device)[0] + held:
+            self._graphs = None
+            torch.cuda.empty_cache()
+        return available_bytes(self.device) + held
 
     def moved_bytes(self, shape: LayerShape, dtype: str) -> int:
         """Of input and output."""

@@ -39,12 +39,11 @@ PROCESSES = 5
 LEAST_JOBS = 8
 """Of a process: it takes some seconds to start."""
 
-PROCESS_BYTES = 24_000_000_000
-"""Of a GPU's memory, for each process: the largest shapes with 64 images take as much."""
-
 
 class Bench(Protocol):
     """Such as ``dwswap.bench.layers.LayerBench``."""
+
+    def needed_bytes(self, shape: LayerShape, dtype: str) -> int: ...
 
     def plan(self, shape: LayerShape, dtype: str, layout: str) -> None: ...
 
@@ -68,7 +67,7 @@ def measure_side_by_side(
     is not reached: that ends the processes.
 
     Args:
-        make: makes the bench of a device; for several devices it must be picklable.
+        make: makes the bench of a device; it must be picklable for what needs several processes.
         devices: different ones whose times can be compared.
         jobs: in an order in which those of one dtype are neighbours: a bench keeps its inputs.
 
@@ -78,7 +77,7 @@ def measure_side_by_side(
     """
     if not devices:
         raise ValueError("devices must hold at least one device, got none")
-    places = _places(devices, len(jobs), _most_processes(devices))
+    places = _places(devices, len(jobs), _most_processes(make, devices, jobs))
     if len(places) <= 1:
         bench = make(devices[0])
         for job in jobs:
@@ -101,17 +100,24 @@ def measure_side_by_side(
             worker.pipe.close()
 
 
-def _most_processes(devices: Sequence[torch.device]) -> int:
-    """Of each device, for which it has the memory. A CPU plans nothing, so one is enough."""
-    if any(device.type != "cuda" for device in devices):
+def _most_processes(
+    make: Callable[[torch.device], Bench], devices: Sequence[torch.device], jobs: Sequence[Job]
+) -> int:
+    """Of each device: so many that each has memory for the largest job.
+
+    One measures at a time, but the others keep what they have. A CPU plans nothing.
+    """
+    if not jobs or any(device.type != "cuda" for device in devices):
         return 1
-    memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
-    return min(PROCESSES, memory // PROCESS_BYTES)
+    bench = make(devices[0])
+    needed = max(bench.needed_bytes(shape, dtype) for shape, dtype, _ in jobs)
+    free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    return min(PROCESSES, free // needed)
 
 
 def _places(devices: Sequence[torch.device], jobs: int, most: int) -> list[torch.device]:
     """The device of each process: ``most`` of each where there is work and cores for them."""
-    possible = min(jobs // LEAST_JOBS, os.cpu_count() or 1) // len(devices)
+    possible = min(jobs // LEAST_JOBS, len(os.sched_getaffinity(0))) // len(devices)
     return (list(devices) * max(1, min(most, possible)))[:jobs]
 
 

@@ -108,9 +108,11 @@ def run(args: argparse.Namespace) -> int:
     whole = whole and (set(dtypes), set(layouts)) == (set(DTYPES), set(LAYOUTS))
     name = device_name(devices[0])
 
-    path = record_file(
-        args.output, "gradients" if args.backward else "layers", name, f"-n{batch}", whole=whole
-    )
+    kind = "gradients" if args.backward else "layers"
+    # All shapes of a dtype and a layout are a record of their own.
+    every_shape = cuda and asked_for_all and not switches()
+    chosen = "" if whole or not every_shape else "".join(f"-{key}" for key in (*layouts, *dtypes))
+    path = record_file(args.output, kind, name, f"-n{batch}{chosen}", whole=every_shape)
     settings = {
         "dtypes": dtypes,
         "layouts": layouts,

@@ -159,7 +159,7 @@ ROWS = {
         COLUMN_SUMS, layout="offset_by_vector", channels=(8, 72)
     ),
     "column sums, no padding": replace(COLUMN_SUMS, channels=(24,), extra_padding=(-1, -1)),
-    "column sums, more padding": replace(COLUMN_SUMS, channels=(24,), extra_padding=(1, 1)),
+    "column sums, more padding": replace(COLUMN_SUMS, channels=(24,), extra_padding=(1, 4)),
     "channel sums": Row("sums", "channel_sums", "channels_last", channels=(1, 3, 8, 58, 72, 130)),
     "channel sums, misaligned": Row("sums", "channel_sums", "offset_channels_last"),
     "channel sums, pairs": Row("sums", "channel_sums", "offset_by_pair", channels=(8, 58)),

@@ -159,11 +159,11 @@ Cut search_cut(const GradientParams& p, int element_bytes, const Device& device)
     cut.pairs = pairs;
     const CacheReads read = cache_reads(p.channels * element_bytes, cut.pixel_bytes());
     int last_groups = 0;
-    for (int tiles = 1; tiles <= wide; ++tiles) {
+    for (int most = std::min(wide, kMaxThreads / pairs); most >= 1; --most) {
+      const int64_t tiles = ceil_div(wide, most);
       cut.groups = static_cast<int>(ceil_div(wide, tiles));
-      if (cut.groups == last_groups) continue;
+      if (cut.groups == last_groups || cut.input_columns() > kMostBoxElements) continue;
       last_groups = cut.groups, cut.images = 1;
-      if (cut.busy_threads() > kMaxThreads || cut.input_columns() > kMostBoxElements) continue;
       const auto most_images = std::min<int64_t>(p.batch, tiles == 1 ? kMaxThreads : 1);
       for (; cut.images <= most_images && cut.busy_threads() <= kMaxThreads; cut.images *= 2)
         consider_rows(search, cut, read, p, device);

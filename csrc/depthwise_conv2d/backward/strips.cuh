@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/integer.h"
+#include "common/numeric.cuh"
 #include "depthwise_conv2d/backward/params.h"
 
 namespace dwswap {
