@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dis
 import sys
+from functools import partial
 from itertools import pairwise
-from types import CodeType
+from types import CodeType, MethodType
 
 from torch import nn
 
@@ -17,9 +18,14 @@ __all__ = ["only_called", "runs_its_children"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a module is reached without its name in the code.
-_LOOKUPS = {"getattr", "vars"}
+_LOOKUPS = {"getattr", "vars", "attrgetter"}
 _ALL_CHILDREN = {"children", "named_children", "modules", "named_modules", "get_submodule"}
-_ALL_CHILDREN |= {"_modules", "__dict__", "__getattr__"}
+_ALL_CHILDREN |= {"_modules", "__dict__", "__getattr__", "attrgetter"}
+# Of all modules inside: a graph has folded tensors, by other names.
+_ALL_TENSORS = {"parameters", "named_parameters", "get_parameter", "state_dict"}
+_ALL_TENSORS |= {"buffers", "named_buffers", "get_buffer"}
+# What stands between the loads and calls of a line that does nothing else.
+_PADDING = {"PUSH_NULL", "PRECALL", "NOT_TAKEN"}
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
 _LOAD_ATTR_LOADS_METHODS = sys.version_info >= (3, 12)
 
@@ -51,6 +57,9 @@ def _only_calls(owner: nn.Module, names: list[str]) -> bool:
     cls = type(owner)
     if "forward" in owner.__dict__ or any(getattr(owner, name, None) for name in HOOKS):
         return False
+    # No forward calls train(), which may be ours (train_guard).
+    if any(_holds(value, owner) for name, value in owner.__dict__.items() if name != "train"):
+        return False
     if type(owner) is nn.Sequential:
         return True
     if isinstance(owner, _CONTAINERS) or package_of(cls.__module__) == "torch":
@@ -66,12 +75,15 @@ def _only_calls(owner: nn.Module, names: list[str]) -> bool:
 
 def _reaches(code: CodeType, names: list[str]) -> bool:
     """Whether ``code`` may do something with the last of ``names`` that is no call."""
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in _PADDING]
     # The last instruction of all code returns or raises.
-    for instruction, then in pairwise(dis.get_instructions(code)):
+    for place, (instruction, then) in enumerate(pairwise(instructions)):
         if not instruction.opname.endswith(("_ATTR", "_METHOD")):
             continue
         name = instruction.argval
         if name in _ALL_CHILDREN:
+            return True
+        if name in _ALL_TENSORS and not _is_of_next(instructions, place):
             return True
         if name not in names or _is_call(instruction):
             continue
@@ -79,6 +91,21 @@ def _reaches(code: CodeType, names: list[str]) -> bool:
         if not passes_by or then.opname not in _READS:
             return True
     return False
+
+
+def _is_of_next(instructions: list[dis.Instruction], place: int) -> bool:
+    """``next(self.parameters())``: who asks for one wants its device or dtype."""
+    return place >= 2 and instructions[place - 2].argval == "next"
+
+
+def _holds(value: object, owner: nn.Module) -> bool:
+    """Whether an attribute of ``owner`` has it, and so may reach what is inside: a partial function
+    or a method of it, or an object that was given it."""
+    if isinstance(value, partial):
+        return any(part is owner for part in (*value.args, *value.keywords.values()))
+    if isinstance(value, MethodType):
+        return value.__self__ is owner
+    return any(part is owner for part in getattr(value, "__dict__", {}).values())
 
 
 def _is_call(instruction: dis.Instruction) -> bool:

@@ -129,7 +129,7 @@ def commit(model: nn.Module, before: dict[str, nn.Module], replaced: dict[str, n
         elif path and module is not before.get(path):
             parents[parent]._modules[name] = module
             inside_new.add(path)
-        else:
+        elif not isinstance(module, torch.jit.ScriptModule):  # which the copy shares
             for tensors in ("_parameters", "_buffers"):
                 kept, own = getattr(module, tensors), getattr(parents[path], tensors)
                 for gone in own.keys() - kept.keys():

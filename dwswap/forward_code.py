@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import CellType, CodeType, FunctionType, ModuleType
 
 from torch import fx
@@ -33,8 +33,11 @@ def called_functions(cls: type, forward: object) -> list[FunctionType]:
         pending.append(getattr(function, "__wrapped__", None))
         pending += map(_content, function.__closure__ or ())
         names = names_in(function.__code__)
-        spaces = [*map(vars, cls.__mro__), function.__globals__]
-        for value in [function.__globals__.get(name) for name in names]:
+        used = [function.__globals__.get(name) for name in global_names(function.__code__)]
+        pending += used
+        # The others are attributes: of the model, or of a module of Python's.
+        spaces: list[Mapping[str, object]] = [*map(vars, cls.__mro__)]
+        for value in used:
             if isinstance(value, ModuleType) and not is_foreign(value.__name__):
                 spaces.append(vars(value))
         pending += [space.get(name) for space in spaces for name in names]

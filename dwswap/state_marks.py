@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+import random
+import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dwswap.forward_code import global_names, is_foreign
@@ -25,7 +30,7 @@ class Mark:
 
     def __init__(self, value: Any, depth: int = _DEPTH) -> None:
         self.value = value
-        self.held: list[tuple[Any, int | None]] = []
+        self.held: list[tuple[Any, Any]] = []
         _hold(self.held, value, depth, set())
 
     def __eq__(self, other: object) -> bool:
@@ -85,7 +90,7 @@ def changed(before: dict[str, Mark], after: dict[str, Mark]) -> dict[str, Any]:
     return new | dict.fromkeys(before.keys() - after.keys())
 
 
-def _hold(held: list[tuple[Any, int | None]], value: Any, depth: int, seen: set[int]) -> None:
+def _hold(held: list[tuple[Any, Any]], value: Any, depth: int, seen: set[int]) -> None:
     if not depth or type(value) in _PLAIN:
         held.append((value, None))
         return
@@ -108,5 +113,19 @@ def _items(value: Any) -> list[Any]:
     return list(getattr(value, "__dict__", {}).values())
 
 
-def _version(value: Any) -> int | None:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+def _version(value: Any) -> Any:
+    """What changes with a value that has no items: None for all others."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, itertools.count):
+        return repr(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return pickle.dumps(value.bit_generator.state)
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return pickle.dumps(value.get_state(legacy=False))
+    return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import Block
 from torch import Tensor, nn
 
@@ -93,13 +96,37 @@ def index_elsewhere(self: Any, x: Tensor) -> Tensor:
     return helper_that_indexes(self, x)
 
 
-@pytest.mark.parametrize("forward", [call, call_by_keyword, call_elsewhere])
+def ask_for_the_dtype(self: Any, x: Tensor) -> Tensor:
+    return self.body(x.to(next(self.parameters()).dtype))
+
+
+def sum_of_parameters(self: Any, x: Tensor) -> Tensor:
+    return self.body(x) + sum(p.sum() for p in self.parameters())
+
+
+def buffer_by_name(self: Any, x: Tensor) -> Tensor:
+    return self.body(x) + dict(self.named_buffers())["body.0.norm.running_mean"].sum()
+
+
+def from_the_state(self: Any, x: Tensor) -> Tensor:
+    return self.body(x) + self.state_dict()["body.0.norm.weight"].sum()
+
+
+def by_attrgetter(self: Any, x: Tensor) -> Tensor:
+    return operator.attrgetter("body.0")(self)(x)
+
+
+CALLED = [call, call_by_keyword, call_elsewhere, ask_for_the_dtype]
+
+
+@pytest.mark.parametrize("forward", CALLED)
 def test_called(forward: Callable[..., Any]) -> None:
     assert only_called(parent(forward), "body")
 
 
 OTHERWISE = [index, iterate, name_it, look_it_up, all_children, through_modules, replace]
-OTHERWISE += [read_an_attribute, in_a_lambda, index_elsewhere]
+OTHERWISE += [read_an_attribute, in_a_lambda, index_elsewhere, sum_of_parameters]
+OTHERWISE += [buffer_by_name, from_the_state, by_attrgetter]
 
 
 @pytest.mark.parametrize("forward", OTHERWISE)
@@ -148,6 +175,44 @@ def test_code_that_cannot_be_read() -> None:
             return self.body(x)
 
     assert not only_called(Called(), "body")
+
+
+class Helper:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.model.body[0](x)
+
+
+def step(self: Any, x: Tensor) -> Tensor:
+    return self.step(x) + self.body(x)
+
+
+@pytest.mark.parametrize(
+    "has_it",
+    [
+        lambda model: functools.partial(helper_that_indexes, model),
+        lambda model: functools.partial(helper_that_indexes, model=model),
+        lambda model: functools.partial(index, model).func.__get__(model),
+        Helper,
+    ],
+)
+def test_what_an_attribute_reaches(has_it: Callable[..., Any]) -> None:
+    model = parent(step)
+    model.step = abs
+    assert only_called(model, "body")
+    model.step = has_it(model)
+    assert not only_called(model, "body")
+
+
+def test_a_function_of_the_same_name_is_another() -> None:
+    """``body`` of the file is no method, and not what ``self.body`` is."""
+    namespace = {"torch": torch}
+    code = "def forward(self, x):\n    return self.body(x)\n"
+    code += "def body(model, x):\n    return model.body[0](x)\n"
+    exec(code, namespace)
+    assert only_called(parent(namespace["forward"]), "body")
 
 
 def test_shared_modules_and_tensors() -> None:

@@ -120,6 +120,18 @@ def test_copy_shares_nothing() -> None:
     assert mine.isdisjoint(t.data_ptr() for t in fast.state_dict().values())
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_inplace_beside_a_module_of_torchscript(train: bool) -> None:
+    model = nn.Sequential(depthwise(), torch.jit.script(nn.ReLU())).train(train)
+    with torch.no_grad():
+        expected = model(image(8))
+        fast = dwswap.optimize(model, inplace=True, fuse=False)
+        assert fast is model
+        assert type(model[0]) is DepthwiseConv2d
+        torch.testing.assert_close(fast(image(8)), expected)
+        assert type(dwswap.restore(fast, inplace=True)[0]) is nn.Conv2d
+
+
 def test_a_hook_handle_of_the_original_still_removes_after_inplace() -> None:
     model = nn.Sequential(depthwise(), nn.ReLU())
     handle = model[1].register_forward_hook(lambda _m, _args, output: output + 1)

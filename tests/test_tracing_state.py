@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections import deque
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -118,9 +120,68 @@ class Around(Model):
         return self.depthwise(self.inner(x))
 
 
+random_numbers = torch.Generator()
+
+
+class OwnGenerator(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x + torch.randn(4, 1, 1, generator=self.generator))
+
+
+class GlobalGenerator(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x + torch.randn(4, 1, 1, generator=random_numbers))
+
+
+class OfPython(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = random.Random(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x + self.generator.random())
+
+
+class OfNumPy(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = pytest.importorskip("numpy").random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x + float(self.generator.random()))
+
+
+class OfNumPyBefore(OfNumPy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = pytest.importorskip("numpy").random.RandomState(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x + float(self.generator.rand()))
+
+
+class Count(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = itertools.count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x + next(self.steps))
+
+
 @pytest.mark.parametrize(
     ("cls", "what"),
     [
+        (OwnGenerator, "the attribute generator"),
+        (GlobalGenerator, "test_tracing_state.random_numbers"),
+        (OfPython, "the attribute generator"),
+        (OfNumPy, "the attribute generator"),
+        (OfNumPyBefore, "the attribute generator"),
+        (Count, "the attribute steps"),
         (Object, "the attribute counter"),
         (Namespace, "the attribute options"),
         (Nested, "the attribute nested"),
