@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import functools
 import math
+import numbers
 import pickle
 import random
 import sys
@@ -85,12 +86,19 @@ class Tracer(GuardingTracer):
         )
 
     def create_arg(self, a: Any) -> Any:
-        """As in torch.fx, which makes a plain dict or list of every subclass."""
+        """As in torch.fx, which makes a plain dict or list of every subclass, but for numbers of
+        NumPy."""
         if type(a) is OrderedDict:
             items = self.create_arg(list(a.items()))
             return self.create_node("call_function", OrderedDict, (items,), {})
         if isinstance(a, (dict, list)) and type(a) not in _CONTAINERS:
             raise NotTraceable(f"it handles {type(a).__name__}, which a graph would not keep")
+        if type(a).__module__ == "numpy":
+            # The generated code would have it as np.float64(...), where np is not known.
+            if not isinstance(a, (numbers.Real, str)):
+                name = type(a).__name__
+                raise NotTraceable(f"it handles numpy.{name}, which a graph would not keep")
+            a = a.item()  # type: ignore[union-attr]
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:

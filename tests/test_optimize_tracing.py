@@ -533,6 +533,32 @@ def test_ordered_dict_outputs_stay_ordered_dicts() -> None:
         torch.testing.assert_close(output, model(image()))
 
 
+class OfNumPy(Block):
+    def __init__(self, number: Any) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.number
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("float64", "graph"),
+        ("float32", "graph"),
+        ("int64", "graph"),
+        ("complex128", "substitution"),
+    ],
+)
+@torch.no_grad()
+def test_numbers_of_numpy(kind: str, mode: str) -> None:
+    model = OfNumPy(getattr(pytest.importorskip("numpy"), kind)(2.5)).eval()
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == mode
+    torch.testing.assert_close(fast(image()), model(image()))
+
+
 def test_graphs_that_fail_leave_a_swap_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a detection may, where the order of two boxes hangs on a rounding."""
 
