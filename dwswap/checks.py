@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "output_size",
     "pair",
     "raise_typed",
+    "whole",
 ]
 
 NAME = "dwswap.depthwise_conv2d"
@@ -43,6 +45,18 @@ def value_check(condition: bool | torch.SymBool, message: Callable[[], str]) -> 
         torch._check_value(condition, message)
 
 
+def whole(value: Any) -> Any:
+    """``value`` with an int for each integer of NumPy or the like, lists as tuples."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(whole, value))
+    if isinstance(value, (int, torch.SymInt, str, Tensor)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
     """``value`` as (height, width): an int or a sequence of one is broadcast, as aten does.
 
@@ -55,9 +69,10 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
         height, width = value
         if type(height) is type(width) is int and height >= minimum and width >= minimum:
             return height, width
+    value = whole(value)
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         value = (value, value)
-    if not isinstance(value, (tuple, list)) or any(
+    if not isinstance(value, tuple) or any(
         isinstance(item, bool) or not isinstance(item, (int, torch.SymInt)) for item in value
     ):
         raise TypeError(f"{NAME}: {name} must be an int or a pair of ints, got {value!r}")

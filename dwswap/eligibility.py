@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from dwswap.checks import whole
 from dwswap.modules import DepthwiseConv2d
 from dwswap.report import REASONS, Layer, dtype_name
 
@@ -229,8 +230,7 @@ def _is_quantized_class(cls: type) -> bool:
 
 def _describe(module: Any, paths: list[str]) -> Layer:
     def sizes(name: str) -> Any:
-        value = getattr(module, name, None)
-        return tuple(value) if isinstance(value, (tuple, list)) else value
+        return whole(getattr(module, name, None))
 
     weight = next(_weights(module), None)
     return Layer(

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from dwswap.checks import whole
 from dwswap.ops import depthwise_conv2d
 
 __all__ = ["DepthwiseConv2d", "as_class"]
@@ -105,7 +106,11 @@ class DepthwiseConv2d(nn.Conv2d):
                 "DepthwiseConv2d.from_conv2d: conv must have groups == in_channels, got "
                 f"groups={conv.groups}, in_channels={conv.in_channels}"
             )
-        return as_class(conv, cls)
+        result = as_class(conv, cls)
+        for name in ("stride", "padding", "dilation", "groups"):
+            # torch.compile takes an integer of NumPy for a tensor, which no check can read.
+            setattr(result, name, whole(getattr(conv, name)))
+        return result
 
     def to_conv2d(self) -> nn.Conv2d:
         """The inverse of :meth:`from_conv2d`: a plain ``nn.Conv2d`` with the same Parameters."""

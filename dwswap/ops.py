@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dwswap import excitation_registration, registration
-from dwswap.checks import NAME, pair
+from dwswap.checks import NAME, pair, whole
 from dwswap.plain import is_plain, is_plain_but_for_autocast
 
 __all__ = ["depthwise_conv2d", "squeeze_excitation"]
@@ -75,7 +75,7 @@ def depthwise_conv2d(
         for name, tensor in (("input", input), ("weight", weight)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
-    if groups is not None and not isinstance(groups, (int, torch.SymInt)):
+    if groups is not None and not isinstance(whole(groups), (int, torch.SymInt)):
         raise TypeError(f"{NAME}: groups must be an integer or None, got {groups!r}")
     if groups is not None and (input.dim() < 3 or input.shape[-3] != groups):
         raise ValueError(

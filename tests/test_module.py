@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dwswap import DepthwiseConv2d
+from dwswap import DepthwiseConv2d, depthwise_conv2d, optimize, report
 
 PADDINGS = [0, 1, (2, 1), "same", "valid"]
 MODES = ["zeros", "reflect", "replicate", "circular"]
@@ -262,3 +262,19 @@ def test_training_steps_agree():
 def test_from_conv2d_refuses_what_is_no_convolution():
     with pytest.raises(TypeError, match=r"conv must be an nn\.Conv2d, got int"):
         DepthwiseConv2d.from_conv2d(3)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_geometry_of_numpy(train):
+    number = pytest.importorskip("numpy").int64
+    options = {name: number(1) for name in ("stride", "padding", "dilation")}
+    conv = nn.Conv2d(4, 4, 3, **options, groups=number(4))
+    dense = nn.Conv2d(4, 2, 1, number(2), groups=number(1))
+    model = nn.Sequential(conv, nn.BatchNorm2d(4), dense, nn.BatchNorm2d(2)).train(train)
+    x = torch.randn(2, 4, 5, 5)
+    result = optimize(model)
+    (layer,) = report(result).swapped
+    assert type(layer.groups) is int
+    torch.testing.assert_close(result(x), model(x))
+    assert type(DepthwiseConv2d.from_conv2d(conv).groups) is int
+    torch.testing.assert_close(depthwise_conv2d(x, conv.weight, conv.bias, **options), conv(x))

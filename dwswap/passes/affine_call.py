@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from dwswap.checks import whole
 from dwswap.convolution_call import OPERATOR, bind
 from dwswap.eligibility import reason_not_plain
 from dwswap.modules import DepthwiseConv2d
@@ -225,7 +226,7 @@ def _of_module(module: nn.Module, node: fx.Node) -> AffineCall | None:
         input if isinstance(input, fx.Node) else None,
         f"{node.target}.weight",
         None if parameters["bias"] is None else f"{node.target}.bias",
-        {name: getattr(module, name) for name in _FORMS[function][0] if hasattr(module, name)},
+        {n: whole(getattr(module, n)) for n in _FORMS[function][0] if hasattr(module, n)},
         module,
         refusal,
     )
