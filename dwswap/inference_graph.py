@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from torch.fx.graph_module import reduce_graph_module
 from dwswap.copying import complete_copy
 from dwswap.module_access import shortened
 
-__all__ = ["EXPORTED", "FOLDED", "InferenceGraph", "graph_at"]
+__all__ = ["EXPORTED", "FOLDED", "InferenceGraph", "graph_at", "name_taken"]
 
 EXPORTED = "dwswap_exported"
 """Key in ``GraphModule.meta`` of the graph of an exported program."""
@@ -131,6 +132,25 @@ class InferenceGraph(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         _, (state, imports) = super().__reduce__()
         return _rebuild, (state, imports, type(self).__name__)
+
+
+def name_taken(root: nn.Module) -> str | None:
+    """A name in ``root`` under which its graph would have something else; None if there is none.
+
+    What a graph would not keep anyway, as it is neither plain nor a tensor, does not count.
+    """
+    names = [*root._modules, *root._parameters, *root._buffers]
+    if not isinstance(root, fx.GraphModule):
+        kept = (n for n, v in root.__dict__.items() if isinstance(v, torch.Tensor) or _is_plain(v))
+        names += kept
+    return next((name for name in names if name in _own_names()), None)
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    """What a graph has beside a module: ``graph``, ``code``, ``meta`` and others."""
+    empty = InferenceGraph(nn.Module(), fx.Graph())
+    return frozenset({*dir(InferenceGraph), *vars(empty)} - {*dir(nn.Module), *vars(nn.Module())})
 
 
 def graph_at(model: nn.Module, path: str) -> fx.GraphModule:

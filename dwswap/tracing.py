@@ -30,7 +30,7 @@ from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
 from dwswap.forward_code import called_functions, global_names, names_in, package_of
 from dwswap.frozen_norm import is_frozen_norm
 from dwswap.guarded_proxy import GuardingTracer, NotTraceable, check_arguments
-from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph
+from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph, name_taken
 from dwswap.ops import depthwise_conv2d
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.state_marks import Variable, attributes, changed, surroundings
@@ -195,6 +195,9 @@ def build_graph_module(model: nn.Module) -> InferenceGraph:
     """
     check_not_compiled(model)
     graph, constants = trace(model)
+    taken = name_taken(model)
+    if taken is not None:
+        raise NotTraceable(f"{_named(model, '')} has {taken}, which a graph has for its own use")
     read = {
         n for f in called_functions(type(model), type(model).forward) for n in names_in(f.__code__)
     }

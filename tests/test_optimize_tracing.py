@@ -533,6 +533,42 @@ def test_ordered_dict_outputs_stay_ordered_dicts() -> None:
         torch.testing.assert_close(output, model(image()))
 
 
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.graph(x)
+
+
+@torch.no_grad()
+def test_modules_under_names_that_a_graph_has_of_its_own() -> None:
+    model = Outer().eval()
+    fast = dwswap.optimize(model)
+    report = dwswap.report(fast)
+    assert report.traced == ("graph",)
+    assert "has graph, which a graph has for its own use" in str(report.not_traced)
+    assert dwswap.explain(model).traced == report.traced
+    torch.testing.assert_close(fast(image()), model(image()))
+
+
+@pytest.mark.parametrize("name", ["code", "meta", "_code", "recompile"])
+def test_unused_modules_under_such_names(name: str) -> None:
+    model = Block().eval()
+    setattr(model, name, nn.Identity())
+    assert dwswap.report(dwswap.optimize(model)).mode == "substitution"
+
+
+@pytest.mark.parametrize(("value", "mode"), [({"classes": 3}, "substitution"), (object(), "graph")])
+def test_attributes_under_such_names(value: Any, mode: str) -> None:
+    model = Block().eval()
+    model.meta = value
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == mode
+    assert mode == "graph" or fast.meta == value
+
+
 class OfNumPy(Block):
     def __init__(self, number: Any) -> None:
         super().__init__()
