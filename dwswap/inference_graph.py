@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
-from torch.fx.graph_module import reduce_graph_module
+from torch.fx.graph_module import _deserialize_graph_module, _forward_from_src
 
 from dwswap.copying import complete_copy
 from dwswap.module_access import shortened
@@ -162,10 +162,12 @@ def graph_at(model: nn.Module, path: str) -> fx.GraphModule:
 
 def _rebuild(state: dict[str, Any], imports: str, name: str) -> InferenceGraph:
     """Inverse of :meth:`InferenceGraph.__reduce__`."""
-    # A shallow copy, as torch pops entries off its argument.
-    module = reduce_graph_module(dict(state), imports)
-    assert isinstance(module, fx.GraphModule)
-    result = InferenceGraph(module, module.graph, class_name=name)
+    forward = _forward_from_src(imports + state["_code"], {})
+    # torch changes its argument, and sets what is baked in, which the result would refuse.
+    body = {key: value for key, value in state.items() if key != _BAKED}
+    # Not reduce_graph_module: the code of its plain graph fails where a name is a keyword.
+    result: Any = _deserialize_graph_module(forward, body, graph_module_cls=InferenceGraph)
+    result.__class__.__name__ = name
     result.__dict__.update(state)
     return result
 

@@ -60,6 +60,27 @@ def test_deepcopy_pickle_and_torch_save(how: dict[str, bool]) -> None:
         torch.testing.assert_close(_run(again), _run(fast), rtol=0, atol=0)
 
 
+class Heads(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: depthwise(3), "other": nn.Conv2d(3, 4, 1)})
+        self.scales = nn.ParameterDict({name: torch.ones(1)})
+
+    def forward(self, x: Tensor) -> Any:
+        return [head(x) * scale for head in self.heads.values() for scale in self.scales.values()]
+
+
+@pytest.mark.parametrize("name", ["global", '3" kernel', "back\\slash", "größe 😀"])
+@torch.no_grad()
+def test_names_that_are_keywords_or_have_quotes(name: str) -> None:
+    model = Heads(name).eval()
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == "graph"
+    x = image()
+    for again in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        torch.testing.assert_close(again(x), model(x))
+
+
 def _plus_one(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output + 1
 
