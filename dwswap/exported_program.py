@@ -223,8 +223,7 @@ def _lift_tensors(
     parameters = [spec for spec in specs if spec.kind is InputKind.PARAMETER]
     added = []
     for path in (path for path in tensors if path not in known):
-        argument = TensorArgument("p_" + path.replace(".", "_"))
-        added.append(InputSpec(InputKind.PARAMETER, argument, path))
+        added.append(InputSpec(InputKind.PARAMETER, TensorArgument(f"p_{path}"), path))
     after = specs.index(parameters[-1]) + 1 if parameters else 0
     inputs: dict[fx.Node, InputSpec] = {}
     by_path: dict[str, fx.Node] = {}
@@ -237,6 +236,7 @@ def _lift_tensors(
         elif path in tensors:
             assert mode is not None
             node = by_path[path] = graph.placeholder(_name(spec))
+            node.target = node.name  # a path may be no identifier, and two may make the same one
             node.meta["val"] = mode.from_tensor(tensors[path], static_shapes=True)
         else:
             continue

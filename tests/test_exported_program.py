@@ -337,6 +337,24 @@ def test_folded_weights_are_parameters_of_the_signature() -> None:
     assert fast.state_dict.keys() == specs.keys() - {None}
 
 
+class Keyed(nn.Module):
+    """Paths that are no identifiers, and that would be the same one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict({"a-1": Block(), "a_1": Block()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages["a-1"](x) + self.stages["a_1"](x)
+
+
+@torch.no_grad()
+def test_folded_weights_of_paths_that_are_no_identifiers() -> None:
+    model = Keyed().eval()
+    fast = dwswap.optimize(torch.export.export(model, (image(),)))
+    torch.testing.assert_close(fast.module()(image()), model(image()))
+
+
 class Counting(nn.Module):
     """Changes a buffer in every call; ``inside`` says which."""
 
