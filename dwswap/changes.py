@@ -45,6 +45,7 @@ CHANGE_REASONS: dict[str, str] = {
     # stays: squeeze-and-excitation
     "no_pool": "it is computed from no mean over height and width",
     "other_input": "it scales another tensor than {value}, which is pooled",
+    "not_image": "{value} may have more than four dimensions; example_inputs may tell",
     "gate": "its gate is {activation}, neither sigmoid nor hardsigmoid",
     "gates": "its {gates} gates are not one for each of the {channels} channels",
     "not_pointwise": "a convolution in it is not 1 x 1, or has groups or padding",

@@ -152,6 +152,27 @@ def test_linear_layers_after_a_mean() -> None:
     check_fused(model)
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: F.max_pool2d(F.relu(x), 2),
+        lambda x: torch.cat([x[:, :4], F.conv2d(x[:, 4:], torch.ones(4, 1, 1, 1), groups=4)], 1),
+        lambda x: x + x * 2,
+        lambda x: x.permute(0, 1, 3, 2),
+    ],
+)
+def test_images_are_known_by_what_made_them(between: Callable[[Tensor], Tensor]) -> None:
+    class Between(Excitation):
+        def forward(self, x: Tensor) -> Tensor:
+            x = between(nn.functional.conv2d(x, self.reduce_first))
+            hidden = self.activation(self.reduce(x.mean((-2, -1))))
+            return self.depthwise(x * self.gate(self.expand(hidden))[:, :, None, None])
+
+    model = Between(linear=True)
+    model.reduce_first = nn.Parameter(torch.randn(CHANNELS, CHANNELS, 1, 1))
+    check_fused(model)
+
+
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_products(product: Callable[[Tensor, Tensor], Tensor]) -> None:
     check_fused(Excitation(product=product))
@@ -448,6 +469,34 @@ def test_weights_that_are_computed_or_changed() -> None:
     model = Changed()
     model.register_buffer("scaled", torch.randn(HIDDEN, CHANNELS, 1, 1))
     check_left(model, "changed_between")
+
+
+def test_videos() -> None:
+    """Means over the last two of five dimensions are as good for a linear layer."""
+
+    class Video(Excitation):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.depthwise(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            gates = self.gate(self.expand(self.activation(self.reduce(x.mean((-2, -1))))))
+            return x * gates.unsqueeze(-1).unsqueeze(-1)
+
+    model, x = Video(linear=True).eval(), image(CHANNELS)[None]
+    for options in ({}, {"example_inputs": x, "verify": True}):
+        fast = dwswap.optimize(model, **options)
+        assert [c.reason for c in changes(fast, "squeeze_excitation")] == ["not_image"]
+        with torch.no_grad():
+            same(fast(x), model(x))
+
+
+def test_a_value_of_unknown_rank_stays_without_example_inputs() -> None:
+    class Last(Excitation):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.activation(self.reduce(x.mean((-2, -1))))
+            return self.depthwise(x * self.gate(self.expand(hidden))[:, :, None, None])
+
+    model = Last(linear=True).eval()
+    check_left(model, "not_image")
+    assert len(fused(dwswap.optimize(model, image(CHANNELS)))) == 1
 
 
 def test_dtypes_that_differ() -> None:

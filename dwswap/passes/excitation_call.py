@@ -15,9 +15,11 @@ from dwswap.eligibility import reason_not_plain
 from dwswap.passes.activation_call import ActivationCall, activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.aliasing import is_in_place
+from dwswap.passes.context import Context
 from dwswap.passes.count_calls import does_nothing
 from dwswap.passes.pointwise_call import is_pointwise
 from dwswap.passes.pooling import added_dimensions, flattened, pooled
+from dwswap.passes.ranks import is_image
 
 __all__ = ["ExcitationCall", "excitation_call"]
 
@@ -52,7 +54,7 @@ class ExcitationCall:
 
 
 def excitation_call(
-    graph_module: fx.GraphModule, node: fx.Node, changed: Set[int]
+    graph_module: fx.GraphModule, node: fx.Node, changed: Set[int], context: Context
 ) -> ExcitationCall | None:
     """``node`` as the product of a squeeze-and-excitation; None where it is none.
 
@@ -65,7 +67,7 @@ def excitation_call(
         return None
     for scale, input in (node.args, node.args[::-1]):
         if isinstance(scale, fx.Node) and isinstance(input, fx.Node) and scale is not input:
-            found = _excitation(graph_module, node, scale, input, changed)
+            found = _excitation(graph_module, node, scale, input, changed, context)
             if found is not None:
                 return found
     return None
@@ -77,6 +79,7 @@ def _excitation(
     scale: fx.Node,
     input: fx.Node,
     changed: Set[int],
+    context: Context,
 ) -> ExcitationCall | None:
     inner: list[fx.Node] = []
 
@@ -116,6 +119,9 @@ def _excitation(
         matrix = flat is not None or not found[1]
         if linear != {matrix} or bool(views) != matrix:
             refusal = "call_form", {}
+        elif matrix and not is_image(graph_module, pool if found[1] else input, context):
+            # A linear layer takes the means of a video as well.
+            refusal = "not_image", {"value": input.name}
     order = {value: i for i, value in enumerate(graph_module.graph.nodes)}
     ordered = tuple(sorted(set(inner), key=order.__getitem__))
     refusal = refusal or _refusal(graph_module, node, ordered, reduce, activation, expand, gate)

@@ -17,18 +17,12 @@ import operator
 from typing import NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from dwswap.passes.activation_call import ActivationCall, activation_call
-from dwswap.passes.affine_call import AffineCall, affine_call
 from dwswap.passes.context import Context
-from dwswap.passes.norm_call import NormCall, norm_call
-from dwswap.passes.pooling import pooled
+from dwswap.passes.ranks import same_rank
 
 __all__ = ["hoist_rank_checks"]
-
-_ARITHMETIC = (operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul)
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 class _Check(NamedTuple):
@@ -96,23 +90,6 @@ def _sources(graph_module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     """Of every node the first value that has as many dimensions as it, whatever that is given."""
     sources: dict[fx.Node, fx.Node] = {}
     for node in graph_module.graph.nodes:
-        found = {sources[value] for value in _same_rank(graph_module, node)}
+        found = {sources[value] for value in same_rank(graph_module, node)}
         sources[node] = found.pop() if len(found) == 1 else node
     return sources
-
-
-def _same_rank(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """Values that have as many dimensions as ``node``, if all of them have the same."""
-    call: AffineCall | NormCall | ActivationCall | None = affine_call(graph_module, node)
-    call = call or norm_call(graph_module, node) or activation_call(graph_module, node)
-    if call is not None:
-        return [call.input] if isinstance(call.input, fx.Node) else []
-    means = pooled(graph_module, node)
-    if means is not None:
-        return [means[0]] if means[1] else []
-    if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        values = node.args if type(module) in _IDENTITIES else ()
-    else:
-        values = node.args if node.target in _ARITHMETIC and len(node.args) == 2 else ()
-    return [value for value in values if isinstance(value, fx.Node)]

@@ -9,8 +9,8 @@ Reason:
     most of the others take longer to launch than to run. The operator takes two.
 Limits:
     The layers stay where they are read elsewhere, have hooks, change something in place that the
-    product reads, or differ in dtype. The operator reads the parameters of the layers, which keep
-    their keys.
+    product reads, or differ in dtype; linear layers also where what is scaled may have more than
+    four dimensions. The operator reads the parameters of the layers, which keep their keys.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fuse_squeeze_excitation(graph_module: fx.GraphModule, context: Context) -> N
     """Fuse in place; writes what it did, and why not, to ``context.changes``."""
     changed = changed_tensors(graph_module)
     for node in list(graph_module.graph.nodes):
-        call = excitation_call(graph_module, node, changed)
+        call = excitation_call(graph_module, node, changed, context)
         if call is None:
             continue
         kind = "squeeze_excitation"
