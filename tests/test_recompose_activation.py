@@ -83,6 +83,26 @@ def test_parts_that_are_read_elsewhere_stay() -> None:
     assert not any(absorbed(Written(both).eval()))
 
 
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        (torch.sigmoid, lambda x, gate: x * gate),
+        (lambda x: F.relu6(x + 3), lambda x, gate: x * gate / 6),
+        (lambda x: x + 3, lambda x, shifted: F.relu6(shifted) / 6),
+    ],
+)
+def test_an_input_that_changes_before_the_last_part(
+    first: Callable[[Tensor], Tensor], last: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    def changed(x: Tensor) -> Tensor:
+        part = first(x)
+        x.clamp_(-1, 1)
+        return last(x, part)
+
+    for where in ("before", "after"):
+        assert not any(absorbed(Written(changed, where).eval()))
+
+
 def test_elsewhere_the_parts_stay() -> None:
     model = nn.Sequential(depthwise(), nn.Conv2d(8, 8, 1), Written(lambda x: x * x.sigmoid(), "no"))
     fast = dwswap.optimize(model.eval())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -60,11 +60,17 @@ def changed_operand(node: fx.Node) -> Any:
     return residual if residual is not None or not node.args else node.args[0]
 
 
-def changes_between(graph_module: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
-    """Whether a node after ``first`` and before ``last`` changes any tensor in place."""
+def changes_between(
+    graph_module: fx.GraphModule,
+    first: fx.Node,
+    last: fx.Node,
+    apart: Collection[fx.Node] = (),
+) -> bool:
+    """Whether a node after ``first`` and before ``last`` changes any tensor in place; those of
+    ``apart`` may."""
     node = first.next
     while node is not last:
-        if is_in_place(graph_module, node):
+        if node not in apart and is_in_place(graph_module, node):
             return True
         node = node.next
     return False

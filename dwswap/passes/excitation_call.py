@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from dwswap.eligibility import reason_not_plain
 from dwswap.passes.activation_call import ActivationCall, activation_call
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
-from dwswap.passes.aliasing import is_in_place
+from dwswap.passes.aliasing import changes_between, is_in_place
 from dwswap.passes.context import Context
 from dwswap.passes.count_calls import does_nothing
 from dwswap.passes.pointwise_call import is_pointwise
@@ -161,12 +161,9 @@ def _refusal(
                 return why
         if len(value.users) > 1:
             return "other_users", {"value": value.name}
-    between = inner[0].next
-    while between is not node:
-        # Those of the pattern change what nothing else reads.
-        if between not in inner and is_in_place(graph_module, between):
-            return "changed_between", {}
-        between = between.next
+    # Those of the pattern change what nothing else reads.
+    if changes_between(graph_module, inner[0], node, apart=inner):
+        return "changed_between", {}
     return None
 
 

@@ -7,8 +7,8 @@ Pattern:
 Reason:
     ``absorb_activation`` then takes them for what they are.
 Limits:
-    Nothing else reads what is in between, and the operator is just before or after; elsewhere a
-    compiler may have use for the parts.
+    Nothing else reads what is in between, nothing changes the input meanwhile, and the operator is
+    just before or after; elsewhere a compiler may have use for the parts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import fx
 
 from dwswap.passes.activation_call import activation_call
 from dwswap.passes.affine_call import affine_call
+from dwswap.passes.aliasing import changes_between
 from dwswap.passes.context import Context
 
 __all__ = ["recompose_activation"]
@@ -51,6 +52,9 @@ def recompose_activation(graph_module: fx.GraphModule, context: Context) -> None
         if not any(call is not None and call.depthwise for call in beside):
             continue
         if any(len(part.users) > 1 for part in inside):
+            continue
+        # The new call reads the input where the last part is, not where the first one did.
+        if changes_between(graph_module, parts[-1], node, apart=inside):
             continue
         with graph.inserting_before(node):
             new = graph.call_function(function, (input,))
