@@ -387,6 +387,51 @@ def test_stays(name: str) -> None:
     assert reason in dwswap.report(fast).render(400)
 
 
+class PreActivation(nn.Conv2d):
+    """A leaf of a trace that changes its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.relu(input, inplace=True))
+
+
+class PreActivationInside(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, *tensors: Any) -> Tensor:
+        return super()._conv_forward(input.clamp_(-1, 1), *tensors)
+
+
+class Named(nn.Conv2d):
+    """A leaf that does what torch.nn's does."""
+
+
+@fx.wrap
+def quantized(x: Tensor, steps: Tensor | int) -> Tensor:
+    return x.mul_(steps).round_().div_(steps)
+
+
+@pytest.mark.parametrize("other", [PreActivation, PreActivationInside, quantized, Named])
+def test_code_that_may_change_its_input_unseen(other: Any) -> None:
+    class Beside(Graph):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.point(x) * 2
+            gates = hidden.sigmoid()
+            other = quantized(hidden, 8) if self.last is None else self.last(hidden)
+            return other + self.conv(gates)
+
+    model = Beside(F.relu)
+    model.last = other(8, 8, 1) if isinstance(other, type) else None
+    fast = optimized(model, image(8))
+    reason = "absorbed" if other is Named else "changed_between"
+    assert reasons(fast, "input_activation") == [reason]
+
+
+def test_parameters_that_code_may_change_unseen() -> None:
+    def call(x: Tensor, point: nn.Module, conv: nn.Module) -> Tensor:
+        return quantized(x * 2, point.bias) + conv(F.relu(point(x)))
+
+    fast = optimized(Graph(call), image(8)[:, :, :8, :8])
+    assert reasons(fast, "input_bias") == ["changed_in_graph"]
+
+
 def test_two_activations_of_one_output() -> None:
     fast = optimized(Graph(_two), image(8))
     assert operators(fast) == []

@@ -14,7 +14,21 @@ from dwswap.passes.affine_call import value_of
 from dwswap.pointwise import pointwise_residual
 from dwswap.separable import separable_conv2d
 
-__all__ = ["changed_operand", "changed_tensors", "changes_between", "is_in_place"]
+__all__ = [
+    "FUNCTIONS",
+    "MODULES",
+    "changed_operand",
+    "changed_tensors",
+    "changes_between",
+    "is_in_place",
+    "library_of",
+]
+
+FUNCTIONS = {"torch", "torchvision", "timm", "dwswap", "_operator", "math", "builtins"}
+FUNCTIONS |= {"collections"}
+"""Packages whose functions say what they change, by their name or an argument."""
+MODULES = ("torch.nn.", "torch.ao.nn.", "torch.export.", "torchvision.", "timm.", "dwswap.")
+"""Where classes come from that say so by their attribute ``inplace``."""
 
 _OPERATORS = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
@@ -36,6 +50,8 @@ def is_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` may change one of its arguments."""
     if node.kwargs.get("out") is not None:
         return True
+    if _is_foreign(graph_module, node):
+        return True
     if node.op == "call_module":
         return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":
@@ -43,6 +59,8 @@ def is_in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     target: Any = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, "default", target)
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
     if _residual(node) is not None:
@@ -80,14 +98,44 @@ def changed_tensors(graph_module: fx.GraphModule) -> set[int]:
     """``id`` of every parameter and buffer that an in-place operation of the graph is given."""
     changed = set()
     for node in graph_module.graph.nodes:
-        subject = changed_operand(node) if is_in_place(graph_module, node) else None
-        while isinstance(subject, fx.Node) and subject.op != "get_attr":
-            # Through views, which take what they view as the first argument.
-            is_new = subject.target in _ARITHMETIC
-            subject = subject.args[0] if subject.args and not is_new else None
-        if isinstance(subject, fx.Node):
-            changed.add(id(value_of(graph_module, subject)))
+        if not is_in_place(graph_module, node):
+            continue
+        foreign = _is_foreign(graph_module, node)
+        for subject in node.all_input_nodes if foreign else [changed_operand(node)]:
+            source = _viewed(subject)
+            if source is not None:
+                changed.add(id(value_of(graph_module, source)))
     return changed
+
+
+def library_of(function: Any) -> str:
+    """The package that a function of a graph comes from."""
+    owner = getattr(function, "__module__", None) or type(function).__module__
+    return str(owner).partition(".")[0]
+
+
+def _viewed(subject: Any) -> fx.Node | None:
+    """The parameter or buffer that ``subject`` may share its memory with."""
+    while isinstance(subject, fx.Node) and subject.op != "get_attr":
+        # Through views, which take what they view as the first argument.
+        is_new = subject.target in _ARITHMETIC
+        subject = subject.args[0] if subject.args and not is_new else None
+    return subject if isinstance(subject, fx.Node) else None
+
+
+def _is_foreign(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` calls code that may change what it is given and does not say so."""
+    if node.op == "call_function":
+        known = isinstance(node.target, torch._ops.OpOverload)
+        return not known and library_of(node.target) not in FUNCTIONS
+    if node.op != "call_module":
+        return False
+    module = graph_module.get_submodule(str(node.target))
+    if type(module).__module__.startswith("torch.export."):  # guards, whose forward is generated
+        return False
+    names = ("forward", "_conv_forward")
+    methods = [vars(module).get(name, getattr(type(module), name, None)) for name in names]
+    return not all(str(m.__module__).startswith(MODULES) for m in methods if m is not None)
 
 
 def _residual(node: fx.Node) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from dwswap.layouts import memory_format, restored, to_layout
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
-from dwswap.passes.aliasing import changed_operand, is_in_place
+from dwswap.passes.aliasing import FUNCTIONS, MODULES, changed_operand, is_in_place, library_of
 from dwswap.passes.channel_shuffle import keep_layout
 from dwswap.passes.context import Context
 from dwswap.passes.layout_kinds import (
@@ -45,10 +45,7 @@ MemoryFormat: TypeAlias = Literal["auto", "preserve", "channels_last", "contiguo
 CHANNELS_LAST = torch.channels_last
 aten = torch.ops.aten
 
-_FUNCTIONS = {"torch", "torchvision", "timm", "dwswap", "_operator", "math", "builtins"}
-_FUNCTIONS |= {"collections"}
 _DENSE = (IMAGE, LAST, PLAIN)
-_MODULES = ("torch.nn.", "torch.ao.nn.", "torch.export.", "torchvision.", "timm.", "dwswap.")
 _SEES_LAYOUT = {
     *("stride", "is_contiguous", "as_strided", "data_ptr", "storage", "untyped_storage", "numpy"),
     *("storage_offset", "set", "resize", "view_as_complex", "view_as_real", "tolist", "rand_like"),
@@ -154,10 +151,9 @@ def _refusal(graph_module: fx.GraphModule, images: set[fx.Node]) -> str | None:
         target: Any = node.target
         known = True
         if node.op == "call_module":
-            known = type(graph_module.get_submodule(target)).__module__.startswith(_MODULES)
+            known = type(graph_module.get_submodule(target)).__module__.startswith(MODULES)
         elif node.op == "call_function":
-            owner = getattr(target, "__module__", None) or type(target).__module__
-            known = owner.partition(".")[0] in _FUNCTIONS
+            known = library_of(target) in FUNCTIONS
         if not known:
             return f"{node.name} may depend on the layout"
         seen = node.args[1] if target is getattr else name_of(node)
