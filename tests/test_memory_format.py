@@ -176,6 +176,25 @@ def test_runs_in_channels_last(case: str) -> None:
             assert memory_format(weight) == CL
 
 
+MAY_COPY: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "to": lambda x: x.to(memory_format=NCHW),
+    "reshape": lambda x: x.reshape(-1),
+    "flatten": lambda x: torch.flatten(x, 1),
+}
+
+
+class FlattenedInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        self.flatten(y).clamp_(min=0)
+        return y
+
+
 STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "output of a view": (lambda: chain(Apply(lambda x: x.permute(0, 2, 3, 1))), "output"),
     "output of a part": (lambda: chain(Apply(lambda x: x.chunk(2, 1)[0])), "output"),
@@ -186,6 +205,24 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a view changed in place": (
         lambda: chain(Apply(lambda x: (x, F.relu_(x.view(x.size(0), -1)))[0].mean((2, 3)))),
+        "in place",
+    ),
+    **{
+        f"what may be a copy changed in place, {name}": (
+            lambda call=call: chain(Apply(lambda x: (y := x * 2, call(y).clamp_(min=0))[0])),
+            "in place",
+        )
+        for name, call in MAY_COPY.items()
+    },
+    "changed in place before its copy is read": (
+        lambda: chain(
+            Apply(lambda x: (y := x * 2, (y.contiguous(), y.clamp_(min=0))[0])[1].mean((2, 3))),
+            nn.Linear(8, 2),
+        ),
+        "in place",
+    ),
+    "what nn.Flatten may copy changed in place": (
+        lambda: chain(FlattenedInPlace()),
         "in place",
     ),
     "input changed in place": (

@@ -41,7 +41,9 @@ _VIEWS = {
     *("view", "view_as", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "flatten"),
     *("unflatten", "expand", "expand_as", "chunk", "split", "unbind", "narrow", "select", "detach"),
     *("getitem", "contiguous", "to", "movedim", "swapaxes", "reshape_as", "type_as", "float"),
+    "ravel",
 }
+_VIEW_MODULES = (nn.Flatten, nn.Unflatten)
 _MATRICES = {"mm", "addmm"}  # these return
 _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
 _SPATIAL = ({2, 3}, {-2, -1}, {2, -1}, {-2, 3})
@@ -150,6 +152,8 @@ def root_of(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The node that made the tensor that ``node`` may share its memory with."""
     while node.op.startswith("call") and isinstance(changed_operand(node), fx.Node):
         shares = name_of(node) in _VIEWS or is_in_place(graph_module, node)
+        if node.op == "call_module":
+            shares = shares or type(graph_module.get_submodule(str(node.target))) in _VIEW_MODULES
         if not shares and not does_nothing(graph_module, node):
             break
         node = changed_operand(node)

@@ -51,6 +51,7 @@ _SEES_LAYOUT = {
     *("storage_offset", "set", "resize", "view_as_complex", "view_as_real", "tolist", "rand_like"),
     *("randn_like", "bernoulli", "normal", "uniform", "is_non_overlapping_and_dense", "data"),
 }
+_MAY_COPY = {"contiguous", "flatten", "ravel", "reshape", "reshape_as"}
 _RESHAPES: dict[Any, Any] = {
     "view": "reshape",
     "view_as": "reshape_as",
@@ -166,7 +167,7 @@ def _refusal(graph_module: fx.GraphModule, images: set[fx.Node]) -> str | None:
             root = root_of(graph_module, changed)
             if root in images or root in held:
                 return f"{node.name} changes an input or a view in place"
-        if _is_view(node):
+        if _is_view(node) or _may_copy(graph_module, node):
             held.add(root_of(graph_module, node))
         elif _is_container(node):
             held |= {root_of(graph_module, value) for value in node.all_input_nodes}
@@ -209,6 +210,15 @@ def _is_view(node: fx.Node) -> bool:
     arguments = (*node.args, *node.kwargs.values())
     cast = any(isinstance(argument, torch.dtype) for argument in arguments)
     return not cast and any(node.target is view or node.target == view for view in _RESHAPES)
+
+
+def _may_copy(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it is a view, or its input itself, in one layout and a copy in the other."""
+    if node.op == "call_module":
+        return type(graph_module.get_submodule(str(node.target))) is nn.Flatten
+    arguments = (*node.args, *node.kwargs.values())
+    given = any(isinstance(argument, torch.memory_format) for argument in arguments)
+    return name_of(node) in _MAY_COPY or (name_of(node) == "to" and given)
 
 
 @torch.no_grad()
