@@ -497,6 +497,7 @@ def test_a_value_of_unknown_rank_stays_without_example_inputs() -> None:
     model = Last(linear=True).eval()
     check_left(model, "not_image")
     assert len(fused(dwswap.optimize(model, image(CHANNELS)))) == 1
+    check_fused(nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU(), model))
 
 
 def test_dtypes_that_differ() -> None:

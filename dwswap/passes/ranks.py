@@ -87,8 +87,8 @@ def is_image(graph_module: fx.GraphModule, node: object, context: Context) -> bo
     values = same_rank(graph_module, node)
     if name_of(node) in _COPIES or does_nothing(graph_module, node):
         values = node.all_input_nodes[:1]
-    if values:
-        return all(is_image(graph_module, value, context) for value in values)
+    if values and all(is_image(graph_module, value, context) for value in values):
+        return True
     rank = known_rank(graph_module, node, context)
     return rank is not None and rank <= 4
 
