@@ -37,7 +37,7 @@ inline Cut choose_cut(const BatchNormParams& p, int multiprocessors) {
   constexpr int kBlocks = 3;  // of a multiprocessor, resident at once
   constexpr int kWaves = 4;   // of blocks whose channels have few positions
   constexpr int kSmallPlane = 256;
-  const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  const int element_bytes = bytes_of(p.dtype);
   const int wide = kVectorBytes / element_bytes;
   const bool last = p.layout == Layout::kChannelsLast;
   const auto places = reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.output) |

@@ -79,8 +79,7 @@ __global__ void __launch_bounds__(PlaneTile::kThreads, PlaneTile::kBlocks)
 
 // 128 bytes of channels, or a plane, each.
 int64_t least_warps(const ChannelMeansParams& p) {
-  const int64_t bytes = p.dtype == DataType::kFloat32 ? 4 : 2,
-                planes = int64_t{p.batch} * p.channels;
+  const int64_t bytes = bytes_of(p.dtype), planes = int64_t{p.batch} * p.channels;
   return p.layout == Layout::kChannelsLast ? ceil_div(planes * bytes, 128)
                                            : ceil_div(planes * group_threads<false>(p), kWarp);
 }

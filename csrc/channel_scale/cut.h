@@ -34,7 +34,7 @@ struct Cut {
 // Elements of an access, of 16 bytes where all rows of `width` elements begin at multiples of
 // those.
 inline int choose_vector(const ChannelScaleParams& p, int64_t width) {
-  const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  const int element_bytes = bytes_of(p.dtype);
   const int wide = kVectorBytes / element_bytes;
   uintptr_t places = 0;
   for (const void* pointer : {p.input, p.output_gradient, static_cast<const void*>(p.output)})
@@ -50,7 +50,7 @@ inline int choose_vector(const ChannelScaleParams& p, int64_t width) {
 // `blocks`: how many are wanted for each multiprocessor. `most`: vectors of a thread beyond which
 // there are more blocks than that; 0 for no such limit.
 inline Cut choose_cut(const ChannelScaleParams& p, int multiprocessors, int blocks, int most) {
-  const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  const int element_bytes = bytes_of(p.dtype);
   const bool last = p.layout == Layout::kChannelsLast;
   Cut cut{};
   cut.vector = choose_vector(p, last ? p.channels : p.pixels);

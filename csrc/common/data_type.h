@@ -25,6 +25,10 @@ constexpr bool is_half(DataType type) {
   return type == DataType::kFloat16 || type == DataType::kBFloat16;
 }
 
+constexpr int bytes_of(DataType type) {
+  return is_half(type) ? 2 : type == DataType::kFloat32 ? 4 : 8;
+}
+
 // visit.operator()<T>() for a type that is_half().
 template <typename Visit>
 cudaError_t visit_half_type(DataType type, Visit&& visit) {

@@ -15,7 +15,7 @@ bool covers_channel_columns(const DepthwiseConv2dParams& p) {
   if (p.multiplier != 1 || p.is_dilated()) return false;
   if (p.kernel_h != channel_columns::kKernel || p.kernel_w != channel_columns::kKernel)
     return false;
-  const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  const int element_bytes = bytes_of(p.dtype);
   if (p.stride_h != p.stride_w || !channel_columns::is_compiled(p.stride_h, element_bytes))
     return false;
   const Device device = current_device();

@@ -20,7 +20,7 @@ bool covers_channel_direct(const DepthwiseConv2dParams& p) {
   if (p.in_h > kLimit / 4 || p.padding_h > kLimit / 8) return false;
   if (p.in_w > kLimit / 4 || p.padding_w > kLimit / 8) return false;
   if (p.channels > kLimit / 16 || p.channels > kLimit / std::max(p.in_w, p.out_w)) return false;
-  const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  const int element_bytes = bytes_of(p.dtype);
   const auto cut = channel_direct::choose_cut(p, element_bytes, current_device().multiprocessors);
   return cut.threads(p) <= kLimit - channel_direct::kThreads;
 }

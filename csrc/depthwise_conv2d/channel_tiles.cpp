@@ -16,14 +16,12 @@ constexpr int kMostTile =
     channel_tiles::kMostGroups * channel_tiles::kColumns - 1 + channel_tiles::kMostKernel;
 static_assert(Box::extent(kMostTile, kMostBoxStep) <= kMostBoxElements);
 
-int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
-
 channel_tiles::Reader choose_reader(const DepthwiseConv2dParams& p, const Device& device) {
-  const auto pixel = static_cast<uint64_t>(p.channels) * element_bytes(p.dtype);
+  const auto pixel = static_cast<uint64_t>(p.channels) * bytes_of(p.dtype);
   const auto alignment =
       reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.input_bias) | pixel;
   const int bytes = alignment % 16 == 0 ? 16 : alignment % 8 == 0 ? 8 : 4;
-  const bool bulk = reads_boxes(device) && readable_in_boxes(p, element_bytes(p.dtype)) &&
+  const bool bulk = reads_boxes(device) && readable_in_boxes(p, bytes_of(p.dtype)) &&
                     std::max(p.dilation_h, p.dilation_w) <= kMostBoxStep;
   return {bulk, bytes};
 }
@@ -41,7 +39,7 @@ bool covers_channel_tiles(const DepthwiseConv2dParams& p) {
   if (p.is_dilated() && p.stride_h != 1) return false;
   if (p.dilation_h > p.out_h || p.dilation_w > p.out_w) return false;
   // A thread owns a pair of channels.
-  const int pair_bytes = 2 * element_bytes(p.dtype);
+  const int pair_bytes = 2 * bytes_of(p.dtype);
   const auto addresses =
       reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.output) |
       reinterpret_cast<uintptr_t>(p.bias) | reinterpret_cast<uintptr_t>(p.input_bias);

@@ -44,7 +44,7 @@ bool suits_channel_direct(const DepthwiseConv2dParams& p) {
   constexpr int64_t kCopyEngineBytes = 16;
   const bool is_float = p.dtype == DataType::kFloat32;
   if (p.stride_h == 2 && (is_float || !is_stream(p))) return true;
-  if (p.channels * (is_float ? 4 : 2) % kCopyEngineBytes != 0) return true;
+  if (p.channels * bytes_of(p.dtype) % kCopyEngineBytes != 0) return true;
   if (outputs_per_multiprocessor(p) < 600) return true;
   return p.out_h * p.out_w <= kTinyImage && !is_stream(p);
 }

@@ -18,7 +18,7 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
   if (p.batch * p.channels * p.out_h > kLimit) return false;
   if (p.padding_w > p.kernel_w / 2 || p.padding_h > p.kernel_h / 2) return false;
   // A row of output and the rows that it sees fit a stage.
-  const int64_t element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  const int64_t element_bytes = bytes_of(p.dtype);
   if (std::max(std::min(p.kernel_h, p.in_h) * p.in_w, p.out_w) * element_bytes >
       plane_strips::kStageBytes)
     return false;

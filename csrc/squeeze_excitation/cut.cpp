@@ -26,8 +26,6 @@ constexpr int64_t kMostWeights = int64_t{4} << 20;
 constexpr int32_t kSmallPlane = 256;
 constexpr int64_t kEnoughWarps = 8;  // per multiprocessor
 
-int element_bytes(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
-
 bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kAccessBytes == 0;
 }
@@ -36,13 +34,12 @@ bool aligned(const void* pointer) {
 
 bool reads_vectors(const SqueezeExcitationParams& p) {
   const int32_t run = p.layout == Layout::kChannelsLast ? p.channels : p.pixels;
-  return aligned(p.input) && aligned(p.output) &&
-         run % (kAccessBytes / element_bytes(p.dtype)) == 0;
+  return aligned(p.input) && aligned(p.output) && run % (kAccessBytes / bytes_of(p.dtype)) == 0;
 }
 
 bool prefers_products(const SqueezeExcitationParams& p, int multiprocessors) {
   const int64_t planes = int64_t{p.batch} * p.channels;
-  const int64_t warps = planes * element_bytes(p.dtype) / 128;
+  const int64_t warps = planes * bytes_of(p.dtype) / 128;
   return planes * p.hidden > kMostWeights &&
          (p.pixels <= kSmallPlane || warps >= kEnoughWarps * multiprocessors);
 }
@@ -56,7 +53,7 @@ bool covers_squeeze_excitation(const SqueezeExcitationParams& p) {
 }
 
 ExcitationCut cut_squeeze_excitation(const SqueezeExcitationParams& p, int multiprocessors) {
-  const int bytes = element_bytes(p.dtype), wide = kAccessBytes / bytes;
+  const int bytes = bytes_of(p.dtype), wide = kAccessBytes / bytes;
   const bool channels_last = p.layout == Layout::kChannelsLast;
   ExcitationCut cut{};
   cut.wide = reads_vectors(p);

@@ -277,9 +277,7 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, cudaStream_t stream)
   const auto blocks = static_cast<unsigned>(cut.split.shares * cut.slices);
   const auto threads = static_cast<unsigned>(cut.vectors * cut.groups);
   kernel<Traits><<<blocks, threads, 0, stream>>>(a, Sums<typename Traits::T>(p, cut.split.shares));
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess || cut.split.shares == 1) return status;
-  return launch_reduction(p, cut.split.shares, stream);
+  return finish_launch(p, cut.split.shares, stream);
 }
 
 // One file per element type instantiates this.

@@ -19,7 +19,7 @@ bool in_pairs(const GradientParams& p, uint64_t element_bytes) {
 
 Cut choose_cut(const GradientParams& p, int multiprocessors) {
   Cut cut{};
-  const int element_bytes = p.dtype == DataType::kFloat32 ? 4 : 2;
+  const int element_bytes = bytes_of(p.dtype);
   cut.channels = in_pairs(p, element_bytes) ? most_channels(p.kernel_h, element_bytes) : 1;
   const int64_t vectors = p.channels / cut.channels;
   cut.slices = static_cast<int>(ceil_div(vectors, kMostVectors));

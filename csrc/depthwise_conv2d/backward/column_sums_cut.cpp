@@ -15,8 +15,6 @@ namespace dwswap {
 namespace column_sums {
 namespace {
 
-constexpr int kRegisters = 65536 / (kBlocks * kMaxThreads);  // of a thread
-
 // What a cut makes of a problem.
 struct Work {
   int64_t slices, tiles, strips, items;  // items: strips of all images
@@ -31,7 +29,7 @@ Work work_of(const Cut& cut, const GradientParams& p, const Device& device) {
   w.tiles = ceil_div(p.out_w, cut.columns());
   w.strips = ceil_div(p.out_h, cut.rows);
   w.items = w.tiles * w.strips * ceil_div(p.batch, cut.images);
-  const int by_registers = 65536 / (kRegisters * cut.threads());
+  const int by_registers = kBlocks * kMaxThreads / cut.threads();
   const int by_memory = device.shared_per_multiprocessor / (cut.shared_bytes() + kBlockBytes);
   w.resident = int64_t{device.multiprocessors} * std::clamp(by_memory, 1, by_registers);
   w.rounds = ceil_div(w.items, cut.shares);

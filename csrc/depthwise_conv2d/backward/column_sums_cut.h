@@ -21,6 +21,10 @@ constexpr int kBarrierBytes = kMostSlots * static_cast<int>(sizeof(uint64_t));
 // its registers from stage to stage.
 constexpr int seen_rows(int stride) { return (kKernel - 1) / stride + 1; }
 
+constexpr int align(int bytes) {
+  return static_cast<int>(ceil_div(bytes, kAlignment) * kAlignment);
+}
+
 // A stage: rows of grad_output, of some channels of some columns of some images, and what they see
 // of the input.
 struct Cut {
@@ -38,12 +42,8 @@ struct Cut {
   }
   int grad_bytes() const { return images * seen_rows(stride) * columns() * pixel_bytes(); }
   // Where grad_output begins in a stage.
-  int grad_offset() const {
-    return static_cast<int>(ceil_div(input_bytes(), kAlignment)) * kAlignment;
-  }
-  int stage_bytes() const {
-    return grad_offset() + static_cast<int>(ceil_div(grad_bytes(), kAlignment)) * kAlignment;
-  }
+  int grad_offset() const { return align(input_bytes()); }
+  int stage_bytes() const { return grad_offset() + align(grad_bytes()); }
   int busy_threads() const { return pairs * groups * images; }
   int threads() const { return static_cast<int>(ceil_div(busy_threads(), 32)) * 32; }
   int shared_bytes() const {

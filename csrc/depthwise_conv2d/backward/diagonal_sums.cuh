@@ -263,13 +263,11 @@ cudaError_t launch(const GradientParams& p, const Cut& cut, const Device& device
     return cudaErrorInvalidValue;
 
   const auto function = kernel<Traits>;
-  cudaError_t status = allow_shared_memory(function, device);
+  const cudaError_t status = allow_shared_memory(function, device);
   if (status != cudaSuccess) return status;
   function<<<static_cast<unsigned>(a.slices * a.shares), cut.threads(), cut.shared_bytes(),
              stream>>>(input_maps, grad_map, a, Sums<T>(p, a.shares));
-  status = cudaGetLastError();
-  if (status != cudaSuccess || a.shares == 1) return status;
-  return launch_reduction(p, a.shares, stream);
+  return finish_launch(p, a.shares, stream);
 }
 
 // One file per element type instantiates this.

@@ -143,9 +143,7 @@ cudaError_t launch(const GradientParams& p, cudaStream_t stream) {
   } else {
     general_sums_kernel<T, int64_t><<<grid, threads, 0, stream>>>(p, cut, target);
   }
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess || cut.shares == 1) return status;
-  return launch_reduction(p, cut.shares, stream);
+  return finish_launch(p, cut.shares, stream);
 }
 
 }  // namespace

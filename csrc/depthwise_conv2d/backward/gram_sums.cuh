@@ -252,13 +252,11 @@ cudaError_t launch(const GradientParams& p, const Device& device, cudaStream_t s
   const Cut cut = choose_cut(p, device);
   const Arguments a = arguments_of(p, cut);
   const auto function = kernel<Traits>;
-  cudaError_t status = allow_shared_memory(function, device);
+  const cudaError_t status = allow_shared_memory(function, device);
   if (status != cudaSuccess) return status;
   function<<<static_cast<unsigned>(a.groups * a.shares), kThreads, cut.shared_bytes(), stream>>>(
       a, Sums<typename Traits::T>(p, a.shares));
-  status = cudaGetLastError();
-  if (status != cudaSuccess || a.shares == 1) return status;
-  return launch_reduction(p, a.shares, stream);
+  return finish_launch(p, a.shares, stream);
 }
 
 // One file per element type instantiates this.

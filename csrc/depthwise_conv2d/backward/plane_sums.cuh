@@ -212,9 +212,7 @@ cudaError_t launch(const GradientParams& p, const Split& cut, cudaStream_t strea
   a.by_step = Divisor(static_cast<uint32_t>(Traits::kStride * p.dilation_h));
   const auto blocks = static_cast<unsigned>(cut.shares * p.out_channels());
   kernel<Traits><<<blocks, kThreads, 0, stream>>>(a, Sums<typename Traits::T>(p, cut.shares));
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess || cut.shares == 1) return status;
-  return launch_reduction(p, cut.shares, stream);
+  return finish_launch(p, cut.shares, stream);
 }
 
 // One file per element type instantiates this.

@@ -47,7 +47,9 @@ cudaError_t launch(const GradientParams& p, int64_t shares, cudaStream_t stream)
 
 }  // namespace
 
-cudaError_t launch_reduction(const GradientParams& p, int64_t shares, cudaStream_t stream) {
+cudaError_t finish_launch(const GradientParams& p, int64_t shares, cudaStream_t stream) {
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess || shares == 1) return status;
   return visit_type(p.dtype, [&]<typename T>() { return launch<T>(p, shares, stream); });
 }
 

@@ -28,7 +28,8 @@ inline int64_t sums_bytes(const GradientParams& p, int64_t shares) {
   return shares == 1 ? 0 : shares * p.out_channels() * values_of(p) * bytes;
 }
 
-// The second kernel. p.workspace holds [share][value][channel].
-cudaError_t launch_reduction(const GradientParams& p, int64_t shares, cudaStream_t stream);
+// The status of the launch that sums up the shares; behind it, where there are several, launches
+// the kernel that adds them up. p.workspace holds [share][value][channel].
+cudaError_t finish_launch(const GradientParams& p, int64_t shares, cudaStream_t stream);
 
 }  // namespace dwswap

@@ -1,0 +1,25 @@
+// What column_sums and diagonal_sums ask of a problem.
+#pragma once
+
+#include <limits>
+
+#include "depthwise_conv2d/backward/sums.h"
+#include "depthwise_conv2d/tensor_map.h"
+
+namespace dwswap {
+
+// Whether the copy engine reads both images (channels_last) strip by strip: it wants addresses and
+// pixels of 16 bytes. Strips and rows are counted in 32 bits.
+inline bool reads_strips(const GradientParams& p) {
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
+  constexpr uint64_t kCopyEngineBytes = 16;
+  if (!p.channels_last() || !sums_squares(p) || p.multiplier != 1 || p.is_dilated()) return false;
+  const uint64_t places = static_cast<uint64_t>(p.channels) * bytes_of(p.dtype) |
+                          reinterpret_cast<uintptr_t>(p.grad_output) |
+                          reinterpret_cast<uintptr_t>(p.input);
+  return reads_boxes(current_device()) && places % kCopyEngineBytes == 0 &&
+         p.batch * p.out_h * p.out_w <= kLimit && p.in_h + 2 * p.padding_h <= kLimit &&
+         p.in_w + 2 * p.padding_w <= kLimit && p.channels <= kLimit;
+}
+
+}  // namespace dwswap
