@@ -75,7 +75,8 @@ def depthwise_conv2d(
         for name, tensor in (("input", input), ("weight", weight)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{NAME}: {name} must be a tensor, got {type(tensor).__name__}")
-    if groups is not None and not isinstance(whole(groups), (int, torch.SymInt)):
+    known = groups is None or type(groups) is int  # as a rule
+    if not known and not isinstance(whole(groups), (int, torch.SymInt)):
         raise TypeError(f"{NAME}: groups must be an integer or None, got {groups!r}")
     if groups is not None and (input.dim() < 3 or input.shape[-3] != groups):
         raise ValueError(

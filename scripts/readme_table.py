@@ -180,8 +180,9 @@ def draw(folder: Path) -> None:
                 model_plot.plot(rows, path, f"dwswap on {device}")
         if kind == "gradients":
             title = f"Depthwise convolutions of torchvision, N = {batch}, on {device}"
+            rows_of_gradients = gradients(result)
             for name, path in gradient_pictures(result).items():
-                parts = [row.part(name) for row in gradients(result)]
+                parts = [row.part(name) for row in rows_of_gradients]
                 layer_plot.plot(parts, path, f"{PARTS[name]}: {title}", targets=False)
 
 
@@ -201,14 +202,16 @@ def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def merged_gradients(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of all dtypes and layouts: for each the rows of the newest record that has it."""
+    from dwswap.bench.layers import DTYPES, LAYOUTS
+
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["recorded"]):
         settings = record["settings"]
         for key in itertools.product(settings["dtypes"], settings["layouts"]):
             rows[key] = [row for row in record["results"] if (row["dtype"], row["layout"]) == key]
-    kinds = sorted(rows, key=lambda key: (DTYPES.index(key[0]), key[1] != "contiguous"))
+    kinds = itertools.product(DTYPES, LAYOUTS)
     newest = max(records, key=lambda record: record["recorded"])
-    return {**newest, "results": [row for kind in kinds for row in rows[kind]]}
+    return {**newest, "results": [row for kind in kinds for row in rows.get(kind, [])]}
 
 
 def _place(case: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -231,9 +234,6 @@ TABLES = {
 
 MERGED = ("models", "training")
 """The kinds of which all records count, case by case."""
-
-DTYPES = ("float32", "float16", "bfloat16")
-"""As tables have them."""
 
 
 def newest_records(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:

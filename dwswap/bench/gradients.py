@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dwswap.backward import backward_families
 from dwswap.bench.gradient_results import PARTS, GradientResult
-from dwswap.bench.layer_results import Skipped
 from dwswap.bench.layers import (
     DTYPES,
     LAYOUTS,
@@ -45,40 +44,30 @@ MASKS = {"input": (True, False, False), "weight": (False, True, False)}
 class GradientBench(LayerBench):
     """Measures the gradients of shapes on one device; see ``LayerBench``."""
 
-    @torch.no_grad()
-    def measure(self, shape: LayerShape, dtype: str, layout: str) -> GradientResult | Skipped:
-        """Check the gradients of one shape, then time them; ``Skipped`` where memory is short."""
-        element, memory_format = DTYPES[dtype], LAYOUTS[layout]
+    def _measure(self, shape: LayerShape, dtype: str, layout: str) -> GradientResult:
+        """Check the gradients of one shape, then time them."""
         size = [self.batch, shape.channels, shape.height, shape.width]
         moved = self.moved_bytes(shape, dtype)
         buffers = self._buffers(moved)
-        needed = self.needed_bytes(shape, dtype)
-        available = self._available_bytes(needed)
-        skipped = partial(Skipped, shape.index, dtype, layout, size)
-        if needed > available:
-            return skipped(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
-        try:
-            inputs, weight = self._tensors(shape, element, memory_format, buffers)
-            errors = self._check_gradients(shape, weight, inputs[0])
-            copy = self._copy(moved)
-            parts = {}
-            for name in PARTS:
-                ours, pytorch, family = self._part(name, shape, weight, inputs[0])
-                times = self._compare(ours, pytorch, inputs)
-                part = self._result(
-                    shape,
-                    dtype,
-                    layout,
-                    family=family,
-                    moved_bytes=moved * (3 if name == "training" else 1),
-                    times=times,
-                    copy_us=copy * (3 if name == "training" else 1),
-                    plain_us=None,
-                    errors=errors["weight" if name == "training" else name],
-                )
-                parts[name] = part.to_dict()
-        except torch.OutOfMemoryError as error:
-            return skipped(str(error).partition("\n")[0])
+        inputs, weight = self._tensors(shape, DTYPES[dtype], LAYOUTS[layout], buffers)
+        errors = self._check_gradients(shape, weight, inputs[0])
+        copy = self._copy(moved)
+        parts = {}
+        for name in PARTS:
+            ours, pytorch, family = self._part(name, shape, weight, inputs[0])
+            times = self._compare(ours, pytorch, inputs)
+            part = self._result(
+                shape,
+                dtype,
+                layout,
+                family=family,
+                moved_bytes=moved * (3 if name == "training" else 1),
+                times=times,
+                copy_us=copy * (3 if name == "training" else 1),
+                plain_us=None,
+                errors=errors["weight" if name == "training" else name],
+            )
+            parts[name] = part.to_dict()
         passed = all(found.passed for found in errors.values())
         return GradientResult(shape.index, dtype, layout, size, parts, passed)
 

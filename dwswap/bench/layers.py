@@ -132,23 +132,21 @@ class LayerBench:
     def measure(self, shape: LayerShape, dtype: str, layout: str) -> Measured:
         """Check one shape, then time it; ``Skipped`` where it does not fit into memory."""
         size = [self.batch, shape.channels, shape.height, shape.width]
-        moved = self.moved_bytes(shape, dtype)
-        buffers = self._buffers(moved)
         needed = self.needed_bytes(shape, dtype)
         available = self._available_bytes(needed)
         skipped = partial(Skipped, shape.index, dtype, layout, size)
         if needed > available:
             return skipped(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
         try:
-            inputs = self._inputs(buffers, size, DTYPES[dtype], LAYOUTS[layout])
-            weights = self._weights(shape, DTYPES[dtype], LAYOUTS[layout], self._random)
-            calls = self._calls(shape, *weights)
-            errors = self._check(calls, inputs[0])
-            times = self._compare(calls.ours, calls.pytorch, inputs)
-            plain = None if self.activation == "none" else self._time(calls.plain, inputs)
-            copy = self._copy(moved)
+            return self._measure(shape, dtype, layout)
         except torch.OutOfMemoryError as error:
             return skipped(str(error).partition("\n")[0])
+
+    def _measure(self, shape: LayerShape, dtype: str, layout: str) -> Measured:
+        moved = self.moved_bytes(shape, dtype)
+        inputs, calls = self._inputs_and_calls(shape, dtype, layout)
+        errors = self._check(calls, inputs[0])
+        times = self._compare(calls.ours, calls.pytorch, inputs)
         return self._result(
             shape,
             dtype,
@@ -156,8 +154,8 @@ class LayerBench:
             family=calls.family(inputs[0]),
             moved_bytes=moved,
             times=times,
-            copy_us=copy,
-            plain_us=plain,
+            plain_us=None if self.activation == "none" else self._time(calls.plain, inputs),
+            copy_us=self._copy(moved),
             errors=errors,
         )
 
@@ -181,8 +179,7 @@ class LayerBench:
         """Free memory, with that of the pool; what graphs hold is given back where it is needed."""
         held = self._pool.nbytes
         if self.device.type == "cuda" and needed > torch.cuda.mem_get_info(self.device)[0] + held:
-            self._graphs = None
-            torch.cuda.empty_cache()
+            self._release_graphs()
         return available_bytes(self.device) + held
 
     def moved_bytes(self, shape: LayerShape, dtype: str) -> int:
@@ -197,12 +194,18 @@ class LayerBench:
 
         The next shape takes over the inputs, and memory is not looked at first.
         """
+        inputs, calls = self._inputs_and_calls(shape, dtype, layout)
+        return calls.family(inputs[0]), [partial(calls.ours, x) for x in inputs]
+
+    def _inputs_and_calls(
+        self, shape: LayerShape, dtype: str, layout: str
+    ) -> tuple[list[Tensor], Calls]:
+        """An input per buffer of a rotation, and the calls with weights of their own."""
         size = [self.batch, shape.channels, shape.height, shape.width]
         buffers = self._buffers(self.moved_bytes(shape, dtype))
         inputs = self._inputs(buffers, size, DTYPES[dtype], LAYOUTS[layout])
         weights = self._weights(shape, DTYPES[dtype], LAYOUTS[layout], self._random)
-        calls = self._calls(shape, *weights)
-        return calls.family(inputs[0]), [partial(calls.ours, x) for x in inputs]
+        return inputs, self._calls(shape, *weights)
 
     def _buffers(self, moved: int) -> int:
         return buffers_needed(moved) if self.device.type == "cuda" else CPU_BUFFERS
@@ -372,10 +375,13 @@ class LayerBench:
         if self.device.type != "cuda":
             return None
         if torch.cuda.memory_reserved(self.device) > GRAPH_BYTES + self._pool.nbytes:
-            self._graphs = None
-            torch.cuda.empty_cache()
+            self._release_graphs()
         self._graphs = self._graphs or GraphMemory(self.device)
         return self._graphs
+
+    def _release_graphs(self) -> None:
+        self._graphs = None
+        torch.cuda.empty_cache()
 
 
 def checked_elsewhere(

@@ -104,13 +104,12 @@ def run(args: argparse.Namespace) -> int:
     if args.backward and args.activation != "none":
         raise CliError("--backward measures the plain operator: leave out --activation")
     asked_for_all = args.select is None and args.activation == "none"
-    whole = cuda and asked_for_all and not switches()
-    whole = whole and (set(dtypes), set(layouts)) == (set(DTYPES), set(LAYOUTS))
+    every_shape = cuda and asked_for_all and not switches()
+    whole = every_shape and (set(dtypes), set(layouts)) == (set(DTYPES), set(LAYOUTS))
     name = device_name(devices[0])
 
     kind = "gradients" if args.backward else "layers"
     # All shapes of a dtype and a layout are a record of their own.
-    every_shape = cuda and asked_for_all and not switches()
     chosen = "" if whole or not every_shape else "".join(f"-{key}" for key in (*layouts, *dtypes))
     path = record_file(args.output, kind, name, f"-n{batch}{chosen}", whole=every_shape)
     settings = {
