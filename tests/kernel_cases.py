@@ -38,10 +38,21 @@ class Row:
     extra_padding: tuple[int, int] = (0, 0)
     dtypes: tuple[torch.dtype, ...] = FAST
     sizes: tuple[tuple[int, int], ...] = SIZES
+    least_outputs: int = MIN_RESULTS  # of every problem
     transforms_input: bool = True  # whether it covers an activation or a bias of the input
     activations: tuple[str, ...] = ACTIVATION_NAMES  # that it covers
 
 
+# Problems large enough for threads of many columns.
+PAIRED_STRIPS = Row(
+    "plane_strips",
+    "contiguous",
+    SQUARES[:1],
+    strides=(1,),
+    channels=(57, 96),
+    dtypes=HALVES,
+    least_outputs=1_600_000,
+)
 ROWS = {
     "channel tiles": Row("channel_tiles", "channels_last", SQUARES, channels=(2, 20, 58, 72, 136)),
     "channel tiles, misaligned": Row("channel_tiles", "offset_by_pair", SQUARES, channels=(8, 58)),
@@ -116,6 +127,41 @@ ROWS = {
         channels=(24,),
         extra_padding=(9, 5),
         dtypes=FAST[:1],
+    ),
+    # A stride and a dilation that nothing is compiled for; one channel of a thread, and two.
+    "points": Row(
+        "points",
+        "contiguous",
+        SQUARES[:1],
+        strides=(1, 2, 3),
+        channels=(1, 3, 57),
+        sizes=((1, 1), (2, 3), *SIZES),
+    ),
+    "points, dilation": Row("points", "contiguous", SQUARES[:1], dilation=(2, 3)),
+    "points, misaligned": Row("points", "offset", SQUARES[:1]),
+    "points, padding only": Row("points", "contiguous", SQUARES[:1], extra_padding=(9, 5)),
+    "points of channels_last": Row(
+        "points",
+        "channels_last",
+        SQUARES[:1],
+        strides=(1, 2, 3),
+        channels=(1, 2, 20, 57, 58, 136),
+        sizes=((1, 1), (2, 3), *SIZES),
+    ),
+    "points of channels_last, dilation": Row(
+        "points", "channels_last", SQUARES[:1], dilation=(2, 3)
+    ),
+    "points of channels_last, misaligned": Row(
+        "points", "offset_channels_last", SQUARES[:1], channels=(8, 57, 58)
+    ),
+    "points of channels_last, aligned to a pair": Row(
+        "points", "offset_by_pair", SQUARES[:1], channels=(8, 58)
+    ),
+    "points of channels_last, padding only": Row(
+        "points", "channels_last", SQUARES[:1], channels=(24, 57), extra_padding=(9, 5)
+    ),
+    "points of channels_last, no padding": Row(
+        "points", "channels_last", SQUARES[:1], channels=(24, 57), extra_padding=(-1, -1)
     ),
     # Accesses of 8, 4 and 2 bytes.
     "channel direct": Row(
@@ -261,6 +307,26 @@ ROWS = {
         channels=(1, 3, 16, 57),
         sizes=(*SIZES, (9, 5), (40, 3)),
     ),
+    # Threads of pairs of columns, of which the last of a row may be moved to the left: units of
+    # planes and of strips.
+    "plane strips, 6 columns": replace(
+        PAIRED_STRIPS, sizes=((3, 6), (9, 22), (112, 46), (112, 96), (112, 12))
+    ),
+    "plane strips, 8 columns": replace(PAIRED_STRIPS, sizes=((9, 8), (20, 64), (112, 64))),
+    "plane strips, 10 columns": replace(
+        PAIRED_STRIPS, sizes=((3, 10), (3, 18), (57, 156), (57, 300))
+    ),
+    "plane strips, 14 columns": replace(PAIRED_STRIPS, sizes=((9, 14), (16, 14), (33, 14))),
+    "plane strips, 7 columns are a row": replace(
+        PAIRED_STRIPS, kernels=SQUARES, dtypes=FAST, sizes=((7, 7), (3, 7))
+    ),
+    # Even rows, whose windows begin at other places.
+    "plane strips, pairs without padding": replace(
+        PAIRED_STRIPS, extra_padding=(-1, -1), sizes=((20, 32), (9, 16), (9, 9), (57, 152))
+    ),
+    "plane strips, pairs without padding above": replace(
+        PAIRED_STRIPS, extra_padding=(-1, 0), sizes=((20, 32), (9, 14), (112, 46))
+    ),
     "plane strips, flat kernels": Row(
         "plane_strips",
         "contiguous",
@@ -326,11 +392,11 @@ def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
                 row.multiplier,
                 bias=count % 2 == 0,
                 input_bias=row.transforms_input and count % 4 == 0,
-                input_activation=activation if row.transforms_input and count % 3 == 0 else "none",
-                activation=activation if count % 3 == 1 else "none",
+                input_activation=activation if row.transforms_input and count % 3 != 1 else "none",
+                activation=activation if count % 3 != 0 else "none",
                 seed=3 * count,  # bias aligned as the input is
             )
             many = i == len(row.sizes) and DEVICE != "cpu"
             outputs = math.prod(case.output_shape[1:])
-            wanted = -(-(MANY_RESULTS if many else MIN_RESULTS) // outputs)
+            wanted = -(-(MANY_RESULTS if many else row.least_outputs) // outputs)
             yield replace(case, batch=max(case.batch or 1, wanted))

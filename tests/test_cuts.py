@@ -8,12 +8,17 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from cuts_program import DEVICES, Problem, ragged, run_cuts
+from kernel_cases import ROWS
+from kernel_cases import problems as kernel_problems
 
 from dwswap.bench.shapes import torchvision_shapes
 
 STAGE_BYTES = 32 * 1024
 STATIC_BYTES = 64
+# Of plane_strips: whether a unit has several planes, and whether it has some rows of one.
+UNITS = ((True, False), (False, True))
 
 
 def fits(problem: Problem) -> bool:
@@ -31,19 +36,48 @@ def test_plane_strips_can_always_be_launched(cuts):
     ]
     runs = list(itertools.product(problems, DEVICES))
     for (problem, device), cut in zip(runs, cuts("plane_strips", runs), strict=True):
-        wide, planes, rows, lanes, groups, stages, buffers, in_bytes, out_bytes, shared, _ = cut
+        columns, planes, rows, lanes, groups, stages, buffers, in_bytes, out_bytes, shared, _ = cut
         what = f"{problem} on {device}: {cut}"
-        columns = 7 if wide else 1
+        if columns not in (1, 7):
+            assert columns in (6, 8, 10, 14), what
+            assert problem.element_bytes == 2, what
+            assert (problem.kernel_h, problem.kernel_w, problem.stride) == (3, 3, 1), what
+            assert problem.width % (columns if columns in (8, 14) else 2) == 0, what
+            assert columns != 14 or problem.width == 14, what
         assert 1 <= planes <= problem.channels, what
         assert 1 <= groups <= rows <= problem.out_h, what
         assert planes == 1 or rows == problem.out_h, what
-        assert not wide or problem.out_w >= columns, what
+        assert problem.out_w >= columns, what
         assert 1 <= lanes <= -(-problem.out_w // columns), what
-        assert planes * groups * lanes <= 256, what
+        assert planes * groups * lanes <= (128 if columns % 2 == 0 else 256), what
         assert (stages, buffers) in ((1, 1), (2, 1), (2, 2)), what
         assert 0 < in_bytes <= STAGE_BYTES, what
         assert 0 < out_bytes <= STAGE_BYTES, what
         assert shared + STATIC_BYTES <= device[2], what
+
+
+def test_kernel_cases_have_every_thread_of_plane_strips(cuts):
+    """On an H200; small problems have threads of one column."""
+    found = set()
+    for columns in (6, 7, 8, 10, 14):
+        name = "7 columns are a row" if columns == 7 else f"{columns} columns"
+        cases = list(kernel_problems(ROWS[f"plane strips, {name}"], torch.float16))
+        problems = [
+            Problem(case.batch or 1, *case.input_shape[-3:], *case.kernel, 1, 2) for case in cases
+        ]
+        chosen = cuts("plane_strips", [(problem, DEVICES[0]) for problem in problems])
+        for problem, (picked, planes, rows, *_) in zip(problems, chosen, strict=True):
+            assert picked == columns, problem
+            ragged_row = problem.width % columns != 0
+            found.add((columns, ragged_row, planes > 1, rows < problem.out_h))
+    # Columns; whether the last threads of a row are moved; units of planes, and of strips.
+    assert found >= {
+        *((6, last, several, strips) for last in (False, True) for several, strips in UNITS),
+        *((8, False, *unit) for unit in UNITS),
+        *((10, last, *unit) for last in (False, True) for unit in UNITS),
+        (7, False, True, False),
+        (14, False, True, False),
+    }
 
 
 def test_plane_bands_can_always_be_launched(cuts):

@@ -5,15 +5,17 @@
 
 namespace dwswap {
 
-// The sums of a warp: lane i of 32 gets those of COUNT / 32 values, from i * COUNT / 32 on. With
-// COUNT = 16 two lanes get the same one.
-template <int COUNT>
+// The sums over the lanes of a warp that are APART apart: of 32 / APART rows of them, row i gets
+// those of COUNT * APART / 32 values, from i * COUNT * APART / 32 on. Of half as many values as
+// rows two rows get the same one.
+template <int APART = 1, int COUNT>
 __device__ __forceinline__ void add_up_warp(float (&x)[COUNT]) {
-  static_assert(COUNT == 16 || COUNT == 32 || COUNT == 64, "16, 32 or 64");
+  constexpr int ROWS = 32 / APART;
+  static_assert(COUNT % ROWS == 0 || 2 * COUNT == ROWS, "as many values for each row");
   const int lane = threadIdx.x % 32;
   int held = COUNT;
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
+  for (int offset = 16; offset >= APART; offset /= 2) {
     if (held == 1) {
       x[0] += __shfl_xor_sync(~0u, x[0], offset);
       continue;

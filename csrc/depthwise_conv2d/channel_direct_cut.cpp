@@ -3,19 +3,20 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/alignment.h"
+
 namespace dwswap {
 namespace channel_direct {
 namespace {
 
 // Channels that one access of every tensor can hold.
 int aligned_channels(const DepthwiseConv2dParams& p, int element_bytes) {
-  uint64_t places = static_cast<uint64_t>(p.channels) * element_bytes;
-  for (const void* tensor :
-       {p.input, p.weight, p.bias, p.input_bias, const_cast<const void*>(p.output)}) {
-    places |= reinterpret_cast<uintptr_t>(tensor);
-  }
+  const auto fits = [&](int channels) {
+    return aligned_to(channels * element_bytes, p.channels * element_bytes,
+                      {p.input, p.weight, p.bias, p.input_bias, p.output});
+  };
   int channels = kMostChannels;
-  while (channels > 1 && places % (channels * element_bytes) != 0) channels /= 2;
+  while (channels > 1 && !fits(channels)) channels /= 2;
   return channels;
 }
 

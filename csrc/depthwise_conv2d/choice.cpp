@@ -45,8 +45,23 @@ bool suits_channel_direct(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32;
   if (p.stride_h == 2 && (is_float || !is_stream(p))) return true;
   if (p.channels * bytes_of(p.dtype) % kCopyEngineBytes != 0) return true;
-  if (outputs_per_multiprocessor(p) < 600) return true;
+  if (outputs_per_multiprocessor(p) < 600) return true;  // and points is slower
   return p.out_h * p.out_w <= kTinyImage && !is_stream(p);
+}
+
+// Few outputs, so that all are under way at once. In channels_last the copies of channel_tiles cost
+// float32 less than the loads of a whole window per output do, and stride 2 shares few of them.
+bool suits_points(const DepthwiseConv2dParams& p) {
+  const bool is_float = p.dtype == DataType::kFloat32;
+  int64_t most = 1000;
+  if (p.in_layout == Layout::kChannelsLast) {
+    if (p.stride_h > 1) {
+      most = is_float ? 2500 : 4000;
+    } else if (is_float) {
+      most = 350;
+    }
+  }
+  return outputs_per_multiprocessor(p) <= most;
 }
 
 // A large float32 image has few instructions per byte, and tiles keep more bytes in flight.
@@ -104,11 +119,12 @@ bool suits_plane_bands(const DepthwiseConv2dParams& p) {
   return std::min(p.out_h, p.out_w) >= least && p.out_w != kTile + 1;
 }
 
-// In order of preference. The second lines of channel_direct and plane_strips are for what no other
-// fast family covers.
+// In order of preference. The second lines of channel_direct, plane_strips and points are for what
+// no other fast family covers.
 constexpr Family kFamilies[] = {
     {"toeplitz", covers_toeplitz, suits_toeplitz, launch_toeplitz, false},
     {"diagonal", covers_diagonal, suits_diagonal, launch_diagonal, false},
+    {"points", covers_points, suits_points, launch_points, true},
     {"channel_direct", covers_channel_direct, suits_channel_direct, launch_channel_direct, true},
     {"channel_columns", covers_channel_columns, suits_channel_columns, launch_channel_columns,
      true},
@@ -118,6 +134,7 @@ constexpr Family kFamilies[] = {
     {"plane_strips", covers_plane_strips, suits_plane_strips, launch_plane_strips, true},
     {"rolling_rows", covers_rolling_rows, always, launch_rolling_rows, true},
     {"plane_strips", covers_plane_strips, always, launch_plane_strips, true},
+    {"points", covers_points, always, launch_points, true},
     {"general", always, always, launch_general, false},
 };
 

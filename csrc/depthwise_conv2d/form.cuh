@@ -100,7 +100,8 @@ class InputForm {
     float sum = 0.0f;
 #pragma unroll
     for (int t = 0; t < TAPS; ++t) sum += taps[t];
-    return clamps(FORM) ? output_bias + bias[i] * sum : output_bias;
+    // Of an infinite tap 0 times it would be NaN.
+    return clamps(FORM) && bias[i] != 0.0f ? output_bias + bias[i] * sum : output_bias;
   }
 
   // Pixels of a row: x[pixel * N + channel] of what read(pixel) returns. MASKED: bit i of `inside`

@@ -34,6 +34,11 @@ struct DepthwiseConv2dParams {
 
   int64_t out_channels() const { return channels * multiplier; }
   int64_t outputs() const { return batch * out_channels() * out_h * out_w; }
+  // Whether an image and its padding, of all channels and samples, have at most so many elements.
+  bool is_padded_within(int64_t most) const {
+    const int64_t height = in_h + 2 * padding_h, width = in_w + 2 * padding_w;
+    return height <= most / width && batch * channels <= most / (height * width);
+  }
   bool is_dilated() const { return dilation_h != 1 || dilation_w != 1; }
   // No activation, nor anything that is done to the input.
   bool is_plain() const { return !transforms_input() && activation == Activation::kNone; }
@@ -49,6 +54,9 @@ cudaError_t launch_channel_columns(const DepthwiseConv2dParams& params, cudaStre
 
 bool covers_channel_direct(const DepthwiseConv2dParams& params);
 cudaError_t launch_channel_direct(const DepthwiseConv2dParams& params, cudaStream_t stream);
+
+bool covers_points(const DepthwiseConv2dParams& params);
+cudaError_t launch_points(const DepthwiseConv2dParams& params, cudaStream_t stream);
 
 bool covers_channel_tiles(const DepthwiseConv2dParams& params);
 cudaError_t launch_channel_tiles(const DepthwiseConv2dParams& params, cudaStream_t stream);

@@ -13,8 +13,8 @@ namespace dwswap {
 
 // Starts the copy of `count` elements to stage[m, m + count), m = misalignment(source), and arrives
 // at `barrier`; by one thread. Elements before the piece, back to the 16-byte boundary, are read
-// too, and behind it up to the next one or to `end`, that of the tensor: the tensor begins at a
-// boundary.
+// too, and behind it up to the next one or to `end`, that of the tensor, or null where that is a
+// boundary: the tensor begins at one.
 template <typename T>
 __device__ __forceinline__ void fetch_piece(T* stage, const T* source, int count, const T* end,
                                             uint64_t* barrier) {
@@ -22,7 +22,7 @@ __device__ __forceinline__ void fetch_piece(T* stage, const T* source, int count
   const T* const first = source - misalignment(source);
   const int elements = count == 0 ? 0 : misalignment(source) + count;
   int whole = static_cast<int>(ceil_div(elements, N)) * N;
-  if (whole > end - first) {  // the last piece of the tensor
+  if (end != nullptr && whole > end - first) {  // the last piece of the tensor
     whole = elements / N * N;
     for (int i = whole; i < elements; ++i) stage[i] = first[i];
   }

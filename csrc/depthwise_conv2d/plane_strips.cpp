@@ -12,7 +12,8 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
   if (p.dtype == DataType::kFloat64 || p.multiplier != 1) return false;
   if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
   if (p.stride_h != p.stride_w || p.is_dilated()) return false;
-  if (reinterpret_cast<uintptr_t>(p.input) % kVectorBytes != 0) return false;
+  const auto places = reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.output);
+  if (places % kVectorBytes != 0) return false;
   if (p.channels * p.in_h * p.in_w > kLimit || p.channels * p.out_h * p.out_w > kLimit)
     return false;
   if (p.batch * p.channels * p.out_h > kLimit) return false;
@@ -29,14 +30,24 @@ cudaError_t launch_plane_strips(const DepthwiseConv2dParams& p, cudaStream_t str
   const Device device = current_device();
   const bool bulk = uses_bulk_copies(device);
   return visit_fast_type(p.dtype, [&]<typename T>() {
-    const plane_strips::Cut cut = plane_strips::choose_cut(p, sizeof(T), device);
+    using namespace plane_strips;
+    const Cut cut = choose_cut(p, sizeof(T), device);
     if (cut.rows == 0) return cudaErrorInvalidValue;
-    const auto launch = [&]<bool WIDE>() {
-      return plane_strips::has_many_taps(p.kernel_h, p.kernel_w)
-                 ? plane_strips::launch_cut<T, WIDE, true>(p, cut, device, bulk, stream)
-                 : plane_strips::launch_cut<T, WIDE, false>(p, cut, device, bulk, stream);
+    const auto launch = [&]<Threads THREADS>() {
+      return has_many_taps(p.kernel_h, p.kernel_w)
+                 ? launch_cut<T, THREADS, true>(p, cut, device, bulk, stream)
+                 : launch_cut<T, THREADS, false>(p, cut, device, bulk, stream);
     };
-    return cut.wide ? launch.template operator()<true>() : launch.template operator()<false>();
+    switch (threads_of(cut.columns)) {
+      case Threads::kNarrow:
+        return launch.template operator()<Threads::kNarrow>();
+      case Threads::kWide:
+        return launch.template operator()<Threads::kWide>();
+      case Threads::kPaired:
+        if constexpr (sizeof(T) == 2)
+          return launch_cut<T, Threads::kPaired, false>(p, cut, device, bulk, stream);
+    }
+    return cudaErrorInvalidValue;
   });
 }
 

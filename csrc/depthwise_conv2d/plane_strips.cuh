@@ -14,68 +14,25 @@
 
 #include "common/device.h"
 #include "common/integer.h"
-#include "depthwise_conv2d/form.cuh"
-#include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/pieces.cuh"
-#include "depthwise_conv2d/plane_strips_cut.h"
+#include "depthwise_conv2d/plane_strips_walk.cuh"
 
 namespace dwswap {
 namespace plane_strips {
 
-template <typename T_, int KH_, int KW_, int STRIDE_, bool WIDE_>
-struct Traits {
-  using T = T_;
-  static constexpr int kKernelH = KH_;
-  static constexpr int kKernelW = KW_;
-  static constexpr int kStride = STRIDE_;
-  // Of output, per thread. One column makes many threads of a small problem or of short rows.
-  static constexpr int kColumns = WIDE_ ? kWideColumns : 1;
-  static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + KW_;
-  // Only so many columns at either end of a thread's row can lie outside the image.
-  static constexpr int kMaxPaddingW = KW_ / 2;
-  // The activations that are compiled into the loads. Networks have none between large kernels; a
-  // single column would take its gates once per tap.
-  static constexpr bool kClamps = KH_ * KW_ <= 25;
-  static constexpr bool kGates = kClamps && WIDE_;
-  static constexpr int kOpenRows = open_rows(KH_, STRIDE_);
-  static constexpr int kMaxThreads = max_threads(KH_, KW_, STRIDE_, WIDE_);
-  static constexpr int kMinBlocks = KH_ * KW_ <= 9 || kMaxThreads < 256 ? 3 : 2;
-};
-
-struct Arguments {
-  const void* input;
-  const void* weight;
-  const void* bias;
-  const void* input_bias;
-  void* output;
-  int64_t in_elements;  // of the whole input
-  int channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int planes, rows, group_rows;  // of output, per unit and per thread
-  int share, longer_shares;      // units of a block, and blocks that have one more
-  int stages, buffers;
-  int in_bytes, out_bytes;  // of a stage and of a buffer, margins included
-  Divisor by_strips, by_images, by_lanes, by_groups;
-  bool bulk;    // copies by the copy engine
-  bool ragged;  // threads share columns
-  Form form;    // kRelu is kClamp
-  bool transforms_input, reversed_taps;
-  Activation input_activation, activation;
-};
-
 // A unit: where it lies, and the rows of input that it sees.
 struct Unit {
   int chunk;  // of channels
-  int first_channel, planes;
-  int64_t plane;        // the first one, counted over all images
+  int n, first_channel, planes;
   int first_row, rows;  // of output
   int in_first, in_rows;
 
   __device__ __forceinline__ Unit(const Arguments& a, int index, int kernel_h, int stride) {
-    uint32_t strip, n;
-    chunk = a.by_images.divide(a.by_strips.divide(index, &strip), &n);
+    uint32_t strip, sample;
+    chunk = a.by_images.divide(a.by_strips.divide(index, &strip), &sample);
+    n = static_cast<int>(sample);
     first_channel = chunk * a.planes;
     planes = min(a.planes, a.channels - first_channel);
-    plane = static_cast<int64_t>(n) * a.channels + first_channel;
     first_row = strip * a.rows;
     rows = min(a.rows, a.out_h - first_row);
     // Several planes make one piece only if it holds every row of theirs, used or not.
@@ -88,7 +45,13 @@ struct Unit {
 
   template <typename T>
   __device__ __forceinline__ const T* source(const Arguments& a) const {
-    return static_cast<const T*>(a.input) + (plane * a.in_h + in_first) * a.in_w;
+    return static_cast<const T*>(a.input) + static_cast<int64_t>(n) * a.in_image +
+           (first_channel * a.in_h + in_first) * a.in_w;
+  }
+  template <typename T>
+  __device__ __forceinline__ T* target(const Arguments& a) const {
+    return static_cast<T*>(a.output) + static_cast<int64_t>(n) * a.out_image +
+           (first_channel * a.out_h + first_row) * a.out_w;
   }
 };
 
@@ -97,7 +60,7 @@ template <typename T>
 __device__ __forceinline__ void fetch(T* stage, const T* source, int count, uint64_t* barrier,
                                       const Arguments& a) {
   constexpr int N = kVectorBytes / sizeof(T);
-  const T* const end = static_cast<const T*>(a.input) + a.in_elements;
+  const T* const end = static_cast<const T*>(a.end);
 #if DWSWAP_BULK_COPIES
   if (a.bulk) {
     if (threadIdx.x == 0) fetch_piece(stage, source, count, end, barrier);
@@ -107,7 +70,7 @@ __device__ __forceinline__ void fetch(T* stage, const T* source, int count, uint
   const T* const first = source - misalignment(source);
   const int elements = count == 0 ? 0 : misalignment(source) + count;
   for (int at = threadIdx.x * N; at < elements; at += blockDim.x * N) {
-    if (first + at + N <= end) {
+    if (end == nullptr || first + at + N <= end) {
       copy_async<kVectorBytes>(stage + at, first + at, kVectorBytes);
     } else {
       for (int i = at; i < elements; ++i) stage[i] = first[i];
@@ -161,132 +124,6 @@ __device__ __forceinline__ void transform_plane(T* plane, int elements, int thre
   }
 }
 
-// What one thread computes of a unit: rows of some neighbouring columns.
-template <typename T>
-struct Walk {
-  int rows;      // of output
-  int in_rows;   // of the piece
-  int ih, iw;    // the first row and column that it reads; the row counts from that of the piece
-  const T* row;  // where they lie
-  T* out;        // where its first row goes
-  int skipped;   // columns that a neighbour stores
-};
-
-template <typename Traits, Form FORM>
-__device__ __forceinline__ void walk(Walk<typename Traits::T> w,
-                                     const float (&taps)[Traits::kKernelH * Traits::kKernelW],
-                                     float bias, float input_bias, const Arguments& a) {
-  using T = typename Traits::T;
-  constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, S = Traits::kStride;
-  constexpr int COLUMNS = Traits::kColumns, IN_COLUMNS = Traits::kInputColumns;
-  constexpr int EDGE = Traits::kMaxPaddingW, OPEN = Traits::kOpenRows;
-  constexpr int UNROLL = FORM == Form::kAny ? 1 : unrolled_rows(KH, KW, S);
-  const float in_low = low_of(a.input_activation), in_high = high_of(a.input_activation);
-  const float low = low_of(a.activation), high = high_of(a.activation);
-
-  // sums[q] is the row of output whose window began q steps ago; a step takes S rows of input.
-  float sums[OPEN][COLUMNS];
-#pragma unroll
-  for (int q = 0; q < OPEN; ++q) {
-#pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) sums[q][i] = bias;
-  }
-  const auto take_row = [&](int j, int oldest) {
-    float x[IN_COLUMNS];
-#pragma unroll
-    for (int c = 0; c < IN_COLUMNS; ++c) {
-      x[c] = widen(w.row[c]);
-      if constexpr (FORM == Form::kClamp) x[c] = clamp(x[c] + input_bias, in_low, in_high);
-      if constexpr (FORM == Form::kHardswish) x[c] = hardswish_of(x[c] + input_bias);
-      if constexpr (FORM == Form::kSilu) x[c] = silu_of(x[c] + input_bias);
-    }
-#pragma unroll
-    for (int c = 0; c < EDGE; ++c) {
-      constexpr int LAST = IN_COLUMNS - 1;
-      if (w.iw + c < 0) x[c] = 0.0f;
-      if (w.iw + LAST - c >= a.in_w) x[LAST - c] = 0.0f;
-    }
-#pragma unroll
-    for (int q = 0; q < OPEN; ++q) {
-      const int kh = S * q + j;
-      if (q > oldest || kh >= KH) continue;
-#pragma unroll
-      for (int kw = 0; kw < KW; ++kw) {
-#pragma unroll
-        for (int i = 0; i < COLUMNS; ++i) sums[q][i] += x[i * S + kw] * taps[kh * KW + kw];
-      }
-    }
-  };
-  const auto next_row = [&] { ++w.ih, w.row += a.in_w; };
-  const auto inside = [&] {
-    return static_cast<unsigned>(w.ih) < static_cast<unsigned>(w.in_rows);
-  };
-  const auto next_sums = [&] {
-#pragma unroll
-    for (int q = OPEN - 1; q > 0; --q) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) sums[q][i] = sums[q - 1][i];
-    }
-#pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) sums[0][i] = bias;
-  };
-  const auto finish = [&] {
-    auto& finished = sums[OPEN - 1];
-    if constexpr (FORM == Form::kAny) activate(finished, a.activation);
-    if constexpr (FORM == Form::kClamp) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) finished[i] = clamp(finished[i], low, high);
-    }
-    if constexpr (FORM == Form::kHardswish) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) finished[i] = hardswish_of(finished[i]);
-    }
-    if constexpr (FORM == Form::kSilu) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) finished[i] = silu_of(finished[i]);
-    }
-    if (!a.ragged) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) w.out[i] = narrow<T>(finished[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) {
-        if (i >= w.skipped) w.out[i] = narrow<T>(finished[i]);
-      }
-    }
-    w.out += a.out_w;
-    next_sums();
-  };
-
-#pragma unroll
-  for (int step = 0; step < OPEN - 1; ++step) {
-#pragma unroll
-    for (int j = 0; j < S; ++j, next_row()) {
-      if (inside()) take_row(j, step);
-    }
-    next_sums();
-  }
-  // From here on no row is above the piece. Steps whose rows all lie in it do not ask. Two loops by
-  // hand: nvcc 13.0 unrolls one whose bound differs between the lanes of a warp a row too far.
-  int done = 0;
-  const int full = min(w.rows, (w.in_rows - w.ih) / S);
-  for (; done + UNROLL <= full; done += UNROLL) {
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-#pragma unroll
-      for (int j = 0; j < S; ++j, next_row()) take_row(j, OPEN - 1);
-      finish();
-    }
-  }
-  for (; done < w.rows; ++done) {
-#pragma unroll
-    for (int j = 0; j < S; ++j, next_row()) {
-      if (inside()) take_row(j, OPEN - 1);
-    }
-    finish();
-  }
-}
-
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     kernel(const Arguments a) {
@@ -312,12 +149,9 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
           a);
   };
 #if DWSWAP_BULK_COPIES
-  if (a.bulk) {
-    if (threadIdx.x == 0) {
+  if (a.bulk && threadIdx.x == 0) {
 #pragma unroll 1
-      for (int i = 0; i < a.stages; ++i) barrier_init(&arrived[i]);
-    }
-    __syncthreads();
+    for (int i = 0; i < a.stages; ++i) barrier_init(&arrived[i]);
   }
 #else
   if (a.bulk) __trap();  // the host chose it for an image of sm_90
@@ -361,7 +195,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       if (a.input_bias != nullptr) input_bias = widen(static_cast<const T*>(a.input_bias)[c]);
     }
     const T* const source = unit.source<T>(a);
-    T* const target = static_cast<T*>(a.output) + (unit.plane * a.out_h + unit.first_row) * a.out_w;
+    T* const target = unit.target<T>(a);
     T* const plane = stage_at(stage) + misalignment(source) + p * unit.in_rows * a.in_w;
     const int buffer = a.buffers == 1 ? 0 : (index - first_unit) % 2;
 #if DWSWAP_BULK_COPIES
@@ -446,7 +280,11 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   Arguments a{};
   a.input = p.input, a.weight = p.weight, a.bias = p.bias, a.input_bias = p.input_bias;
   a.output = p.output;
-  a.in_elements = p.batch * p.channels * p.in_h * p.in_w;
+  a.in_image = static_cast<int>(p.channels * p.in_h * p.in_w);
+  a.out_image = static_cast<int>(p.channels * p.out_h * p.out_w);
+  const int64_t in_elements = p.batch * a.in_image;
+  if (in_elements % (kVectorBytes / sizeof(T)) != 0)
+    a.end = static_cast<const T*>(p.input) + in_elements;
   a.channels = static_cast<int>(p.channels);
   a.in_h = static_cast<int>(p.in_h), a.in_w = static_cast<int>(p.in_w);
   a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
@@ -486,22 +324,53 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   return cudaGetLastError();
 }
 
-template <typename T, bool WIDE, bool MANY_TAPS>
+// The kernel of as many columns as the cut's, one of COLUMNS.
+template <typename T, int KH, int KW, int S, int... COLUMNS>
+cudaError_t launch_columns(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
+                           bool bulk, cudaStream_t stream) {
+  cudaError_t status = cudaErrorInvalidValue;
+  const auto launch_as = [&]<int N, bool WHOLE>() {
+    status = launch<Traits<T, KH, KW, S, N, WHOLE>>(p, cut, device, bulk, stream);
+  };
+  const auto launch_if = [&]<int N>() {
+    if (cut.columns != N) return;
+    if constexpr (has_whole_rows(KH, KW, S, N)) {
+      if (whole_rows(N, p)) return launch_as.template operator()<N, true>();
+    }
+    if constexpr (N != kWholeColumns) launch_as.template operator()<N, false>();
+  };
+  (launch_if.template operator()<COLUMNS>(), ...);
+  return status;
+}
+
+template <typename T, Threads THREADS, bool MANY_TAPS>
 cudaError_t launch_cut(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
                        bool bulk, cudaStream_t stream) {
-#define DWSWAP_CASE(KH, KW, S)                                                 \
-  if constexpr (has_many_taps(KH, KW) == MANY_TAPS) {                          \
-    if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S)               \
-      return launch<Traits<T, KH, KW, S, WIDE>>(p, cut, device, bulk, stream); \
+  const auto launch_size = [&]<int KH, int KW, int S>() {
+    if constexpr (THREADS == Threads::kNarrow) {
+      return launch_columns<T, KH, KW, S, 1>(p, cut, device, bulk, stream);
+    } else if constexpr (THREADS == Threads::kWide) {
+      return launch_columns<T, KH, KW, S, kWideColumns>(p, cut, device, bulk, stream);
+    } else if constexpr (has_pairs(KH, KW, S)) {
+      return launch_columns<T, KH, KW, S, 6, kVectorColumns, 10, kWholeColumns>(p, cut, device,
+                                                                                bulk, stream);
+    } else {
+      return cudaErrorInvalidValue;
+    }
+  };
+#define DWSWAP_CASE(KH, KW, S)                                   \
+  if constexpr (has_many_taps(KH, KW) == MANY_TAPS) {            \
+    if (p.kernel_h == KH && p.kernel_w == KW && p.stride_h == S) \
+      return launch_size.template operator()<KH, KW, S>();       \
   }
   DWSWAP_PLANE_STRIPS_SIZES(DWSWAP_CASE)
 #undef DWSWAP_CASE
   return cudaErrorInvalidValue;
 }
 
-#define DWSWAP_LAUNCH_CUT(T, WIDE, MANY_TAPS)                                          \
-  cudaError_t launch_cut<T, WIDE, MANY_TAPS>(const DepthwiseConv2dParams&, const Cut&, \
-                                             const Device&, bool, cudaStream_t)
+#define DWSWAP_LAUNCH_CUT(T, THREADS, MANY_TAPS)                                                   \
+  cudaError_t launch_cut<T, Threads::THREADS, MANY_TAPS>(const DepthwiseConv2dParams&, const Cut&, \
+                                                         const Device&, bool, cudaStream_t)
 
 }  // namespace plane_strips
 }  // namespace dwswap

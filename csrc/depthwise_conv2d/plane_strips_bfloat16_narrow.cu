@@ -1,6 +1,6 @@
 #include "depthwise_conv2d/plane_strips.cuh"
 
 namespace dwswap::plane_strips {
-template DWSWAP_LAUNCH_CUT(__nv_bfloat16, false, false);
-template DWSWAP_LAUNCH_CUT(__nv_bfloat16, false, true);
+template DWSWAP_LAUNCH_CUT(__nv_bfloat16, kNarrow, false);
+template DWSWAP_LAUNCH_CUT(__nv_bfloat16, kNarrow, true);
 }  // namespace dwswap::plane_strips

@@ -15,28 +15,45 @@ namespace plane_strips {
 namespace {
 
 // How many accesses to shared memory one access of a warp becomes: lanes that want different words
-// of one bank wait for each other.
+// of one bank wait for each other. Accesses of 16 bytes are made by 8 lanes at a time.
 int bank_conflicts(const DepthwiseConv2dParams& p, const Cut& cut, int element_bytes) {
-  constexpr int kBanks = 32, kBankBytes = 4, kLanes = 32;
+  constexpr int kLanes = 32, kBankBytes = 4, kAllBytes = 128;
+  const int bytes = cut.columns == kVectorColumns ? kVectorBytes : kBankBytes;
+  const int banks = kAllBytes / bytes, together = std::min(banks, kLanes);
   const auto stride = static_cast<int>(p.stride_h);
-  const int columns = cut.wide ? kWideColumns : 1, rows = ceil_div(cut.rows, cut.groups);
+  const int rows = ceil_div(cut.rows, cut.groups);
   const int64_t plane_bytes = cut.in_bytes / cut.planes;
-  std::array<std::array<int64_t, kLanes>, kBanks> words;
-  std::array<int, kBanks> count{};
-  int most = 1;
-  for (int t = 0; t < kLanes; ++t) {
-    const int lane = t % cut.lanes, group = t / cut.lanes % cut.groups;
-    const int plane = t / cut.lanes / cut.groups;
-    const int64_t element = (int64_t{group} * rows * p.in_w + lane * columns) * stride;
-    const int64_t word = (plane * plane_bytes + element * element_bytes) / kBankBytes;
-    auto& others = words[word % kBanks];
-    int& n = count[word % kBanks];
-    if (std::find(others.begin(), others.begin() + n, word) == others.begin() + n) {
-      others[n++] = word;
+  int accesses = 0;
+  for (int first = 0; first < kLanes; first += together) {
+    std::array<std::array<int64_t, kLanes>, kLanes> words;
+    std::array<int, kLanes> count{};
+    int most = 1;
+    for (int t = first; t < first + together; ++t) {
+      const int lane = t % cut.lanes, group = t / cut.lanes % cut.groups;
+      const int plane = t / cut.lanes / cut.groups;
+      const int64_t element = (int64_t{group} * rows * p.in_w + lane * cut.columns) * stride;
+      const int64_t word = (plane * plane_bytes + element * element_bytes) / bytes;
+      auto& others = words[word % banks];
+      int& n = count[word % banks];
+      if (std::find(others.begin(), others.begin() + n, word) == others.begin() + n) {
+        others[n++] = word;
+      }
+      most = std::max(most, n);
     }
-    most = std::max(most, n);
+    accesses += most;
   }
-  return most;
+  return accesses;
+}
+
+// Elements of a row that a thread loads one by one, and accesses to all others; and to its outputs.
+struct RowAccesses {
+  int singles, loads, stores;
+};
+RowAccesses row_accesses(const Cut& cut, int in_columns) {
+  const int together = together_of(cut.columns);
+  if (together == 1) return {0, in_columns, cut.columns};
+  const int own = cut.columns / together;
+  return {in_columns - cut.columns, own, own};
 }
 
 // How many rows one thread of a warp, or another, computes in each of the kernel's two loops: the
@@ -84,10 +101,12 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const LoopRows& 
   constexpr double kUneven = 0.68;                // how much the fullest quarter counts
   constexpr double kSharedClocks = 0.57;          // per access to shared memory
   constexpr double kBytesPerClock = 20.1;         // of all copies together
+  constexpr int kSectorBytes = 32;                // that memory takes at once
+  constexpr double kSplitSectors = 1.04;          // where units share them
   constexpr double kFirst = 0.45;                 // of the time of the first copies
   constexpr double kBlockBytes = 1024;            // of shared memory, that every block takes
   constexpr double kRegisters = 64 * 1024;
-  const int columns = cut.wide ? kWideColumns : 1;
+  const int columns = cut.columns;
   const auto kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
   const auto stride = static_cast<int>(p.stride_h);
   const int taps = kernel_h * kernel_w, open = open_rows(kernel_h, stride);
@@ -97,27 +116,35 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const LoopRows& 
 
   // Loads, conversions (of half precision), multiply-adds and stores; the rows above the first one
   // of a thread contribute to fewer.
-  const int convert = element_bytes == 2 ? 2 : 1;
-  const int in_columns = (columns - 1) * stride + kernel_w;
+  const bool whole = whole_rows(columns, p);
+  const int in_columns = whole ? columns : (columns - 1) * stride + kernel_w;
+  const int beside = kernel_w / 2;  // of whole rows, columns at either end that are not there
+  const int adds = columns * taps - (whole ? kernel_h * beside * (beside + 1) : 0);
+  const int narrowed = columns / std::min(together_of(columns), 2);
+  const RowAccesses row = row_accesses(cut, in_columns);
+  const int load = row.singles + row.loads + (element_bytes == 2 ? in_columns : 0);
+  const int store = row.stores + (element_bytes == 2 ? narrowed : 0);
   const int rows = loops.unrolled + loops.asking;
-  const double compute = (rows + open - 1) * stride * in_columns * convert +
-                         (rows + 0.5 * (open - 1)) * columns * taps + rows * columns * convert +
-                         loops.asking * kAskInstructions;
+  const double compute = (rows + open - 1) * stride * load + (rows + 0.5 * (open - 1)) * adds +
+                         rows * store + loops.asking * kAskInstructions;
   // The copy engine writes what begins and ends at a vector in every image.
-  const bool engine = cut.out_bytes % kVectorBytes == 0 &&
-                      (cut.planes > 1 ? p.channels : 1) * plane_bytes % kVectorBytes == 0;
+  const auto in_steps_of = [&](int bytes) {
+    const int64_t image_bytes = (cut.planes > 1 ? p.channels : 1) * plane_bytes;
+    return cut.out_bytes % bytes == 0 && image_bytes % bytes == 0;
+  };
+  const bool engine = in_steps_of(kVectorBytes);
   const int64_t vectors = engine ? 0 : ceil_div(cut.out_bytes, kVectorBytes * 32 * warps);
   const double write =
       engine ? 0.0
              : vectors * kVectorInstructions + kVectorBytes / element_bytes * kEdgeInstructions;
   const double instructions = kUnitInstructions + segments * compute + write;
 
-  const double registers = cut.wide ? (taps <= 9    ? 80
-                                       : taps <= 25 ? 128
-                                                    : 168)
-                                    : (taps <= 9    ? 64
-                                       : taps <= 25 ? 80
-                                                    : 112);
+  const int limit = max_threads(kernel_h, kernel_w, stride, columns) *
+                    resident_blocks(kernel_h, kernel_w, stride, columns);
+  const double registers = columns > 1  ? std::floor(kRegisters / (8.0 * limit)) * 8.0
+                           : taps <= 9  ? 64
+                           : taps <= 25 ? 80
+                                        : 112;
   const double shared = static_cast<double>(cut.shared_bytes()) + kBlockBytes;
   const double resident =
       std::floor(std::min({32.0, device.shared_per_multiprocessor / shared,
@@ -138,13 +165,17 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const LoopRows& 
   const double quarters = 4 * std::ceil(together * warps / 4) / (together * warps);
   const double issue =
       work * warps * instructions / kInstructionsPerClock * (1.0 + kUneven * (quarters - 1.0));
-  const double accesses = segments * static_cast<double>(conflicts) *
-                          ((rows + open - 1) * stride * in_columns + rows * columns);
+  // The single elements of vectors are in a fourth of all banks.
+  const int singles = row.singles * (columns == kVectorColumns ? 4 : conflicts);
+  const int stores = row.stores * conflicts;
+  const double accesses = segments * ((rows + open - 1) * stride *
+                                          static_cast<double>(singles + row.loads * conflicts) +
+                                      rows * static_cast<double>(stores));
   const double banks = work * cut.threads() / 32 * accesses * kSharedClocks;
   const double in_rows = p.in_h + (strips - 1) * std::max(kernel_h - stride, 0);
   const double memory = static_cast<double>(p.batch * p.channels) *
                         (in_rows * p.in_w * element_bytes + plane_bytes) / device.multiprocessors /
-                        kBytesPerClock;
+                        kBytesPerClock * (in_steps_of(kSectorBytes) ? 1.0 : kSplitSectors);
   // Until the first copies are there nothing is computed or written.
   const double first = kFirst * together * cut.stages * cut.in_bytes / kBytesPerClock;
   // What a multiprocessor does overlaps, but for what each block does alone.
@@ -171,10 +202,10 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
       search.consider(estimate(p, cut, loops, conflicts, element_bytes, device), cut);
     }
   };
-  for (const bool wide : {true, false}) {
-    if (wide && p.out_w < kWideColumns) continue;
-    const int most_threads = max_threads(p.kernel_h, p.kernel_w, stride, wide);
-    const auto all_lanes = static_cast<int>(ceil_div(p.out_w, wide ? kWideColumns : 1));
+  for (const int columns : {kWideColumns, 1, 6, kVectorColumns, 10, kWholeColumns}) {
+    if (!allows(columns, p, element_bytes)) continue;
+    const int most_threads = max_threads(p.kernel_h, p.kernel_w, stride, columns);
+    const auto all_lanes = static_cast<int>(ceil_div(p.out_w, columns));
     const int lanes = ceil_div(all_lanes, ceil_div(all_lanes, most_threads));
     // Finer steps change little where there are many.
     for (int groups = 1; groups * lanes <= most_threads && groups <= out_h;
@@ -182,13 +213,13 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
       for (int64_t strips = 1, last = 0; strips <= out_h; strips += 1 + strips / 64) {
         const auto rows = static_cast<int>(ceil_div(int64_t{out_h}, strips));
         if (rows < groups) break;
-        if (rows != last) consider({wide, 1, rows, lanes, groups});
+        if (rows != last) consider({columns, 1, rows, lanes, groups});
         last = rows;
       }
-      if (groups == 1) consider({wide, 1, 1, lanes, 1});  // what fits if nothing else does
+      if (groups == 1) consider({columns, 1, 1, lanes, 1});  // what fits if nothing else does
       for (int planes = 2; planes <= p.channels && planes * groups * lanes <= most_threads;
            ++planes) {
-        consider({wide, planes, out_h, lanes, groups});
+        consider({columns, planes, out_h, lanes, groups});
       }
     }
   }

@@ -16,9 +16,23 @@ static_assert(kMaxStages == 2, "wait_for_groups and the cuts count on it");
 // Behind and in front of every piece, for what a thread reads beside its rows and masks.
 constexpr int kMargin = 16;
 
-// An odd number of columns keeps lanes in different shared-memory banks; 7 divides the image widths
-// of most networks.
-constexpr int kWideColumns = 7;
+// Of output, per thread. One column makes many threads of a small problem or of short rows. An odd
+// number keeps lanes in different shared-memory banks; 7 divides the image widths of most networks.
+// Even numbers are for rows of half precision, in pairs that share a word of shared memory: an odd
+// number of words, or 8 columns in one access of 16 bytes.
+constexpr int kWideColumns = 7, kVectorColumns = 8;
+// Too many for the registers of a thread, but where they are all columns of a row.
+constexpr int kWholeColumns = 14;
+enum class Threads { kNarrow, kWide, kPaired };
+constexpr Threads threads_of(int columns) {
+  return columns == 1 ? Threads::kNarrow : columns % 2 == 0 ? Threads::kPaired : Threads::kWide;
+}
+
+// Of those, in one access to shared memory.
+constexpr int together_of(int columns) {
+  if (threads_of(columns) != Threads::kPaired) return 1;
+  return columns == kVectorColumns ? kVectorColumns : 2;
+}
 
 // Rows of output that an input row contributes to.
 constexpr int open_rows(int kernel_h, int stride) { return (kernel_h + stride - 1) / stride; }
@@ -29,10 +43,18 @@ constexpr int unrolled_rows(int kernel_h, int kernel_w, int stride) {
   return kernel_h * kernel_w <= 25 ? open_rows(kernel_h, stride) : 1;
 }
 
-// Of a block: sums and taps share the registers.
-constexpr int max_threads(int kernel_h, int kernel_w, int stride, bool wide) {
-  const bool heavy = wide && kWideColumns * open_rows(kernel_h, stride) + kernel_h * kernel_w > 64;
+// Of a block, and blocks of a multiprocessor: sums and taps share the registers.
+constexpr int max_threads(int kernel_h, int kernel_w, int stride, int columns) {
+  if (threads_of(columns) == Threads::kPaired) return 128;
+  const bool heavy =
+      columns > 1 && columns * open_rows(kernel_h, stride) + kernel_h * kernel_w > 64;
   return heavy ? 128 : 256;
+}
+constexpr int resident_blocks(int kernel_h, int kernel_w, int stride, int columns) {
+  if (threads_of(columns) == Threads::kPaired)
+    return columns == kWholeColumns ? 4 : columns <= kVectorColumns ? 6 : 5;
+  const bool few_taps = kernel_h * kernel_w <= 9;
+  return few_taps || max_threads(kernel_h, kernel_w, stride, columns) < 256 ? 3 : 2;
 }
 
 // One stage and one buffer fit every GPU, so a problem that is covered has a cut.
@@ -41,7 +63,7 @@ static_assert(2 * (kStageBytes + 3 * kVectorBytes) + kStaticBytes <= Device{}.sh
 // How a problem is cut: into units of whole planes, or of a strip of rows of one plane; and a unit
 // into threads.
 struct Cut {
-  bool wide;            // columns per thread: kWideColumns, or one
+  int columns;          // of output, per thread
   int planes, rows;     // of output, per unit
   int lanes;            // threads along a row
   int groups;           // threads along the rows
@@ -74,14 +96,39 @@ inline bool is_compiled(const DepthwiseConv2dParams& p) {
   return false;
 }
 
+// The sizes with paired columns.
+constexpr bool has_pairs(int64_t kernel_h, int64_t kernel_w, int64_t stride) {
+  return kernel_h == 3 && kernel_w == 3 && stride == 1;
+}
+
+// The sizes with threads that have all columns of a row: nothing beside them is in the image.
+constexpr bool has_whole_rows(int64_t kernel_h, int64_t kernel_w, int64_t stride, int columns) {
+  if (columns == kWholeColumns) return has_pairs(kernel_h, kernel_w, stride);
+  return columns == kWideColumns && kernel_h == kernel_w && stride == 1;
+}
+inline bool whole_rows(int columns, const DepthwiseConv2dParams& p) {
+  return has_whole_rows(p.kernel_h, p.kernel_w, p.stride_h, columns) && p.in_w == columns &&
+         p.out_w == columns;
+}
+
+// Whether threads of so many columns can have a problem: of pairs and vectors, each finds its own
+// in whole words.
+inline bool allows(int columns, const DepthwiseConv2dParams& p, int element_bytes) {
+  if (p.out_w < columns) return false;
+  if (threads_of(columns) != Threads::kPaired) return true;
+  if (element_bytes != 2 || !has_pairs(p.kernel_h, p.kernel_w, p.stride_h)) return false;
+  if (columns == kWholeColumns) return whole_rows(columns, p);
+  return p.padding_w == p.kernel_w / 2 && p.in_w % together_of(columns) == 0;
+}
+
 // 5 x 5 and 7 x 7: half of the time that all sizes take to compile.
 constexpr bool has_many_taps(int64_t kernel_h, int64_t kernel_w) {
   return kernel_h * kernel_w > 21;
 }
 
-// Compiled by a file per element type and kind of thread; of wide threads, which take long, by one
-// for few taps and one for many.
-template <typename T, bool WIDE, bool MANY_TAPS>
+// Compiled by a file per element type and kind of thread; of those that take long, by one for few
+// taps and one for many.
+template <typename T, Threads THREADS, bool MANY_TAPS>
 cudaError_t launch_cut(const DepthwiseConv2dParams& params, const Cut& cut, const Device& device,
                        bool bulk, cudaStream_t stream);
 

@@ -1,6 +1,6 @@
 #include "depthwise_conv2d/plane_strips.cuh"
 
 namespace dwswap::plane_strips {
-template DWSWAP_LAUNCH_CUT(float, false, false);
-template DWSWAP_LAUNCH_CUT(float, false, true);
+template DWSWAP_LAUNCH_CUT(float, kNarrow, false);
+template DWSWAP_LAUNCH_CUT(float, kNarrow, true);
 }  // namespace dwswap::plane_strips

@@ -1,5 +1,5 @@
 #include "depthwise_conv2d/plane_strips.cuh"
 
 namespace dwswap::plane_strips {
-template DWSWAP_LAUNCH_CUT(float, true, false);
+template DWSWAP_LAUNCH_CUT(float, kWide, false);
 }

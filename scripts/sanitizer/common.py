@@ -22,7 +22,8 @@ class Placed(Protocol):
 
 def place(values: torch.Tensor, problem: Placed) -> torch.Tensor:
     """A copy on the GPU in the memory format and at the offset of the problem."""
-    laid_out = values.contiguous(memory_format=problem.memory_format)
+    # Unlike contiguous(), also where both formats are the same order of elements.
+    laid_out = values.to(memory_format=problem.memory_format)
     buffer = torch.zeros(values.numel() + problem.offset, dtype=values.dtype, device="cuda")
     return buffer.as_strided(values.shape, laid_out.stride(), problem.offset).copy_(laid_out)
 

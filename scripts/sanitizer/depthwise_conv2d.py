@@ -67,6 +67,13 @@ def problems() -> Iterator[Problem]:
                         shape = (2, channels, 9 + 6 * i, 17 - 4 * i)
                         yield direct._replace(shape=shape, offset=offset)
                     yield direct._replace(shape=(100 * stride**2, 58, 19, 21))
+                    # points: one channel of a thread, and two; with dilation; both layouts.
+                    points = ragged._replace(family="points")
+                    for channels, offset, dilation in ((58, 0, 1), (57, 0, 1), (20, 1, 2)):
+                        shape = (2, channels, 9 + 6 * i, 17 - 4 * i)
+                        point = points._replace(shape=shape, offset=offset, dilation=dilation)
+                        yield point
+                        yield point._replace(memory_format=contiguous)
                 # plane_strips: whole planes and strips, by both kinds of copies; rolling_rows.
                 ragged = ragged._replace(memory_format=contiguous)
                 small, wide = (2, 7, 9 + 6 * i, 15 + 2 * i), (1, 2, 11, 803 + i)
@@ -80,6 +87,11 @@ def problems() -> Iterator[Problem]:
         # Outputs enough for the kernels that compute many rows per thread.
         large = Problem(torch.float16, contiguous, (25, 96, 30, 31), size, family="plane_strips")
         yield large
+        # plane_strips: all columns of a row; pairs and vectors of columns.
+        yield large._replace(shape=(340, 96, 7, 7))
+        for height, width in ((9, 14), (9, 22), (112, 46), (9, 8), (112, 64), (3, 18), (57, 156)):
+            shape = (2_000_000 // (96 * height * width), 96, height, width)
+            yield large._replace(shape=shape)
         yield Problem(torch.float16, last, (25, 96, 30, 31), size)
         yield Problem(torch.float32, last, (25, 96, 30, 31), size, portable=True)
         yield large._replace(portable=True)

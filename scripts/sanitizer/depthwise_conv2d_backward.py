@@ -25,11 +25,20 @@ def problems() -> Iterator[Problem]:
                 ragged = Problem(dtype, memory_format, shape, size, stride, offset=offset)
                 yield ragged
                 yield ragged._replace(shape=(2, channels, 33, 29), extra_padding=(1, 0))
+                if memory_format is torch.channels_last:
+                    yield ragged._replace(backward="channel_sums")
+                    few = ragged._replace(backward="pixel_sums")
+                    yield few._replace(shape=(65, channels, 1, 1))
+                    yield few._replace(shape=(11, channels, 3, 2), dilation=2, stride=stride + 1)
             if memory_format is torch.channels_last:
-                # column_sums, and in half precision diagonal_sums, which have the 72 above too:
-                # several boxes, a few channels of a box.
+                # Several boxes, a few channels of a box.
+                squares = "diagonal_sums" if dtype in HALVES else "channel_sums"
+                boxes = "column_sums" if size == (3, 3) else squares
                 ragged = Problem(dtype, memory_format, (3, 136, 9, 35), size, stride)
+                ragged = ragged._replace(backward=boxes)
                 yield ragged
+                yield ragged._replace(shape=(3, 72, 9 + 6 * i, 17 - 4 * i))
+                yield ragged._replace(shape=(2, 72, 33, 29), extra_padding=(1, 0))
                 yield ragged._replace(shape=(5, 24, 15, 70))
                 yield ragged._replace(shape=(5, 40, 6, 7), extra_padding=(-1, -1))
                 yield ragged._replace(shape=(2, 72, 33, 29), backward="channel_sums")

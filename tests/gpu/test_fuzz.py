@@ -29,6 +29,7 @@ FAMILIES = (
     "channel_columns",
     "channel_tiles",
     "channel_direct",
+    "points",
     "diagonal",
     "",
     "plane_strips",

@@ -50,6 +50,7 @@ class Row:
     extra_padding: tuple[int, int] = (0, 0)
     dtypes: tuple[torch.dtype, ...] = FAST
     sizes: tuple[tuple[int, int], ...] = SIZES
+    batches: tuple[int, ...] = ()  # instead of small ones, and one that fills a GPU
     bias: bool = True  # whether "sums" asks for its gradient
 
 
@@ -61,6 +62,15 @@ COLUMN_SUMS = Row(
     kernels=((3, 3),),
     channels=(8, 24, 72, 136, 200, 520),
     sizes=(*SIZES, (1, 1), (2, 3), (28, 112)),
+)
+PIXEL_SUMS = Row(
+    "sums",
+    "pixel_sums",
+    "channels_last",
+    strides=(1, 2, 3),
+    channels=(8, 57, 66, 128),
+    sizes=((1, 1), (2, 2), (3, 3), (5, 3), (2, 7), (7, 7)),
+    batches=(1, 64, 65),
 )
 ANY_KERNEL = ((1, 1), (2, 2), (3, 1), (4, 3), (1, 11), (9, 9))
 ROWS = {
@@ -160,6 +170,15 @@ ROWS = {
     ),
     "column sums, no padding": replace(COLUMN_SUMS, channels=(24,), extra_padding=(-1, -1)),
     "column sums, more padding": replace(COLUMN_SUMS, channels=(24,), extra_padding=(1, 4)),
+    "pixel sums": PIXEL_SUMS,
+    "pixel sums, misaligned": replace(PIXEL_SUMS, layout="offset_channels_last"),
+    "pixel sums, pairs": replace(PIXEL_SUMS, layout="offset_by_pair", channels=(8, 66)),
+    "pixel sums, dilation": replace(PIXEL_SUMS, dilation=2, sizes=((1, 1), (3, 3), (5, 3))),
+    "pixel sums, no padding": replace(PIXEL_SUMS, extra_padding=(-3, -3)),
+    "pixel sums, much padding": replace(
+        PIXEL_SUMS, extra_padding=(1, 4), sizes=((1, 1), (2, 3), (3, 3))
+    ),
+    "pixel sums, no bias": replace(PIXEL_SUMS, bias=False),
     "channel sums": Row("sums", "channel_sums", "channels_last", channels=(1, 3, 8, 58, 72, 130)),
     "channel sums, misaligned": Row("sums", "channel_sums", "offset_channels_last"),
     "channel sums, pairs": Row("sums", "channel_sums", "offset_by_pair", channels=(8, 58)),
@@ -206,7 +225,7 @@ def _family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
-    """Small batches, one without N, and one size whose batch fills a GPU."""
+    """Small batches or those of the row, one without N, and one size whose batch fills a GPU."""
     count = 0
     for kernel, stride in itertools.product(row.kernels, row.strides):
         padding = [row.dilation * side // 2 for side in kernel]
@@ -220,7 +239,8 @@ def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
             channels = row.channels[count % len(row.channels)]
             count += 1
             height, width = (max(pair) for pair in zip(size, least, strict=True))
-            many = i == len(row.sizes) and DEVICE != "cpu"
+            many = i == len(row.sizes) and not row.batches and DEVICE != "cpu"
+            batches = row.batches or (1, 2, 3)
             yield Case(
                 dtype,
                 row.layout,
@@ -228,7 +248,7 @@ def problems(row: Row, dtype: torch.dtype) -> Iterator[Case]:
                 if count % 5 == 0
                 else -(-(1 << 20) // (height * width))
                 if many
-                else 1 + count % 3,
+                else batches[count % len(batches)],
                 min(channels, 8) if many else channels,
                 height,
                 width,
@@ -335,7 +355,7 @@ def test_nan_reaches_exactly_its_windows(row, dtype):
 
 @each_row
 def test_the_same_bits_every_time(row, dtype):
-    for case in problems(replace(row, sizes=((33, 29),)), dtype):
+    for case in problems(row if row.batches else replace(row, sizes=((33, 29),)), dtype):
         input, weight, *_ = make_tensors(case, DEVICE)
         grad = gradient_of_output(case)
         first = wanted(row, ours(row, case, grad, input, weight))
@@ -361,6 +381,16 @@ def test_only_what_is_asked_for(layout, stride, dtype):
             assert (result is not None) == asked
             if asked:
                 torch.testing.assert_close(result, reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=lambda dtype: str(dtype)[6:])
+def test_few_pixels_have_kernels_of_their_own(dtype):
+    for size, few in ((1, True), (3, True), (56, False)):
+        case = Case(dtype, "channels_last", 64, 128, size, size, (3, 3), (1, 1), (1, 1))
+        input, weight, *_ = make_tensors(case, "cuda")
+        found = backward_families(input, input, weight, *geometry(case), ALL)
+        assert (found[1] == "pixel_sums") == few, f"{found} for {case}"
 
 
 @pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=lambda dtype: str(dtype)[6:])

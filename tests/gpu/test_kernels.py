@@ -67,11 +67,17 @@ def test_portable_kernels(row, dtype, monkeypatch):
 def test_every_activation(row, dtype):
     judge = Judge()
     case = list(problems(row, dtype))[len(row.sizes) // 2]
-    for side in ("input_activation", "activation")[not row.transforms_input :]:
+    sides = (("none", "{}"), ("{}", "none"), ("{}", "{}"))[: 3 if row.transforms_input else 1]
+    for before, after in sides:
         for seed, name in enumerate(row.activations):
-            plain = {"input_activation": "none", "activation": "none"}
-            plain["input_bias"] = row.transforms_input and seed % 2 == 1
-            forward_errors(replace(case, seed=seed, **{**plain, side: name}), DEVICE, judge)
+            one = replace(
+                case,
+                seed=seed,
+                input_bias=row.transforms_input and seed % 2 == 1,
+                input_activation=before.format(name),
+                activation=after.format(name),
+            )
+            forward_errors(one, DEVICE, judge)
     judge.check()
 
 
@@ -110,6 +116,7 @@ HALF = torch.float16
 CHOSEN = (
     ("channel_columns", Case(HALF, "channels_last", 64, 144, 56, 56, (3, 3), padding=(1, 1))),
     ("channel_direct", Case(HALF, "channels_last", 64, 58, 28, 28, (3, 3), padding=(1, 1))),
+    ("points", Case(HALF, "channels_last", 1, 960, 7, 7, (3, 3), padding=(1, 1))),
     ("channel_tiles", Case(HALF, "channels_last", 1, 144, 56, 56, (3, 3), padding=(1, 1))),
     (
         "channel_tiles",
@@ -118,12 +125,14 @@ CHOSEN = (
     ("diagonal", Case(HALF, "channels_last", 64, 96, 56, 56, (7, 7), padding=(3, 3))),
     ("plane_bands", Case(HALF, "contiguous", 64, 96, 56, 56, (7, 7), padding=(3, 3))),
     ("plane_strips", Case(HALF, "contiguous", 64, 144, 56, 56, (3, 3), padding=(1, 1))),
-    ("rolling_rows", Case(HALF, "contiguous", 1, 960, 7, 7, (3, 3), padding=(1, 1))),
+    ("points", Case(HALF, "contiguous", 1, 960, 7, 7, (3, 3), padding=(1, 1))),
+    ("rolling_rows", Case(HALF, "contiguous", 4, 960, 7, 7, (3, 3), padding=(1, 1))),
     ("toeplitz", Case(HALF, "contiguous", 2, 96, 32, 32, (31, 31), padding=(15, 15))),
     (
         "toeplitz",
         Case(HALF, "contiguous", 8, 96, 33, 33, (5, 5), padding=(4, 4), dilation=(2, 2)),
     ),
+    ("points", Case(HALF, "channels_last", 256, 57, 33, 33, (3, 3), (3, 3), padding=(1, 1))),
     ("general", Case(HALF, "contiguous", 1, 960, 7, 7, (4, 4), padding=(1, 1))),
 )
 

@@ -23,6 +23,7 @@ HALF = torch.float16
 FAMILIES = {
     "channel_columns": Case(HALF, "channels_last", 64, 72, 29, 31, (3, 3), padding=(1, 1)),
     "channel_direct": Case(HALF, "channels_last", 8, 58, 29, 31, (3, 3), padding=(1, 1)),
+    "points": Case(HALF, "channels_last", 1, 58, 19, 21, (3, 3), padding=(1, 1)),
     "channel_tiles": Case(HALF, "channels_last", 4, 72, 29, 31, (5, 5), padding=(2, 2)),
     "plane_strips": Case(HALF, "contiguous", 8, 72, 29, 31, (3, 3), padding=(1, 1)),
     "rolling_rows": Case(HALF, "contiguous", 4, 36, 29, 31, (5, 5), (2, 2), (2, 2), multiplier=2),

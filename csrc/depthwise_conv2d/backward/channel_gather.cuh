@@ -9,6 +9,7 @@
 // waits for memory once.
 #pragma once
 
+#include "common/alignment.h"
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/backward/gather.h"
@@ -126,23 +127,14 @@ cudaError_t launch(const GradientParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// Whether a pair of channels is one aligned access.
-template <typename T>
-bool in_pairs(const GradientParams& p) {
-  const uint64_t places =
-      static_cast<uint64_t>(p.channels) * sizeof(T) | reinterpret_cast<uintptr_t>(p.grad_output) |
-      reinterpret_cast<uintptr_t>(p.weight) | reinterpret_cast<uintptr_t>(p.grad_input);
-  return places % (2 * sizeof(T)) == 0;
-}
-
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const GradientParams& p, cudaStream_t stream) {
-#define DWSWAP_CASE(K)                                          \
-  if (p.kernel_h == K) {                                        \
-    return in_pairs<T>(p) ? launch<Traits<T, 2, K>>(p, stream)  \
-                          : launch<Traits<T, 1, K>>(p, stream); \
-  }
+  const bool pairs =
+      aligned_to(2 * sizeof(T), p.channels * sizeof(T), {p.grad_output, p.weight, p.grad_input});
+#define DWSWAP_CASE(K) \
+  if (p.kernel_h == K) \
+    return pairs ? launch<Traits<T, 2, K>>(p, stream) : launch<Traits<T, 1, K>>(p, stream);
   DWSWAP_CASE(3)
   DWSWAP_CASE(5)
   DWSWAP_CASE(7)

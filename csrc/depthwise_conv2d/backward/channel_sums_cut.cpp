@@ -1,5 +1,6 @@
 #include "depthwise_conv2d/backward/channel_sums_cut.h"
 
+#include "common/alignment.h"
 #include "common/integer.h"
 
 namespace dwswap {
@@ -8,19 +9,14 @@ namespace {
 
 constexpr int kSectorBytes = 32;
 
-bool in_pairs(const GradientParams& p, uint64_t element_bytes) {
-  const uint64_t places = static_cast<uint64_t>(p.channels) * element_bytes |
-                          reinterpret_cast<uintptr_t>(p.grad_output) |
-                          reinterpret_cast<uintptr_t>(p.input);
-  return places % (2 * element_bytes) == 0;
-}
-
 }  // namespace
 
 Cut choose_cut(const GradientParams& p, int multiprocessors) {
   Cut cut{};
   const int element_bytes = bytes_of(p.dtype);
-  cut.channels = in_pairs(p, element_bytes) ? most_channels(p.kernel_h, element_bytes) : 1;
+  const bool pairs =
+      aligned_to(2 * element_bytes, p.channels * element_bytes, {p.grad_output, p.input});
+  cut.channels = pairs ? most_channels(p.kernel_h, element_bytes) : 1;
   const int64_t vectors = p.channels / cut.channels;
   cut.slices = static_cast<int>(ceil_div(vectors, kMostVectors));
   cut.vectors = static_cast<int>(ceil_div(vectors, cut.slices));

@@ -25,6 +25,7 @@ constexpr Family kInputFamilies[] = {
     {{"general", no_bytes, launch_general_gather}, always},
 };
 constexpr Family kWeightFamilies[] = {
+    {{"pixel_sums", no_bytes, launch_pixel_sums}, covers_pixel_sums, suits_pixel_sums},
     {{"column_sums", column_sums_workspace_bytes, launch_column_sums}, covers_column_sums},
     {{"diagonal_sums", diagonal_sums_workspace_bytes, launch_diagonal_sums}, covers_diagonal_sums},
     {{"channel_sums", channel_sums_workspace_bytes, launch_channel_sums}, covers_channel_sums},

@@ -69,6 +69,10 @@ bool covers_plane_sums(const GradientParams& params);
 int64_t plane_sums_workspace_bytes(const GradientParams& params);
 cudaError_t launch_plane_sums(const GradientParams& params, cudaStream_t stream);
 
+bool covers_pixel_sums(const GradientParams& params);
+bool suits_pixel_sums(const GradientParams& params);
+cudaError_t launch_pixel_sums(const GradientParams& params, cudaStream_t stream);
+
 // Covers everything.
 int64_t general_sums_workspace_bytes(const GradientParams& params);
 cudaError_t launch_general_sums(const GradientParams& params, cudaStream_t stream);

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "common/alignment.h"
 #include "depthwise_conv2d/backward/sums.h"
 #include "depthwise_conv2d/tensor_map.h"
 
@@ -14,10 +15,8 @@ inline bool reads_strips(const GradientParams& p) {
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
   constexpr uint64_t kCopyEngineBytes = 16;
   if (!p.channels_last() || !sums_squares(p) || p.multiplier != 1 || p.is_dilated()) return false;
-  const uint64_t places = static_cast<uint64_t>(p.channels) * bytes_of(p.dtype) |
-                          reinterpret_cast<uintptr_t>(p.grad_output) |
-                          reinterpret_cast<uintptr_t>(p.input);
-  return reads_boxes(current_device()) && places % kCopyEngineBytes == 0 &&
+  return reads_boxes(current_device()) &&
+         aligned_to(kCopyEngineBytes, p.channels * bytes_of(p.dtype), {p.grad_output, p.input}) &&
          p.batch * p.out_h * p.out_w <= kLimit && p.in_h + 2 * p.padding_h <= kLimit &&
          p.in_w + 2 * p.padding_w <= kLimit && p.channels <= kLimit;
 }

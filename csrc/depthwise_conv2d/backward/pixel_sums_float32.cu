@@ -1,0 +1,5 @@
+#include "depthwise_conv2d/backward/pixel_sums.cuh"
+
+namespace dwswap::pixel_sums {
+template cudaError_t launch_typed<float>(const GradientParams&, cudaStream_t);
+}

@@ -1,0 +1,5 @@
+#include "depthwise_conv2d/plane_strips.cuh"
+
+namespace dwswap::plane_strips {
+template DWSWAP_LAUNCH_CUT(__nv_bfloat16, kPaired, false);
+}

@@ -1,0 +1,221 @@
+// What a thread of plane_strips does of a unit: it walks down the rows of its columns.
+#pragma once
+
+#include "common/numeric.cuh"
+#include "depthwise_conv2d/form.cuh"
+#include "depthwise_conv2d/params.h"
+#include "depthwise_conv2d/plane_strips_cut.h"
+
+namespace dwswap {
+namespace plane_strips {
+
+template <typename T_, int KH_, int KW_, int STRIDE_, int COLUMNS_, bool WHOLE_>
+struct Traits {
+  using T = T_;
+  static constexpr int kKernelH = KH_;
+  static constexpr int kKernelW = KW_;
+  static constexpr int kStride = STRIDE_;
+  static constexpr int kColumns = COLUMNS_;
+  static constexpr int kTogether = together_of(COLUMNS_);
+  static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + KW_;
+  // Only so many columns at either end of a thread's row can lie outside the image.
+  static constexpr int kMaxPaddingW = KW_ / 2;
+  // A thread has all columns of a row: they always do.
+  static constexpr bool kWhole = WHOLE_;
+  static constexpr bool is_outside(int column) {
+    return WHOLE_ && (column < kMaxPaddingW || column >= kMaxPaddingW + COLUMNS_);
+  }
+  // The activations that are compiled into the loads. Networks have none between large kernels; a
+  // single column would take its gates once per tap.
+  static constexpr bool kClamps = KH_ * KW_ <= 25;
+  static constexpr bool kGates = kClamps && COLUMNS_ > 1;
+  static constexpr int kOpenRows = open_rows(KH_, STRIDE_);
+  static constexpr int kMaxThreads = max_threads(KH_, KW_, STRIDE_, COLUMNS_);
+  static constexpr int kMinBlocks = resident_blocks(KH_, KW_, STRIDE_, COLUMNS_);
+};
+
+struct Arguments {
+  const void* input;
+  const void* weight;
+  const void* bias;
+  const void* input_bias;
+  void* output;
+  const void* end;          // of the input, where that is no multiple of 16 bytes; else null
+  int in_image, out_image;  // elements of a sample
+  int channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
+  int planes, rows, group_rows;  // of output, per unit and per thread
+  int share, longer_shares;      // units of a block, and blocks that have one more
+  int stages, buffers;
+  int in_bytes, out_bytes;  // of a stage and of a buffer, margins included
+  Divisor by_strips, by_images, by_lanes, by_groups;
+  bool bulk;    // copies by the copy engine
+  bool ragged;  // threads share columns
+  Form form;    // kRelu is kClamp
+  bool transforms_input, reversed_taps;
+  Activation input_activation, activation;
+};
+
+// What one thread computes of a unit: rows of some neighbouring columns.
+template <typename T>
+struct Walk {
+  int rows;      // of output
+  int in_rows;   // of the piece
+  int ih, iw;    // the first row and column that it reads; the row counts from that of the piece
+  const T* row;  // where they lie
+  T* out;        // where its first row goes
+  int skipped;   // columns that a neighbour stores
+};
+
+// The elements that a thread sees of a row.
+template <typename Traits>
+__device__ __forceinline__ void load_row(const typename Traits::T* row,
+                                         float (&x)[Traits::kInputColumns]) {
+  constexpr int N = Traits::kInputColumns, STEP = Traits::kTogether;
+  // Those of its own columns together, behind and in front of those in the padding's place.
+  constexpr int FIRST = STEP == 1 ? 0 : Traits::kMaxPaddingW, LAST = FIRST + Traits::kColumns;
+#pragma unroll
+  for (int c = 0; c < N; ++c) {
+    if (Traits::is_outside(c)) continue;
+    if (STEP == 1 || c < FIRST || c >= LAST) {
+      x[c] = widen(row[c]);
+    } else if ((c - FIRST) % STEP == 0) {
+      float part[STEP];
+      load(row + c, part);
+#pragma unroll
+      for (int e = 0; e < STEP; ++e) x[c + e] = part[e];
+    }
+  }
+}
+
+// Of a row of output, all columns but those that a neighbour stores.
+template <typename Traits>
+__device__ __forceinline__ void store_row(typename Traits::T* out,
+                                          const float (&x)[Traits::kColumns], bool ragged,
+                                          int skipped) {
+  constexpr int STEP = Traits::kTogether;
+#pragma unroll
+  for (int i = 0; i < Traits::kColumns; i += STEP) {
+    if (ragged && i < skipped) continue;
+    float part[STEP];
+#pragma unroll
+    for (int e = 0; e < STEP; ++e) part[e] = x[i + e];
+    store(out + i, part);
+  }
+}
+
+template <typename Traits, Form FORM>
+__device__ __forceinline__ void walk(Walk<typename Traits::T> w,
+                                     const float (&taps)[Traits::kKernelH * Traits::kKernelW],
+                                     float bias, float input_bias, const Arguments& a) {
+  using T = typename Traits::T;
+  constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, S = Traits::kStride;
+  constexpr int COLUMNS = Traits::kColumns, IN_COLUMNS = Traits::kInputColumns;
+  constexpr int EDGE = Traits::kMaxPaddingW, OPEN = Traits::kOpenRows;
+  constexpr int UNROLL = FORM == Form::kAny ? 1 : unrolled_rows(KH, KW, S);
+  const float in_low = low_of(a.input_activation), in_high = high_of(a.input_activation);
+  const float low = low_of(a.activation), high = high_of(a.activation);
+
+  // sums[q] is the row of output whose window began q steps ago; a step takes S rows of input.
+  float sums[OPEN][COLUMNS];
+#pragma unroll
+  for (int q = 0; q < OPEN; ++q) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) sums[q][i] = bias;
+  }
+  const auto take_row = [&](int j, int oldest) {
+    float x[IN_COLUMNS];
+    load_row<Traits>(w.row, x);
+#pragma unroll
+    for (int c = 0; c < IN_COLUMNS; ++c) {
+      if (Traits::is_outside(c)) continue;
+      if constexpr (FORM == Form::kClamp) x[c] = clamp(x[c] + input_bias, in_low, in_high);
+      if constexpr (FORM == Form::kHardswish) x[c] = hardswish_of(x[c] + input_bias);
+      if constexpr (FORM == Form::kSilu) x[c] = silu_of(x[c] + input_bias);
+    }
+#pragma unroll
+    for (int c = 0; c < EDGE && !Traits::kWhole; ++c) {
+      constexpr int LAST = IN_COLUMNS - 1;
+      if (w.iw + c < 0) x[c] = 0.0f;
+      if (w.iw + LAST - c >= a.in_w) x[LAST - c] = 0.0f;
+    }
+#pragma unroll
+    for (int q = 0; q < OPEN; ++q) {
+      const int kh = S * q + j;
+      if (q > oldest || kh >= KH) continue;
+#pragma unroll
+      for (int kw = 0; kw < KW; ++kw) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS; ++i) {
+          if (!Traits::is_outside(i * S + kw)) sums[q][i] += x[i * S + kw] * taps[kh * KW + kw];
+        }
+      }
+    }
+  };
+  const auto next_row = [&] { ++w.ih, w.row += a.in_w; };
+  const auto inside = [&] {
+    return static_cast<unsigned>(w.ih) < static_cast<unsigned>(w.in_rows);
+  };
+  const auto next_sums = [&] {
+#pragma unroll
+    for (int q = OPEN - 1; q > 0; --q) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) sums[q][i] = sums[q - 1][i];
+    }
+#pragma unroll
+    for (int i = 0; i < COLUMNS; ++i) sums[0][i] = bias;
+  };
+  const auto finish = [&] {
+    auto& finished = sums[OPEN - 1];
+    if constexpr (FORM == Form::kAny) activate(finished, a.activation);
+    if constexpr (FORM == Form::kClamp) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) finished[i] = clamp(finished[i], low, high);
+    }
+    if constexpr (FORM == Form::kHardswish) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) finished[i] = hardswish_of(finished[i]);
+    }
+    if constexpr (FORM == Form::kSilu) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i) finished[i] = silu_of(finished[i]);
+    }
+    if (a.ragged) {
+      store_row<Traits>(w.out, finished, true, w.skipped);
+    } else {
+      store_row<Traits>(w.out, finished, false, 0);
+    }
+    w.out += a.out_w;
+    next_sums();
+  };
+
+#pragma unroll
+  for (int step = 0; step < OPEN - 1; ++step) {
+#pragma unroll
+    for (int j = 0; j < S; ++j, next_row()) {
+      if (inside()) take_row(j, step);
+    }
+    next_sums();
+  }
+  // From here on no row is above the piece. Steps whose rows all lie in it do not ask. Two loops by
+  // hand: nvcc 13.0 unrolls one whose bound differs between the lanes of a warp a row too far.
+  int done = 0;
+  const int full = min(w.rows, (w.in_rows - w.ih) / S);
+  for (; done + UNROLL <= full; done += UNROLL) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+#pragma unroll
+      for (int j = 0; j < S; ++j, next_row()) take_row(j, OPEN - 1);
+      finish();
+    }
+  }
+  for (; done < w.rows; ++done) {
+#pragma unroll
+    for (int j = 0; j < S; ++j, next_row()) {
+      if (inside()) take_row(j, OPEN - 1);
+    }
+    finish();
+  }
+}
+
+}  // namespace plane_strips
+}  // namespace dwswap

@@ -1,0 +1,5 @@
+#include "depthwise_conv2d/points.cuh"
+
+namespace dwswap::points {
+template cudaError_t launch_typed<float>(const DepthwiseConv2dParams&, cudaStream_t);
+}
