@@ -45,21 +45,16 @@ bool suits_channel_direct(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32;
   if (p.stride_h == 2 && (is_float || !is_stream(p))) return true;
   if (p.channels * bytes_of(p.dtype) % kCopyEngineBytes != 0) return true;
-  if (outputs_per_multiprocessor(p) < 600) return true;  // and points is slower
   return p.out_h * p.out_w <= kTinyImage && !is_stream(p);
 }
 
-// Few outputs, so that all are under way at once. In channels_last the copies of channel_tiles cost
-// float32 less than the loads of a whole window per output do, and stride 2 shares few of them.
+// Few outputs, so that all are under way at once. In channels_last other families load an element
+// for several outputs, of which those of stride 2 share few.
 bool suits_points(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32;
   int64_t most = 1000;
   if (p.in_layout == Layout::kChannelsLast) {
-    if (p.stride_h > 1) {
-      most = is_float ? 2500 : 4000;
-    } else if (is_float) {
-      most = 350;
-    }
+    most = p.stride_h == 1 ? (is_float ? 600 : 1000) : (is_float ? 1700 : 3000);
   }
   return outputs_per_multiprocessor(p) <= most;
 }
