@@ -47,15 +47,17 @@ def copy_model(model: nn.Module) -> nn.Module:
     deepcopy refuses, are copied by value.
 
     Raises:
-        ValueError: the model holds something that cannot be copied.
+        ValueError: the model holds something that cannot be copied, or is not.
     """
     try:
-        return _deepcopy(model, _non_leaf_tensors(model))
+        result = _deepcopy(model, _non_leaf_tensors(model))
     except Exception as error:  # whatever a user's attribute raises
         raise ValueError(
             f"model must be one that copy.deepcopy can copy, or use inplace=True; got a "
             f"{type(model).__name__} for which it fails: {type(error).__name__}: {error}"
         ) from error
+    _check_apart(model, result)
+    return result
 
 
 def share_model(model: nn.Module) -> nn.Module:
@@ -64,7 +66,7 @@ def share_model(model: nn.Module) -> nn.Module:
     Costs no memory for them. All else is copied, as a forward may change it.
 
     Raises:
-        ValueError: the model holds something that cannot be copied.
+        ValueError: the model holds something that cannot be copied, or is not.
     """
     memo = _non_leaf_tensors(model)
     for module in model.modules():
@@ -74,12 +76,14 @@ def share_model(model: nn.Module) -> nn.Module:
             for hook in (getattr(module, name, None) or {}).values():
                 memo[id(hook)] = hook
     try:
-        return _deepcopy(model, memo)
+        result = _deepcopy(model, memo)
     except Exception as error:  # whatever a user's attribute raises
         raise ValueError(
             f"model must have attributes that copy.deepcopy can copy; got a "
             f"{type(model).__name__} for which it fails: {type(error).__name__}: {error}"
         ) from error
+    _check_apart(model, result)
+    return result
 
 
 def shell_model(model: nn.Module) -> nn.Module:
@@ -172,6 +176,19 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if isinstance(copied, nn.Module) and not isinstance(copied, torch.jit.ScriptModule):
             copied.training = module.training
     return result
+
+
+def _check_apart(model: nn.Module, copied: nn.Module) -> None:
+    """What is done to a copy must not reach the model: a class may say that it is its own copy."""
+    own = {id(module) for module in model.modules()}
+    for path, module in copied.named_modules():
+        if id(module) not in own or isinstance(module, torch.jit.ScriptModule):
+            continue
+        if module._modules or module._parameters or module._buffers:
+            raise ValueError(
+                f"model must have modules that copy.deepcopy copies; got a "
+                f"{type(model).__name__} whose {path!r}, a {type(module).__name__}, is its own copy"
+            )
 
 
 def _non_leaf_tensors(model: nn.Module) -> dict[int, Any]:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.modules import module as module_globals
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dwswap.copying import share_model
 from dwswap.eligibility import is_convolution
+from dwswap.forward_code import package_of
 
 __all__ = ["Arguments", "ObservedShapes", "observe_shapes", "runnable_copy"]
 
@@ -95,20 +101,29 @@ def observe_shapes(model: nn.Module, arguments: Arguments) -> ObservedShapes:
     A model whose control flow reads tensor values stops a fake run. What came before it counts;
     then the model runs once on the real tensors. On the meta device there are none to read.
 
+    No hook of the user is called. One on a forward may change what the module gets or returns, so
+    the run ends where it would be called, and what comes after it stays unknown.
+
     Raises:
-        ValueError: the model fails on ``arguments``.
+        ValueError: the model fails on ``arguments``, or cannot be copied.
     """
+    share_model(model)  # which fails, if it does, whatever the inputs are
     seen = ObservedShapes()
+    everywhere = (module_globals._global_forward_pre_hooks, module_globals._global_forward_hooks)
+    if _has_users(getattr(model, "_forward_pre_hooks", {}), *everywhere):
+        return seen
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         subject = runnable_copy(model, mode.from_tensor)
-        with _recording(subject, seen), torch.no_grad(), mode:
+        _record(subject, seen)
+        with _up_to_hooks(subject), torch.no_grad(), mode:
             arguments.map(mode.from_tensor).call(subject)
     except Exception as reason:  # anything: a real run decides
         try:
             if not any(p.is_meta for p in model.parameters()):
                 subject = runnable_copy(model)
-                with _recording(subject, seen):
+                _record(subject, seen)
+                with _up_to_hooks(subject):
                     run(subject, arguments)
         except Exception as error:
             raise ValueError(
@@ -167,25 +182,54 @@ def run(model: nn.Module, arguments: Arguments) -> Any:
         return arguments.map(Tensor.clone).call(model)
 
 
+class _Unknown(BaseException):
+    """Ends a run where a hook would be called. No Exception, which the model might catch."""
+
+
 @contextlib.contextmanager
-def _recording(model: nn.Module, seen: ObservedShapes) -> Iterator[None]:
-    def record(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                seen.modules.setdefault(path, tuple(args[0].shape))
+def _up_to_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the user's hooks from ``model``, a copy to throw away; a run ends at the first of them.
 
-        return hook
+    Those of backward, which a forward calls that computes gradients, change no shapes.
+    """
 
-    handles = [
-        module.register_forward_pre_hook(record(path))
-        for path, module in model.named_modules()
-        if is_convolution(module) and not isinstance(module, torch.jit.ScriptModule)
-    ]
-    try:
+    def stop(*_: Any) -> None:
+        raise _Unknown
+
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # has none
+            continue
+        module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+        if _has_users(module._forward_pre_hooks):
+            module._forward_pre_hooks = OrderedDict()
+            module.register_forward_pre_hook(stop)
+        if _has_users(module._forward_hooks):
+            module._forward_hooks = OrderedDict()
+            module.register_forward_hook(stop)
+    with contextlib.suppress(_Unknown):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _has_users(*hooks: Mapping[int, Any]) -> bool:
+    """Whether any is neither PyTorch's nor ours. A module may not work without these, as that of
+    ``weight_norm``, which computes the weight."""
+    for hook in itertools.chain.from_iterable(each.values() for each in hooks):
+        function = hook.func if isinstance(hook, partial) else hook
+        if package_of(str(getattr(function, "__module__", None))) not in ("torch", "dwswap"):
+            return True
+    return False
+
+
+def _record(model: nn.Module, seen: ObservedShapes) -> None:
+    """Have ``model``, a copy to throw away, note the input shapes of its convolutions."""
+
+    def record(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            seen.modules.setdefault(path, tuple(args[0].shape))
+
+    for path, module in model.named_modules():
+        if is_convolution(module) and not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_pre_hook(partial(record, path))
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -203,12 +247,14 @@ class _ShapeRecorder(fx.Interpreter):
 def _node_shapes(
     graph_module: fx.GraphModule, arguments: Arguments
 ) -> dict[fx.Node, tuple[int, ...]]:
+    if any(map(is_lazy, (*graph_module.parameters(), *graph_module.buffers()))):
+        return {}  # no fake tensor can stand for what has no shape yet
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     subject = runnable_copy(graph_module, mode.from_tensor)
     assert isinstance(subject, fx.GraphModule)
     recorder = _ShapeRecorder(subject)
     # A graph that needs real values yields the shapes up to there.
-    with torch.no_grad(), mode, contextlib.suppress(Exception):
+    with _up_to_hooks(subject), torch.no_grad(), mode, contextlib.suppress(Exception):
         recorder.run(*arguments.map(mode.from_tensor).positional(graph_module.forward))
     pairs = zip(graph_module.graph.nodes, subject.graph.nodes, strict=True)
     return {node: recorder.shapes[copy] for node, copy in pairs if copy in recorder.shapes}

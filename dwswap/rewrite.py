@@ -95,7 +95,8 @@ def optimize(
         model: ``nn.Module``, ``torch.fx.GraphModule`` or ``torch.export.ExportedProgram``, on any
             device.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-            Tells the report the shapes, and finds some more convolutions in functional form.
+            Tells the report the shapes, and finds some more convolutions in functional form. No
+            hook is called for that: what comes after the first one on a forward stays unknown.
         inplace: do not copy the weights. Where modules are replaced, they are replaced in
             ``model`` itself, which is returned; a new graph shares the weights of ``model`` that
             nothing was folded into. (A ``GraphModule`` is changed itself, a program never.)
@@ -105,7 +106,8 @@ def optimize(
             keeps it as it is. For a functional call it gets the module that makes it.
         verify: compare every swapped layer and the whole model with a float64 run of the original
             on ``example_inputs``; put back what has more than twice PyTorch's own error. A model
-            with graphs inside that fails is swapped without them.
+            with graphs inside that fails is swapped without them. The runs are of copies, on real
+            tensors, and call their hooks; so does the one of ``select="measured"``.
         select: ``"always"`` swaps what can be swapped. ``"measured"`` times every layer's forward
             on the GPU, as ``example_inputs`` reach it and without what it may absorb, and puts
             back where PyTorch's kernel is more than 3 % faster. The times are cached on disk, so

@@ -5,10 +5,12 @@ dtype, plus one ulp of the result's scale (1024 in float64); shapes, dtypes and 
 Float32 is computed in float32, without TF32.
 
 An error is the largest of all elements, and chance decides which of two is larger where these are
-few: a model with one logit may be exact by luck. So PyTorch's error in a small output of the model
-is the largest of several runs, on inputs that differ by one ulp. Where BatchNorm was folded, the
-weights have been rounded once more, which no sum over pixels averages out; so PyTorch's error is
-then also that of runs, fewer for large outputs, whose weights have an error of the same variance.
+few: a model with one logit may be exact by luck, and of an output that ends in a clamp only what
+lies between its ends is rounded. So PyTorch's error in an output of the model with few inexact
+elements is the largest of several runs, on inputs that differ by one ulp. Where BatchNorm was
+folded, the weights have been rounded once more, which no sum over pixels averages out; so
+PyTorch's error is then also that of runs, fewer for other outputs, whose weights have an error of
+the same variance.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from dwswap.swapped_layers import LayerCall, put_back, run_watched
 
 __all__ = ["compare", "verify_result"]
 
-# Outputs of fewer elements are judged by the error of as many more runs.
+# Outputs of fewer inexact elements are judged by the error of as many more runs.
 _FEW = 256
 _RUNS = 16
 _RUNS_OF_MANY = 3
@@ -69,7 +71,7 @@ def _verify(
     exact = _run_original(exact_model, arguments.map(_double), "float64")
     graphs = (m for m in result.modules() if isinstance(m, fx.GraphModule))
     folded = any(FOLDED in graph.meta for graph in graphs)
-    pooled = _pooled_errors(model, exact_model, arguments, original, folded)
+    pooled = _pooled_errors(model, exact_model, arguments, (original, exact), folded)
     del exact_model
 
     errors: dict[str, LayerErrors] = {}
@@ -147,15 +149,22 @@ def _composite(
 
 
 def _pooled_errors(
-    model: nn.Module, exact_model: nn.Module, arguments: Arguments, original: Any, folded: bool
+    model: nn.Module,
+    exact_model: nn.Module,
+    arguments: Arguments,
+    outputs: tuple[Any, Any],
+    folded: bool,
 ) -> dict[str, float]:
-    """PyTorch's largest error in every small output, over runs on slightly different inputs.
+    """PyTorch's largest error in every output with few inexact elements, over runs on slightly
+    different inputs.
 
     Args:
-        folded: also in large outputs, and with weights as if they had been rounded once more.
+        outputs: of the two models on ``arguments``.
+        folded: also in other outputs, and with weights as if they had been rounded once more.
     """
-    floats = {p: t for p, t in _leaves(original).items() if _is_float(t)}
-    few = {path for path, tensor in floats.items() if _is_few(tensor)}
+    original, references = map(_leaves, outputs)
+    floats = {p: t for p, t in original.items() if _is_float(t)}
+    few = {path for path, tensor in floats.items() if _is_few(tensor, references.get(path))}
     pooled = dict.fromkeys(floats if folded else few, 0.0)
     subject = copy_model(model) if folded else model
     generator = torch.Generator().manual_seed(0)
@@ -182,8 +191,13 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
 
 
-def _is_few(value: Any) -> bool:
-    return _is_float(value) and value.numel() < _FEW
+def _is_few(result: Tensor, exact: Any) -> bool:
+    """Whether few elements of ``result`` are inexact. Of float64 no element is known to be."""
+    if result.numel() < _FEW or result.dtype == torch.float64:
+        return result.numel() < _FEW
+    if not isinstance(exact, Tensor) or exact.shape != result.shape:
+        return False
+    return int((result.double() != exact).sum()) < _FEW
 
 
 @torch.no_grad()

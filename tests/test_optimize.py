@@ -7,6 +7,7 @@ import gc
 import logging
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -470,3 +471,46 @@ def test_what_is_made_in_inference_mode_can_be_trained(fuse: bool) -> None:
     for subject in (fast, plain):
         subject(image()).sum().backward()
         assert all(p.grad is not None for p in subject.parameters())
+
+
+class OwnCopy(nn.Sequential):
+    """As of frozen parts of a model that its copies are to share."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnCopy:
+        return self
+
+
+@pytest.mark.parametrize("inputs", [(), (torch.ones(1, 8, 6, 6),)], ids=["alone", "with inputs"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("call", [dwswap.optimize, dwswap.explain])
+def test_a_module_that_is_its_own_copy_is_left_alone(
+    call: Callable[..., Any], training: bool, inputs: tuple[Tensor, ...]
+) -> None:
+    """Its weights were folded in the original, or became fake tensors."""
+    shared = OwnCopy(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8))
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), shared).train(training)
+    modules = list(model.modules())
+    tensors = {name: (value, value.clone()) for name, value in model.state_dict().items()}
+    if call is dwswap.explain and not inputs:
+        call(model)
+    else:
+        with pytest.raises(ValueError, match=r"whose '1', a OwnCopy, is its own copy"):
+            call(model, *inputs)
+    assert list(model.modules()) == modules
+    assert [module.training for module in modules] == [training] * len(modules)
+    assert model.state_dict().keys() == tensors.keys()
+    for name, value in model.state_dict().items():
+        assert value.data_ptr() == tensors[name][0].data_ptr()
+        assert torch.equal(value, tensors[name][1])
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_lazy_modules_with_inputs() -> None:
+    """In a graph, whose weights have no shape yet."""
+    x = torch.randn(1, 3, 6, 6)
+    model = nn.Sequential(nn.LazyConv2d(8, 1), nn.Conv2d(8, 8, 3, groups=8)).eval()
+    assert [layer.reason for layer in dwswap.explain(model, x).layers][-1] == "depthwise"
+    fast = dwswap.optimize(model, x)
+    first = fast(x)
+    model.load_state_dict(fast.state_dict())
+    torch.testing.assert_close(first, model(x))
