@@ -352,8 +352,8 @@ cudaError_t launch_cut(const DepthwiseConv2dParams& p, const Cut& cut, const Dev
     } else if constexpr (THREADS == Threads::kWide) {
       return launch_columns<T, KH, KW, S, kWideColumns>(p, cut, device, bulk, stream);
     } else if constexpr (has_pairs(KH, KW, S)) {
-      return launch_columns<T, KH, KW, S, 6, kVectorColumns, 10, kWholeColumns>(p, cut, device,
-                                                                                bulk, stream);
+      return launch_columns<T, KH, KW, S, DWSWAP_PLANE_STRIPS_PAIRED_COLUMNS>(p, cut, device, bulk,
+                                                                              stream);
     } else {
       return cudaErrorInvalidValue;
     }

@@ -23,6 +23,7 @@ constexpr int kMargin = 16;
 constexpr int kWideColumns = 7, kVectorColumns = 8;
 // Too many for the registers of a thread, but where they are all columns of a row.
 constexpr int kWholeColumns = 14;
+#define DWSWAP_PLANE_STRIPS_PAIRED_COLUMNS 6, kVectorColumns, 10, kWholeColumns
 enum class Threads { kNarrow, kWide, kPaired };
 constexpr Threads threads_of(int columns) {
   return columns == 1 ? Threads::kNarrow : columns % 2 == 0 ? Threads::kPaired : Threads::kWide;
