@@ -6,7 +6,7 @@ import dis
 import sys
 from functools import partial
 from itertools import pairwise
-from types import CodeType, MethodType
+from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from dwswap.copying import modules_by_path
 from dwswap.eligibility import HOOKS
 from dwswap.forward_code import called_functions, codes, global_names, package_of
 
-__all__ = ["only_called", "runs_its_children"]
+__all__ = ["only_called", "reads_all_tensors", "runs_its_children"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a module is reached without its name in the code.
@@ -23,7 +23,7 @@ _ALL_CHILDREN = {"children", "named_children", "modules", "named_modules", "get_
 _ALL_CHILDREN |= {"_modules", "__dict__", "__getattr__", "attrgetter"}
 # Of all modules inside: a graph has folded tensors, by other names.
 _ALL_TENSORS = {"parameters", "named_parameters", "get_parameter", "state_dict"}
-_ALL_TENSORS |= {"buffers", "named_buffers", "get_buffer"}
+_ALL_TENSORS |= {"buffers", "named_buffers", "get_buffer", "_parameters", "_buffers"}
 # What stands between the loads and calls of a line that does nothing else.
 _PADDING = {"PUSH_NULL", "PRECALL", "NOT_TAKEN"}
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
@@ -90,6 +90,18 @@ def _reaches(code: CodeType, names: list[str]) -> bool:
         passes_by = name != names[-1] and instruction.opname in _READS
         if not passes_by or then.opname not in _READS:
             return True
+    return False
+
+
+def reads_all_tensors(function: FunctionType) -> bool:
+    """Whether it asks a module for its tensors past their names, for more than one's dtype."""
+    for code in codes(function.__code__):
+        instructions = [i for i in dis.get_instructions(code) if i.opname not in _PADDING]
+        for place, instruction in enumerate(instructions):
+            if not instruction.opname.endswith(("_ATTR", "_METHOD")):
+                continue
+            if instruction.argval in _ALL_TENSORS and not _is_of_next(instructions, place):
+                return True
     return False
 
 

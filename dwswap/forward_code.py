@@ -9,10 +9,20 @@ from types import CellType, CodeType, FunctionType, ModuleType
 
 from torch import fx
 
-__all__ = ["called_functions", "codes", "global_names", "is_foreign", "names_in", "package_of"]
+__all__ = [
+    "called_functions",
+    "catches_errors",
+    "codes",
+    "global_names",
+    "is_foreign",
+    "names_in",
+    "package_of",
+]
 
 # Code that no model brings along; what it does to the proxies of a trace, these refuse themselves.
 _NOT_THE_MODELS = {"torch", *sys.stdlib_module_names}
+# Up to Python 3.10, and from 3.11 on.
+_MATCHES_ERRORS = {"JUMP_IF_NOT_EXC_MATCH", "CHECK_EXC_MATCH", "CHECK_EG_MATCH"}
 
 
 def called_functions(cls: type, forward: object) -> list[FunctionType]:
@@ -63,6 +73,15 @@ def codes(code: CodeType) -> Iterator[CodeType]:
 
 def names_in(code: CodeType) -> set[str]:
     return {name for inner in codes(code) for name in inner.co_names}
+
+
+def catches_errors(code: CodeType) -> bool:
+    """Whether it has an ``except`` with a type of errors."""
+    return any(
+        instruction.opname in _MATCHES_ERRORS
+        for inner in codes(code)
+        for instruction in dis.get_instructions(inner)
+    )
 
 
 def global_names(code: CodeType) -> set[str]:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.fx.proxy import Attribute
 
-from dwswap.forward_code import codes
+from dwswap.forward_code import codes, package_of
 from dwswap.identity_tests import reads_local, tests_of_locals, tests_result_for_none
 
 __all__ = ["GuardedProxy", "GuardingTracer", "NotTraceable", "check_arguments"]
@@ -32,6 +32,8 @@ _READS = {"LOAD_ATTR", "LOAD_METHOD"}
 # What is no tensor, which ``n += 1`` does not change.
 _NUMBERS = {"size", "shape", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "item"}
 _NUMBERS |= {"tolist", "storage_offset", "element_size"}
+# Of a dict, which gives None where there is nothing else; a tensor has none of them.
+_LOOKUPS = {"get", "pop", "setdefault"}
 _ON_NUMBERS = ("_operator", "builtins", "math")
 # Those that tensors have; ``@=`` is none of them.
 _IN_PLACE = (
@@ -252,12 +254,28 @@ def _modes() -> tuple[bool, bool, int]:
 
 
 def _may_be_none(node: fx.Node) -> bool:
-    """Whether it may be ``None``: an argument, an attribute, or an item of what may hold it."""
+    """Whether it may be ``None``: an argument, an attribute, what a dict or a function of the user
+    returns, or an item of what may hold it."""
     if node.target is not operator.getitem:
-        return node.op == "placeholder" or node.target is getattr
-    while isinstance(node, fx.Node) and node.target is operator.getitem:
-        node = node.args[0]  # type: ignore[assignment]
-    return isinstance(node, fx.Node) and node.op in ("placeholder", "call_module")
+        return node.op == "placeholder" or node.target is getattr or _returns_anything(node)
+    root: Any = node
+    while isinstance(root, fx.Node) and root.target is operator.getitem:
+        root = root.args[0]
+    if isinstance(root, fx.Node) and not _returns_anything(root):
+        return root.op in ("placeholder", "call_module")
+    return isinstance(root, fx.Node)
+
+
+def _returns_anything(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _LOOKUPS
+    if node.op != "call_function":
+        return False
+    # Of a builtin function of torch it is None.
+    module = getattr(node.target, "__module__", None)
+    if not isinstance(module, str) or module in _ON_NUMBERS:
+        return False
+    return package_of(module) not in (*_TRUSTED, "torchvision")
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -24,10 +24,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from dwswap.called_modules import reads_all_tensors
 from dwswap.convolution_call import has_depthwise_call
 from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
-from dwswap.forward_code import called_functions, global_names, names_in, package_of
+from dwswap.forward_code import (
+    called_functions,
+    catches_errors,
+    global_names,
+    names_in,
+    package_of,
+)
 from dwswap.frozen_norm import is_frozen_norm
 from dwswap.guarded_proxy import GuardingTracer, NotTraceable, check_arguments
 from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph, name_taken
@@ -54,7 +61,7 @@ _GLOBAL_HOOKS = (
 # Context managers that torch.fx runs while it traces and then leaves out of the graph, and tests
 # that it answers once and for all.
 _NOT_RECORDED = {"autocast", "no_grad", "enable_grad", "set_grad_enabled", "inference_mode"}
-_NOT_RECORDED |= {"is_grad_enabled", "is_autocast_enabled", "is_tensor"}
+_NOT_RECORDED |= {"is_grad_enabled", "is_autocast_enabled", "is_tensor", "suppress"}
 _CONTAINERS = (dict, list, immutable_dict, immutable_list)
 _SAVING = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
 _VARIADIC = 0x04 | 0x08  # inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
@@ -184,7 +191,17 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
                 where = f"{path}.{name}" if path else name
                 raise NotTraceable(f"its forward changes the attribute {where}")
             constants[name] = value
+    if _freezes_parameters(constants, (*functions, *helpers)):
+        raise NotTraceable("its forward computes with parameters, which a graph would freeze")
     return graph, constants
+
+
+def _freezes_parameters(constants: dict[str, Any], functions: Collection[FunctionType]) -> bool:
+    """Whether a constant of a trace may have been computed from parameters."""
+    tensors = [value for value in constants.values() if isinstance(value, Tensor)]
+    if any(value.requires_grad for value in tensors):
+        return True
+    return bool(tensors) and any(map(reads_all_tensors, functions))
 
 
 def build_graph_module(model: nn.Module) -> InferenceGraph:
@@ -288,6 +305,8 @@ def check_inlined(module: nn.Module, path: str) -> list[FunctionType]:
         wrapper = str(function.__globals__.get("__name__"))
         if package_of(wrapper) == "torch":
             raise NotTraceable(f"{where} has a decorator of {wrapper}, which a graph omits")
+        if catches_errors(function.__code__):
+            raise NotTraceable(f"{where} catches errors, which a graph would not")
         names = names_in(function.__code__)
         if names & _NOT_RECORDED:
             used = ", ".join(sorted(names & _NOT_RECORDED))

@@ -310,6 +310,58 @@ class SwallowingTypeTest(Block):
         return super().forward(x)
 
 
+class Lookup(Block):
+    """Of an input that may be missing: in the trace every lookup gives something."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        x = super().forward(inputs["x"])
+        scale = inputs.get("scale") if self.kind == "get" else inputs.pop("scale", None)
+        return x if scale is None else x * scale
+
+
+@torch.fx.wrap
+def scale_if_any(x: Tensor) -> Tensor | None:
+    return None
+
+
+class WrappedLookup(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = scale_if_any(x)
+        x = super().forward(x)
+        return x if scale is None else x * scale
+
+
+class Catching(Block):
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        try:
+            scale: Any = inputs["scale"]
+        except KeyError:
+            scale = 1.0
+        return super().forward(inputs["x"]) * scale
+
+
+class PastNames(Block):
+    """Reads a weight past its name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.kind == "next":
+            return y + next(self.expand.parameters()).sum()
+        if self.kind == "sum":
+            return y + sum(p.sum() for p in self.expand.parameters())
+        if self.kind == "state_dict":
+            return y + self.state_dict()["expand.weight"].sum()
+        return y + self.expand._parameters["weight"].sum()
+
+
 class DecoratedHelper(Block):
     def forward(self, x: Tensor) -> Tensor:
         return self.features(x)
@@ -380,9 +432,9 @@ class OwnLoading(Block):
         (HasAttribute, "has the attribute mask"),
         (GetAttribute, "has the attribute mask"),
         (SetsData, "sets the attribute data"),
-        (Swallowing, "control flow"),
-        (SwallowingLength, "needs the length of x"),
-        (SwallowingTypeTest, "tests the type of a value"),
+        (Swallowing, "catches errors, which a graph would not"),
+        (SwallowingLength, "uses suppress, which a graph omits"),
+        (SwallowingTypeTest, "uses suppress, which a graph omits"),
         (DecoratedHelper, "features of the model (DecoratedHelper) has a decorator of torch.amp"),
         (DecoratedProperty, "scale of the model (DecoratedProperty) has a decorator of torch"),
         *((c, "autocast") for c in (WrappedContext, LocalContext, ElsewhereContext)),
@@ -567,6 +619,31 @@ def test_attributes_under_such_names(value: Any, mode: str) -> None:
     fast = dwswap.optimize(model)
     assert dwswap.report(fast).mode == mode
     assert mode == "graph" or fast.meta == value
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Lookup("get"), Lookup("pop"), Catching(), WrappedLookup()],
+    ids=lambda m: type(m).__name__,
+)
+def test_what_may_be_missing_rules_out_a_graph(model: nn.Module) -> None:
+    fast = dwswap.optimize(model.eval())
+    assert dwswap.report(fast).mode == "substitution"
+
+    def given() -> Any:
+        return image() if isinstance(model, WrappedLookup) else {"x": image()}
+
+    torch.testing.assert_close(fast(given()), model(given()))
+
+
+@pytest.mark.parametrize("kind", ["next", "sum", "state_dict", "attribute"])
+def test_weights_that_are_read_past_their_names_stay_current(kind: str) -> None:
+    """A graph had what was computed from them as a constant."""
+    model, other = PastNames(kind).eval(), PastNames(kind).eval()
+    fast = dwswap.optimize(model)
+    assert "computes with parameters" in str(dwswap.report(fast).not_traced)
+    fast.load_state_dict(other.state_dict())
+    torch.testing.assert_close(fast(image()), other(image()))
 
 
 class OfNumPy(Block):
