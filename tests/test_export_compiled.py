@@ -53,6 +53,25 @@ def test_strides_are_made_right(specs, batch):
     assert factor_out.is_contiguous()
 
 
+class OfDicts(nn.Module):
+    def forward(self, images: dict[str, Tensor], *, more: dict[str, Tensor], x: Tensor) -> Tensor:
+        return images["a"] - images["b"] + more["c"] * more["d"] - x
+
+
+def test_dicts_filled_in_another_order() -> None:
+    """The compiled code takes tensors by their order, which was that of the export."""
+    a, b, c, d, x = (torch.full((2,), float(i)) for i in range(5))
+    kwargs = {"more": {"d": d, "c": c}, "x": x}
+    program = torch.export.export(OfDicts().eval(), ({"b": b, "a": a},), kwargs)
+    specs = InputSpecs.of_program(program)
+    for images, others in (
+        ({"b": b, "a": a}, kwargs),
+        ({"a": a, "b": b}, {"x": x, "more": {"c": c, "d": d}}),
+    ):
+        found = torch.utils._pytree.tree_leaves(specs.conform((images,), others))
+        assert [tensor[0].item() for tensor in found] == [1, 0, 3, 2, 4]
+
+
 def test_right_inputs_are_not_copied(specs):
     given = image().to(memory_format=torch.channels_last)
     assert call(specs, given)[0] is given

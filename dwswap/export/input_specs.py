@@ -141,10 +141,20 @@ class InputSpecs:
             if size < least or (most is not None and size > most):
                 limit = f"at least {least}" + ("" if most is None else f" and at most {most}")
                 raise ValueError(f"the size {symbol} of the inputs must be {limit}, got {size}")
-        _, structure = pytree.tree_flatten((args, kwargs))
+        # The compiled code takes the tensors one after the other: as in the export, whose dicts
+        # may have been filled in another order.
+        kwargs = {name: kwargs[name] for name in sorted(kwargs, key=self._place)}
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        ordered = iter([found[path] for path in self.tensors])
+        leaves = [next(ordered) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         result: tuple[tuple[Any, ...], dict[str, Any]]
-        result = pytree.tree_unflatten(list(found.values()), structure)
+        result = pytree.tree_unflatten(leaves, structure)
         return result
+
+    def _place(self, name: str) -> int:
+        """Of the first tensor in a keyword argument; behind all others where it has none."""
+        inside = (i for i, path in enumerate(self.tensors) if path.startswith(f"kwargs[{name!r}]"))
+        return next(inside, len(self.tensors))
 
     def to_json(self) -> str:
         """As text, for the metadata of a package."""

@@ -58,7 +58,10 @@ def to_program(
     try:
         with torch.no_grad():
             return torch.export.export(
-                model, arguments.args, arguments.kwargs, dynamic_shapes=dynamic_shapes
+                _called_by_name(model) if arguments.kwargs else model,
+                arguments.args,
+                arguments.kwargs,
+                dynamic_shapes=dynamic_shapes,
             )
     except Exception as error:  # whatever a user's model, or a trace of it, raises
         raise ExportError(
@@ -106,6 +109,19 @@ def _check_model(model: Any) -> None:
         )
     if is_training(model):
         raise ValueError("model must be in eval mode, got one in train mode: call model.eval()")
+
+
+def _called_by_name(model: nn.Module) -> nn.Module:
+    """A graph as a module with the same code and the same attributes.
+
+    torch.export hands keyword arguments to a graph by their order, without defaults.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return model
+    cls = type(type(model).__name__, (nn.Module,), {"forward": type(model).forward})
+    plain: nn.Module = cls()
+    plain.__dict__.update(model.__dict__)
+    return plain
 
 
 def _check_tensors(tensors: Iterable[Any]) -> None:
