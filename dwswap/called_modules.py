@@ -75,7 +75,7 @@ def _only_calls(owner: nn.Module, names: list[str]) -> bool:
 
 def _reaches(code: CodeType, names: list[str]) -> bool:
     """Whether ``code`` may do something with the last of ``names`` that is no call."""
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in _PADDING]
+    instructions = _instructions(code)
     # The last instruction of all code returns or raises.
     for place, (instruction, then) in enumerate(pairwise(instructions)):
         if not instruction.opname.endswith(("_ATTR", "_METHOD")):
@@ -83,7 +83,7 @@ def _reaches(code: CodeType, names: list[str]) -> bool:
         name = instruction.argval
         if name in _ALL_CHILDREN:
             return True
-        if name in _ALL_TENSORS and not _is_of_next(instructions, place):
+        if _asks_for_tensors(instructions, place):
             return True
         if name not in names or _is_call(instruction):
             continue
@@ -96,18 +96,24 @@ def _reaches(code: CodeType, names: list[str]) -> bool:
 def reads_all_tensors(function: FunctionType) -> bool:
     """Whether it asks a module for its tensors past their names, for more than one's dtype."""
     for code in codes(function.__code__):
-        instructions = [i for i in dis.get_instructions(code) if i.opname not in _PADDING]
-        for place, instruction in enumerate(instructions):
-            if not instruction.opname.endswith(("_ATTR", "_METHOD")):
-                continue
-            if instruction.argval in _ALL_TENSORS and not _is_of_next(instructions, place):
-                return True
+        instructions = _instructions(code)
+        if any(_asks_for_tensors(instructions, place) for place in range(len(instructions))):
+            return True
     return False
 
 
-def _is_of_next(instructions: list[dis.Instruction], place: int) -> bool:
-    """``next(self.parameters())``: who asks for one wants its device or dtype."""
-    return place >= 2 and instructions[place - 2].argval == "next"
+def _instructions(code: CodeType) -> list[dis.Instruction]:
+    return [i for i in dis.get_instructions(code) if i.opname not in _PADDING]
+
+
+def _asks_for_tensors(instructions: list[dis.Instruction], place: int) -> bool:
+    """Whether it loads such an attribute, but for ``next(self.parameters())``: who asks for one
+    wants its device or dtype."""
+    instruction = instructions[place]
+    if not instruction.opname.endswith(("_ATTR", "_METHOD")):
+        return False
+    of_next = place >= 2 and instructions[place - 2].argval == "next"
+    return instruction.argval in _ALL_TENSORS and not of_next
 
 
 def _holds(value: object, owner: nn.Module) -> bool:

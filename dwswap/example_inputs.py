@@ -107,14 +107,14 @@ def observe_shapes(model: nn.Module, arguments: Arguments) -> ObservedShapes:
     Raises:
         ValueError: the model fails on ``arguments``, or cannot be copied.
     """
-    share_model(model)  # which fails, if it does, whatever the inputs are
+    shared = share_model(model)  # which fails, if it does, whatever the inputs are
     seen = ObservedShapes()
     everywhere = (module_globals._global_forward_pre_hooks, module_globals._global_forward_hooks)
     if _has_users(getattr(model, "_forward_pre_hooks", {}), *everywhere):
         return seen
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        subject = runnable_copy(model, mode.from_tensor)
+        subject = _made_runnable(shared, mode.from_tensor)
         _record(subject, seen)
         with _up_to_hooks(subject), torch.no_grad(), mode:
             arguments.map(mode.from_tensor).call(subject)
@@ -148,7 +148,11 @@ def runnable_copy(model: nn.Module, copied: Callable[[Tensor], Tensor] = _copied
         model: parameters of TorchScript modules inside are shared.
         copied: what makes the copy of a parameter or buffer.
     """
-    subject = share_model(model)
+    return _made_runnable(share_model(model), copied)
+
+
+def _made_runnable(subject: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
+    """``subject``, which shares its tensors with a model, as :func:`runnable_copy` gives it."""
     copies: dict[int, Tensor] = {}
     for module in subject.modules():
         if isinstance(module, torch.jit.ScriptModule):

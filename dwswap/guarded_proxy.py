@@ -261,9 +261,9 @@ def _may_be_none(node: fx.Node) -> bool:
     root: Any = node
     while isinstance(root, fx.Node) and root.target is operator.getitem:
         root = root.args[0]
-    if isinstance(root, fx.Node) and not _returns_anything(root):
-        return root.op in ("placeholder", "call_module")
-    return isinstance(root, fx.Node)
+    if not isinstance(root, fx.Node):
+        return False
+    return root.op in ("placeholder", "call_module") or _returns_anything(root)
 
 
 def _returns_anything(node: fx.Node) -> bool:

@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "common/alignment.h"
 #include "depthwise_conv2d/plane_bands_cut.h"
 
 namespace dwswap {
@@ -16,9 +17,7 @@ bool covers_plane_bands(const DepthwiseConv2dParams& p) {
   if (p.padding_h > p.kernel_h / 2 || p.padding_w > p.kernel_w / 2) return false;
   const Device device = current_device();
   if (!uses_bulk_copies(device)) return false;
-  const auto addresses =
-      reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.output);
-  if (addresses % kVectorBytes != 0) return false;
+  if (!aligned_to(kVectorBytes, 0, {p.input, p.output})) return false;
   const int64_t in_image = p.channels * p.in_h * p.in_w, out_image = p.channels * p.out_h * p.out_w;
   // Rows of the images of a product all begin at even elements, or all at odd ones.
   if (in_image % 2 != 0 || out_image % 2 != 0) return false;

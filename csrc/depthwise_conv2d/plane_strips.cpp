@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/alignment.h"
 #include "common/data_type.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
 
@@ -12,8 +13,7 @@ bool covers_plane_strips(const DepthwiseConv2dParams& p) {
   if (p.dtype == DataType::kFloat64 || p.multiplier != 1) return false;
   if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
   if (p.stride_h != p.stride_w || p.is_dilated()) return false;
-  const auto places = reinterpret_cast<uintptr_t>(p.input) | reinterpret_cast<uintptr_t>(p.output);
-  if (places % kVectorBytes != 0) return false;
+  if (!aligned_to(kVectorBytes, 0, {p.input, p.output})) return false;
   if (p.channels * p.in_h * p.in_w > kLimit || p.channels * p.out_h * p.out_w > kLimit)
     return false;
   if (p.batch * p.channels * p.out_h > kLimit) return false;

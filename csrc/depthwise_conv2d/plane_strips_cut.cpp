@@ -15,20 +15,21 @@ namespace plane_strips {
 namespace {
 
 // How many accesses to shared memory one access of a warp becomes: lanes that want different words
-// of one bank wait for each other. Accesses of 16 bytes are made by 8 lanes at a time.
+// of one bank wait for each other. As many lanes as there are banks make theirs at a time: 8 those
+// of 16 bytes.
 int bank_conflicts(const DepthwiseConv2dParams& p, const Cut& cut, int element_bytes) {
   constexpr int kLanes = 32, kBankBytes = 4, kAllBytes = 128;
   const int bytes = cut.columns == kVectorColumns ? kVectorBytes : kBankBytes;
-  const int banks = kAllBytes / bytes, together = std::min(banks, kLanes);
+  const int banks = kAllBytes / bytes;
   const auto stride = static_cast<int>(p.stride_h);
   const int rows = ceil_div(cut.rows, cut.groups);
   const int64_t plane_bytes = cut.in_bytes / cut.planes;
   int accesses = 0;
-  for (int first = 0; first < kLanes; first += together) {
+  for (int first = 0; first < kLanes; first += banks) {
     std::array<std::array<int64_t, kLanes>, kLanes> words;
     std::array<int, kLanes> count{};
     int most = 1;
-    for (int t = first; t < first + together; ++t) {
+    for (int t = first; t < first + banks; ++t) {
       const int lane = t % cut.lanes, group = t / cut.lanes % cut.groups;
       const int plane = t / cut.lanes / cut.groups;
       const int64_t element = (int64_t{group} * rows * p.in_w + lane * cut.columns) * stride;

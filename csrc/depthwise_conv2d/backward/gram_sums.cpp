@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "common/alignment.h"
 #include "depthwise_conv2d/backward/gram_sums_cut.h"
 
 namespace dwswap {
@@ -9,9 +10,7 @@ bool covers_gram_sums(const GradientParams& p) {
   if (!is_half(p.dtype)) return false;
   if (p.channels_last() || !sums_squares(p) || p.multiplier != 1 || p.is_dilated()) return false;
   if (p.channels % gram_sums::kChannels != 0 || !uses_bulk_copies(current_device())) return false;
-  const uint64_t places =
-      reinterpret_cast<uintptr_t>(p.grad_output) | reinterpret_cast<uintptr_t>(p.input);
-  if (places % gram_sums::kCopyBytes != 0) return false;
+  if (!aligned_to(gram_sums::kCopyBytes, 0, {p.grad_output, p.input})) return false;
   // Units, and elements of 8 planes with padding, are counted in 32 bits.
   const int64_t plane = (p.in_h + 4 * p.kernel_h) * (p.in_w + 2 * p.padding_w + 4 * p.kernel_w);
   if (gram_sums::kChannels * plane > kLimit || p.batch * p.out_h > kLimit || p.channels > kLimit)
