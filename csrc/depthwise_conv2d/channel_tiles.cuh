@@ -35,15 +35,17 @@ struct Traits {
   using T = T_;
   static constexpr int kKernel = K_;
   static constexpr int kStride = STRIDE_;
-  // kClamp, kHardswish, or kAny: the input is transformed in place, before it is used.
   static constexpr Form kForm = FORM_;
+  // Of the input: as it is loaded. All others are applied to the tile in place, before it is used.
+  static constexpr bool kInLoads = FORM_ == Form::kClamp || FORM_ == Form::kHardswish;
+  static constexpr bool kInPlace = !kInLoads && FORM_ != Form::kPlain;
   static constexpr bool kDilated = DILATED_;
   // An odd number of columns keeps groups of lanes in different shared-memory banks; 7 divides the
   // image widths of most networks (7, 14, 28, 56, 112).
   static constexpr int kColumns = channel_tiles::kColumns;
   // Accumulators (2 * 7 * kRows) and weights (2 * K * K) share the registers.
   // A transformed row of stride 2 takes more of them.
-  static constexpr bool kTight = STRIDE_ == 2 && FORM_ != Form::kAny;
+  static constexpr bool kTight = STRIDE_ == 2 && kInLoads;
   static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1 : K_ == 7 || (K_ == 5 && kTight) ? 2 : 4;
   static constexpr int kMinBlocks = (K_ == 3 ? 4 : 3) - (kTight && K_ == 3 ? 1 : 0);
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + K_;
@@ -145,10 +147,10 @@ __device__ __forceinline__ void read_tile(T* tile, const Arguments& a, const Lat
 // input_activation(input + input_bias) of the tile, in place. What lies outside the image stays
 // zero: padding comes after the activation. Once per element; the result is rounded to T as it
 // would be in a tensor. A thread keeps its channels.
-template <typename T, int VEC>
+template <Form FORM, typename T, int VEC>
 __device__ __forceinline__ void transform_tile(T* tile, const Arguments& a, const Lattice& lattice,
                                                int first_channel, int first_row, int first_column) {
-  const bool clamps = a.input_activation <= Activation::kRelu6;
+  const bool clamps = FORM == Form::kAny && a.input_activation <= Activation::kRelu6;
   float lows[VEC], highs[VEC];
 #pragma unroll
   for (int i = 0; i < VEC; ++i)
@@ -179,7 +181,7 @@ __device__ __forceinline__ void transform_tile(T* tile, const Arguments& a, cons
       widen_all(words, x), widen_all(bias, b);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) x[i] += b[i];
-      activate(x, a.input_activation);
+      activate(x, FORM == Form::kSilu ? Activation::kSilu : a.input_activation);
       words = narrow_all<T>(x);
     }
     store_words<VEC>(at, words);
@@ -263,17 +265,18 @@ __global__ void __launch_bounds__(kMaxThreads, Traits::kMinBlocks)
     wait_for_copies();
     __syncthreads();
   }
-  if (Traits::kForm == Form::kAny && a.transforms_input) {
+  if (Traits::kInPlace && a.transforms_input) {
     const auto transform = [&](auto bytes) {
       constexpr int VEC = bytes.value / sizeof(T);
-      transform_tile<T, VEC>(tile, a, lattice, first_channel, first_row, first_column);
+      transform_tile<Traits::kForm, T, VEC>(tile, a, lattice, first_channel, first_row,
+                                            first_column);
     };
     for_vector_bytes<T>(a.reader.vector_bytes, transform);
     __syncthreads();
   }
   if (idle) return;
 
-  constexpr Form IN_LOADS = Traits::kForm == Form::kAny ? Form::kPlain : Traits::kForm;
+  constexpr Form IN_LOADS = Traits::kInLoads ? Traits::kForm : Form::kPlain;
   float taps[2][K * K];
   // What has an activation in its loads is no gradient.
   load_taps(tile_taps + 2 * pair * (K * K), taps, IN_LOADS == Form::kPlain && a.reversed_taps);
@@ -418,12 +421,23 @@ constexpr bool has_deep(int kernel, int stride, int element_bytes) {
   return kernel != 3 || (stride == 1 && element_bytes == 4);
 }
 
+// The form that a problem's kernel is compiled for. Networks have no activation between their large
+// kernels; float32 with stride 2 has no registers left for one in its loads. 5 x 5 with stride 2 in
+// several rows spills without the branches of kAny, which keep the rows apart.
+constexpr Form compiled_form(Form form, int kernel, int stride, Depth depth, int element_bytes) {
+  if (clamps(form) || form == Form::kHardswish) {
+    if (kernel == 7 || (stride == 2 && element_bytes == 4)) return Form::kAny;
+    return clamps(form) ? Form::kClamp : form;
+  }
+  const bool spills = kernel == 5 && stride == 2 && depth == Depth::kDeep;
+  return spills || (kernel == 7 && form == Form::kSilu) ? Form::kAny : form;
+}
+
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, int multiprocessors,
                          cudaStream_t stream) {
   const Depth depth = choose_depth(p, multiprocessors);
-  const Form form = form_of(p);
   if (p.is_dilated()) {
 #define DWSWAP_CASE(K)                                                                      \
   if (p.kernel_h == K)                                                                      \
@@ -437,25 +451,18 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
 #undef DWSWAP_CASE
     return cudaErrorInvalidValue;
   }
-  const auto run = [&]<typename Clamp, typename Hardswish, typename Any>() {
-    if (clamps(form)) return launch<Clamp>(p, reader, multiprocessors, stream);
-    return form == Form::kHardswish ? launch<Hardswish>(p, reader, multiprocessors, stream)
-                                    : launch<Any>(p, reader, multiprocessors, stream);
+  const auto run = [&]<int K, int S, Depth DEPTH>() {
+    return visit_form(form_of(p), [&]<Form FORM>(std::integral_constant<Form, FORM>) {
+      constexpr Form COMPILED = compiled_form(FORM, K, S, DEPTH, sizeof(T));
+      return launch<Traits<T, K, S, DEPTH, COMPILED>>(p, reader, multiprocessors, stream);
+    });
   };
-// Networks have no activation between their large kernels; float32 with stride 2 has no registers
-// left for one.
-#define DWSWAP_FORM(K, S, FORM) (K == 7 || (S == 2 && sizeof(T) == 4) ? Form::kAny : FORM)
-#define DWSWAP_TRAITS(K, S, DEPTH)                                 \
-  Traits<T, K, S, DEPTH, DWSWAP_FORM(K, S, Form::kClamp)>,         \
-      Traits<T, K, S, DEPTH, DWSWAP_FORM(K, S, Form::kHardswish)>, \
-      Traits<T, K, S, DEPTH, Form::kAny>
-#define DWSWAP_CASE(K, S)                                                    \
-  if (p.kernel_h == K && p.stride_h == S) {                                  \
-    if constexpr (has_deep(K, S, sizeof(T))) {                               \
-      if (depth == Depth::kDeep)                                             \
-        return run.template operator()<DWSWAP_TRAITS(K, S, Depth::kDeep)>(); \
-    }                                                                        \
-    return run.template operator()<DWSWAP_TRAITS(K, S, Depth::kFlat)>();     \
+#define DWSWAP_CASE(K, S)                                                              \
+  if (p.kernel_h == K && p.stride_h == S) {                                            \
+    if constexpr (has_deep(K, S, sizeof(T))) {                                         \
+      if (depth == Depth::kDeep) return run.template operator()<K, S, Depth::kDeep>(); \
+    }                                                                                  \
+    return run.template operator()<K, S, Depth::kFlat>();                              \
   }
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)
@@ -464,8 +471,6 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Reader& reader, i
   DWSWAP_CASE(7, 1)
   DWSWAP_CASE(7, 2)
 #undef DWSWAP_CASE
-#undef DWSWAP_TRAITS
-#undef DWSWAP_FORM
   return cudaErrorInvalidValue;
 }
 

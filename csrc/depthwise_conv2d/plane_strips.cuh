@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       for (int i = 0; i < KH * KW; ++i) taps[i] = widen(weight[i]);
       reverse_where(a.reversed_taps, taps);
       if (a.bias != nullptr) bias = widen(static_cast<const T*>(a.bias)[c]);
-      if (a.input_bias != nullptr) input_bias = widen(static_cast<const T*>(a.input_bias)[c]);
+      if (Traits::kForm != Form::kPlain && a.input_bias != nullptr)
+        input_bias = widen(static_cast<const T*>(a.input_bias)[c]);
     }
     const T* const source = unit.source<T>(a);
     T* const target = unit.target<T>(a);
@@ -211,9 +212,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 #endif
       __syncthreads();
     }
-    const bool in_loads = (Traits::kClamps && a.form == Form::kClamp) ||
-                          (Traits::kGates && (a.form == Form::kHardswish || a.form == Form::kSilu));
-    if (a.transforms_input && !in_loads) {
+    if (Traits::kForm == Form::kAny && a.transforms_input) {
       if (p < unit.planes) {
         const auto lanes = static_cast<int>(a.by_lanes.value);
         transform_plane(plane, unit.in_rows * a.in_w,
@@ -231,17 +230,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       w.row = plane + w.ih * a.in_w + iw;
       w.out = buffer_at(buffer) + misalignment(target) + (p * unit.rows + own_row) * a.out_w + ow;
       w.skipped = own - ow;
-      if (a.form == Form::kPlain) {
-        walk<Traits, Form::kPlain>(w, taps, bias, input_bias, a);
-      } else if (Traits::kClamps && a.form == Form::kClamp) {
-        walk<Traits, Traits::kClamps ? Form::kClamp : Form::kAny>(w, taps, bias, input_bias, a);
-      } else if (Traits::kGates && a.form == Form::kHardswish) {
-        walk<Traits, Traits::kGates ? Form::kHardswish : Form::kAny>(w, taps, bias, input_bias, a);
-      } else if (Traits::kGates && a.form == Form::kSilu) {
-        walk<Traits, Traits::kGates ? Form::kSilu : Form::kAny>(w, taps, bias, input_bias, a);
-      } else {
-        walk<Traits, Form::kAny>(w, taps, bias, input_bias, a);
-      }
+      walk<Traits>(w, taps, bias, input_bias, a);
       if (column_step >= a.out_w) break;  // all columns at once, as a rule
       move_to(own + column_step);
     }
@@ -302,8 +291,6 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.by_groups = Divisor(static_cast<uint32_t>(cut.groups));
   a.bulk = bulk;
   a.ragged = p.out_w % Traits::kColumns != 0;
-  const Form form = form_of(p);
-  a.form = form == Form::kRelu ? Form::kClamp : form;
   a.transforms_input = p.transforms_input(), a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
 
@@ -324,13 +311,18 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   return cudaGetLastError();
 }
 
-// The kernel of as many columns as the cut's, one of COLUMNS.
+// The kernel of as many columns as the cut's, one of COLUMNS. One for every form: what is not at
+// the beginning of a kernel's code is fetched while it runs (benchmarks/NOTES.md).
 template <typename T, int KH, int KW, int S, int... COLUMNS>
 cudaError_t launch_columns(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
                            bool bulk, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
   const auto launch_as = [&]<int N, bool WHOLE>() {
-    status = launch<Traits<T, KH, KW, S, N, WHOLE>>(p, cut, device, bulk, stream);
+    status = visit_form(form_of(p), [&]<Form FORM>(std::integral_constant<Form, FORM>) {
+      constexpr Form CLAMPED = clamps(FORM) ? Form::kClamp : FORM;
+      constexpr Form COMPILED = has_form(CLAMPED, KH, KW, N) ? CLAMPED : Form::kAny;
+      return launch<Traits<T, KH, KW, S, N, WHOLE, COMPILED>>(p, cut, device, bulk, stream);
+    });
   };
   const auto launch_if = [&]<int N>() {
     if (cut.columns != N) return;

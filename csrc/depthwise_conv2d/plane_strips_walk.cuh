@@ -9,9 +9,18 @@
 namespace dwswap {
 namespace plane_strips {
 
-template <typename T_, int KH_, int KW_, int STRIDE_, int COLUMNS_, bool WHOLE_>
+// The forms that are compiled into the loads; kClamp has kRelu. All others are applied to a piece
+// in place, and the kernel is the one of kAny. Networks have no activations between large kernels;
+// a single column would take its gates once per tap.
+constexpr bool has_form(Form form, int kernel_h, int kernel_w, int columns) {
+  if (form == Form::kPlain || form == Form::kAny) return true;
+  return kernel_h * kernel_w <= 25 && (form == Form::kClamp || columns > 1);
+}
+
+template <typename T_, int KH_, int KW_, int STRIDE_, int COLUMNS_, bool WHOLE_, Form FORM_>
 struct Traits {
   using T = T_;
+  static constexpr Form kForm = FORM_;
   static constexpr int kKernelH = KH_;
   static constexpr int kKernelW = KW_;
   static constexpr int kStride = STRIDE_;
@@ -25,10 +34,6 @@ struct Traits {
   static constexpr bool is_outside(int column) {
     return WHOLE_ && (column < kMaxPaddingW || column >= kMaxPaddingW + COLUMNS_);
   }
-  // The activations that are compiled into the loads. Networks have none between large kernels; a
-  // single column would take its gates once per tap.
-  static constexpr bool kClamps = KH_ * KW_ <= 25;
-  static constexpr bool kGates = kClamps && COLUMNS_ > 1;
   static constexpr int kOpenRows = open_rows(KH_, STRIDE_);
   static constexpr int kMaxThreads = max_threads(KH_, KW_, STRIDE_, COLUMNS_);
   static constexpr int kMinBlocks = resident_blocks(KH_, KW_, STRIDE_, COLUMNS_);
@@ -50,7 +55,6 @@ struct Arguments {
   Divisor by_strips, by_images, by_lanes, by_groups;
   bool bulk;    // copies by the copy engine
   bool ragged;  // threads share columns
-  Form form;    // kRelu is kClamp
   bool transforms_input, reversed_taps;
   Activation input_activation, activation;
 };
@@ -103,11 +107,12 @@ __device__ __forceinline__ void store_row(typename Traits::T* out,
   }
 }
 
-template <typename Traits, Form FORM>
+template <typename Traits>
 __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
                                      const float (&taps)[Traits::kKernelH * Traits::kKernelW],
                                      float bias, float input_bias, const Arguments& a) {
   using T = typename Traits::T;
+  constexpr Form FORM = Traits::kForm;
   constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, S = Traits::kStride;
   constexpr int COLUMNS = Traits::kColumns, IN_COLUMNS = Traits::kInputColumns;
   constexpr int EDGE = Traits::kMaxPaddingW, OPEN = Traits::kOpenRows;

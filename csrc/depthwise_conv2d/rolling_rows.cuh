@@ -11,6 +11,7 @@
 
 #include "common/integer.h"
 #include "common/numeric.cuh"
+#include "depthwise_conv2d/form.cuh"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/rolling_rows_cut.h"
 
@@ -42,7 +43,8 @@ __device__ __forceinline__ uint32_t inside_bits(int first, int step, int size) {
   return bits;
 }
 
-template <typename Traits>
+// FORM: kPlain, kClamp, which has kRelu, or kAny.
+template <typename Traits, Form FORM>
 __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arguments a) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, ROWS = Traits::kRows;
@@ -101,14 +103,19 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   float sums[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) sums[r] = widen(raw_bias);
-  // Out of the way of what has none: its code is the most of the kernel, and has to be fetched.
-  if (a.transforms_input) [[unlikely]] {
+  if (FORM != Form::kPlain && a.transforms_input) {
     const float input_bias = widen(raw_input_bias);
 #pragma unroll
     for (int i = 0; i < ROWS_IN; ++i) {
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) x[i][kw] += input_bias;
-      activate(x[i], a.input_activation);
+      if constexpr (FORM == Form::kAny) {
+        activate(x[i], a.input_activation);
+      } else {
+#pragma unroll
+        for (float& value : x[i])
+          value = clamp(value, low_of(a.input_activation), high_of(a.input_activation));
+      }
 #pragma unroll
       for (int kw = 0; kw < K; ++kw) x[i][kw] = is_inside(i, kw) ? x[i][kw] : 0.0f;
     }
@@ -124,7 +131,11 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
     }
   }
 
-  activate(sums, a.activation);
+  if constexpr (FORM == Form::kAny) activate(sums, a.activation);
+  if constexpr (FORM == Form::kClamp) {
+#pragma unroll
+    for (float& sum : sums) sum = clamp(sum, low_of(a.activation), high_of(a.activation));
+  }
   T* output = static_cast<T*>(a.output) + static_cast<int64_t>(plane) * a.out_h * a.out_w +
               oh * a.out_w + ow;
 #pragma unroll
@@ -150,8 +161,14 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.transforms_input = p.transforms_input(), a.reversed_taps = p.reversed_taps;
   a.input_activation = p.input_activation, a.activation = p.activation;
   const auto blocks = static_cast<unsigned>(ceil_div(a.threads, kThreads));
-  kernel<Traits><<<blocks, kThreads, 0, stream>>>(a);
-  return cudaGetLastError();
+  return visit_form(form_of(p), [&]<Form FORM>(std::integral_constant<Form, FORM>) {
+    // The code of all activations, where there is one of few or none, would have to be fetched
+    // past.
+    constexpr Form CLAMPED = clamps(FORM) ? Form::kClamp : FORM;
+    constexpr bool COMPILED = CLAMPED == Form::kPlain || CLAMPED == Form::kClamp;
+    kernel<Traits, COMPILED ? CLAMPED : Form::kAny><<<blocks, kThreads, 0, stream>>>(a);
+    return cudaGetLastError();
+  });
 }
 
 // One file per element type instantiates this.
