@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dwswap.bench.random_weights import randomize
 from dwswap.bench.timing import Timing, time_side_by_side
-from dwswap.precision import float32_convolutions
+from dwswap.precision import exact_float64, float32_convolutions
 from dwswap.report import LayerErrors, Report, report
 from dwswap.rewrite import optimize
 from dwswap.verify import compare as judge
@@ -170,7 +170,9 @@ def compare(
         images = views(image, variant.batch).to(device, variant.dtype)
         images = images.contiguous(memory_format=memory_format)
         with torch.no_grad(), float32_convolutions():
-            errors = judge(fast(images), original(images), exact(images.double()))
+            with exact_float64():
+                wide = exact(images.double())
+            errors = judge(fast(images), original(images), wide)
         calls = [partial(original, images), partial(fast, images)]
         eager, optimized = time_side_by_side(calls, device, budget=budget)
         yield Comparison(variant, eager, optimized, errors, report(fast))

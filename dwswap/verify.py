@@ -30,7 +30,7 @@ from dwswap.comparison import compare, largest
 from dwswap.copying import copy_model
 from dwswap.example_inputs import Arguments, run, runnable_copy
 from dwswap.inference_graph import FOLDED
-from dwswap.precision import float32_convolutions
+from dwswap.precision import exact_float64, float32_convolutions
 from dwswap.report import Layer, LayerErrors, Report, Verification
 from dwswap.swapped_layers import LayerCall, put_back, run_watched
 
@@ -68,7 +68,7 @@ def _verify(
 ) -> tuple[nn.Module, Report]:
     original = _run_original(model, arguments, "its own dtype")
     exact_model = copy_model(model).double()
-    exact = _run_original(exact_model, arguments.map(_double), "float64")
+    exact = _run_exact(exact_model, arguments, "float64")
     graphs = (m for m in result.modules() if isinstance(m, fx.GraphModule))
     folded = any(FOLDED in graph.meta for graph in graphs)
     pooled = _pooled_errors(model, exact_model, arguments, (original, exact), folded)
@@ -118,13 +118,19 @@ def _run_original(model: nn.Module, arguments: Arguments, how: str) -> Any:
         ) from error
 
 
+def _run_exact(model: nn.Module, arguments: Arguments, how: str) -> Any:
+    with exact_float64():
+        return _run_original(model, arguments.map(_double), how)
+
+
 def _compare_layer(call: LayerCall) -> LayerErrors:
     tensors = (
         *(call.input, call.weight, call.bias, call.input_bias),
         *(call.point_weight, call.point_bias, call.residual),
     )
     theirs = _composite(call, *tensors)
-    exact = _composite(call, *(None if t is None else t.double() for t in tensors))
+    with exact_float64():
+        exact = _composite(call, *(None if t is None else t.double() for t in tensors))
     return compare(call.output, theirs, exact)
 
 
@@ -173,7 +179,7 @@ def _pooled_errors(
             _round_again(subject, model, generator)
         inputs = arguments.map(lambda tensor: _nudged(tensor, generator))
         theirs = _leaves(_run_original(subject, inputs, "its own dtype, one ulp off"))
-        exact = _leaves(_run_original(exact_model, inputs.map(_double), "float64, one ulp off"))
+        exact = _leaves(_run_exact(exact_model, inputs, "float64, one ulp off"))
         paths = few if i >= _RUNS_OF_MANY else pooled.keys()
         for path in paths & theirs.keys() & exact.keys():
             result, reference = theirs[path], exact[path]

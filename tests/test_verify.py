@@ -17,6 +17,7 @@ import dwswap
 from dwswap import DepthwiseConv2d, registration, verify
 from dwswap.activations import ACTIVATIONS
 from dwswap.bench.random_weights import randomize
+from dwswap.precision import exact_float64
 from dwswap.report import LayerErrors, Verification
 from dwswap.verify import compare
 
@@ -331,6 +332,35 @@ def test_tf32_is_off_while_it_compares() -> None:
             assert (cudnn.conv.fp32_precision, matmul.fp32_precision) == ("tf32", "tf32")
     finally:
         cudnn.conv.fp32_precision, matmul.fp32_precision = before
+
+
+def test_the_reference_divides_by_six() -> None:
+    """aten multiplies by a float32 sixth on CUDA, in float64 too."""
+    seen: dict[torch.dtype, list[bool]] = {}
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+            seen.setdefault(x.dtype, []).append(type(exact_float64()) in map(type, modes))
+            return F.hardswish(x)
+
+    model = nn.Sequential(depthwise(4), Watched()).eval()
+    verified(model, image(4, 8))
+    assert all(seen[torch.float64])
+    assert not any(seen[torch.float32])
+
+
+def test_exact_float64_in_place_and_in_other_dtypes() -> None:
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    exact = (x + 3).clamp(0, 6) / 6
+    changed, narrow = x.clone(), x.float()
+    usual = F.hardsigmoid(narrow)
+    with exact_float64():
+        assert F.hardsigmoid(x).equal(exact)
+        assert F.hardsigmoid(changed, inplace=True) is changed
+        assert F.hardsigmoid(narrow).equal(usual)
+        assert nn.Hardswish(inplace=True)(x.clone()).equal(x * exact)
+    assert changed.equal(exact)
 
 
 def test_outputs_of_any_structure() -> None:

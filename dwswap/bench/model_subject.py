@@ -18,6 +18,7 @@ from dwswap.bench.layers import DTYPES, LAYOUTS
 from dwswap.bench.model_cases import Case
 from dwswap.bench.model_peers import Runner
 from dwswap.bench.model_results import Measured
+from dwswap.precision import exact_float64
 
 __all__ = ["Run", "Subject", "collect", "detects"]
 
@@ -64,7 +65,8 @@ class Subject:
         part = subject.compared(model)
         wide = copy.deepcopy(part).double()
         few = torch.cat([images[subject.checked] for images in subject.batches])
-        subject.exact = subject._outputs(wide(few.double()))
+        with exact_float64():
+            subject.exact = subject._outputs(wide(few.double()))
         del wide
         collect(device)
         subject.eager_error, subject.eager_rms_error = subject.deviations(part)
