@@ -13,6 +13,7 @@ from dwswap.bench.records import record, write_json
 from dwswap.bench.timing import (
     MOST_BUFFERS,
     ROTATION_BYTES,
+    Timing,
     buffers_needed,
     time_calls,
     time_copy,
@@ -56,6 +57,11 @@ def test_launches_take_turns():
     calls = []
     time_launches([partial(calls.append, name) for name in "abc"], "cpu", budget=0.0)
     assert calls[1:] == list("abcab")
+
+
+def test_what_ran_between_launches_is_taken_off():
+    timing = Timing(9.0, 8.0, 12.0, 5, "cuda graph of rotating buffers")
+    assert timing.without(6.0) == Timing(3.0, 2.0, 6.0, 5, "cuda graph of rotating buffers")
 
 
 def test_launches_must_exist():

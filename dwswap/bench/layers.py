@@ -26,6 +26,7 @@ from torch import Tensor
 from dwswap.activations import ACTIVATIONS
 from dwswap.bench.gradient_results import Measured
 from dwswap.bench.layer_results import LayerResult, Skipped
+from dwswap.bench.other_code import OtherCode
 from dwswap.bench.shapes import LayerShape
 from dwswap.bench.timing import GraphMemory, buffers_needed, time_copy, time_launches
 from dwswap.ops import depthwise_conv2d
@@ -87,6 +88,7 @@ class LayerBench:
         activation: applied to the input and to the output, by the kernel in ours and by calls of
             their own in PyTorch's; ``"none"`` leaves both out.
         budget: seconds of samples per measurement.
+        cold_code: on CUDA, run the code of another kernel before every launch, ours and PyTorch's.
         copies: times of copies that are already known, by number of bytes.
     """
 
@@ -97,15 +99,18 @@ class LayerBench:
         batch: int,
         activation: str = "none",
         budget: float,
+        cold_code: bool = False,
         copies: dict[int, float] | None = None,
     ) -> None:
         self.device = device
         self.batch = batch
         self.activation = activation
         self.budget = budget
+        self.cold_code = cold_code and device.type == "cuda"
         self.copies = dict(copies or {})
         self._pool = torch.empty(0)
         self._graphs: GraphMemory | None = None
+        self._other_code: OtherCode | None = None
         self._generator = torch.Generator(device).manual_seed(0)
 
     @torch.no_grad()
@@ -358,8 +363,14 @@ class LayerBench:
 
     def _time(self, call: Callable[[T], Any], inputs: Sequence[T], budgets: int = 1) -> float:
         launches = [partial(call, x) for x in inputs]
+        if self.cold_code:
+            self._other_code = self._other_code or OtherCode(self.device)
         timing = time_launches(
-            launches, self.device, budget=budgets * self.budget, memory=self._graph_memory()
+            launches,
+            self.device,
+            budget=budgets * self.budget,
+            memory=self._graph_memory(),
+            between=self._other_code,
         )
         return timing.microseconds
 

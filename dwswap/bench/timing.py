@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 __all__ = [
+    "MOST_BUFFERS",
     "GraphMemory",
     "Timing",
     "buffers_needed",
@@ -44,8 +45,23 @@ class Timing:
     samples: int
     method: str
 
+    def without(self, microseconds: float) -> Timing:
+        """What is left of times that each hold so much of something else."""
+        median, fastest, slowest = (
+            time - microseconds for time in (self.microseconds, self.fastest, self.slowest)
+        )
+        return Timing(median, fastest, slowest, self.samples, self.method)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Between(Protocol):
+    """Such as ``dwswap.bench.other_code.OtherCode``."""
+
+    microseconds: float
+
+    def __call__(self) -> object: ...
 
 
 class GraphMemory:
@@ -96,6 +112,7 @@ def time_launches(
     *,
     budget: float = 0.5,
     memory: GraphMemory | None = None,
+    between: Between | None = None,
 ) -> Timing:
     """Time one launch: every launch of the set once per CUDA graph replay, divided.
 
@@ -107,13 +124,14 @@ def time_launches(
         device: where they run.
         budget: seconds to spend on samples, about; at least 5 samples are taken.
         memory: for the outputs, of ``device``; by default the driver's.
+        between: on CUDA, called before every launch; its own time is taken off.
     """
     if not launches:
         raise ValueError("launches must hold at least one callable, got none")
     device = torch.device(device)
     with torch.no_grad():
         if device.type == "cuda":
-            return _time_graph(launches, device, budget, memory)
+            return _time_graph(launches, device, budget, memory, between)
         return _time_in_turn(launches, budget)
 
 
@@ -207,6 +225,7 @@ def _time_graph(
     device: torch.device,
     budget: float,
     memory: GraphMemory | None,
+    between: Between | None,
 ) -> Timing:
     with torch.cuda.device(device):
         stream = memory.stream if memory else torch.cuda.Stream()
@@ -220,10 +239,16 @@ def _time_graph(
         graph = torch.cuda.CUDAGraph()
         capture = memory.capture(graph) if memory else torch.cuda.graph(graph, stream=stream)
         with capture:
-            outputs = [launch() for launch in launches]
+            outputs = []
+            for launch in launches:
+                if between is not None:
+                    between()
+                outputs.append(launch())
         timing = _time_events(
             graph.replay, budget, divide_by=len(launches), method="cuda graph of rotating buffers"
         )
+        if between is not None:
+            timing = timing.without(between.microseconds)
         graph.reset()
         del outputs
     return timing

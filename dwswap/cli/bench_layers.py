@@ -82,6 +82,12 @@ def add_parser(targets: Any) -> None:
         help="time the gradient of the input, that of the weight, and forward with both",
     )
     parser.add_argument(
+        "--cold-code",
+        action="store_true",
+        help="run another kernel before every launch, so that instructions are fetched anew, as "
+        "in a network; its time is taken off",
+    )
+    parser.add_argument(
         "--gpus",
         type=positive,
         metavar="N",
@@ -103,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     batch = args.batch or (64 if cuda else 1)
     if args.backward and args.activation != "none":
         raise CliError("--backward measures the plain operator: leave out --activation")
-    asked_for_all = args.select is None and args.activation == "none"
+    plain = args.activation == "none" and not args.cold_code
+    asked_for_all = args.select is None and plain
     every_shape = cuda and asked_for_all and not switches()
     whole = every_shape and (set(dtypes), set(layouts)) == (set(DTYPES), set(LAYOUTS))
     name = device_name(devices[0])
@@ -119,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         "select": args.select,
         "activation": args.activation,
         "budget": args.budget,
+        "cold_code": args.cold_code,
         "gpus": len(devices) if cuda else 0,
         "reduced": not cuda,
     }
@@ -126,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     if args.backward:
         record = GradientRecord(path, device=name, settings=settings, whole=whole)
     else:
-        targets = cuda and batch == 64 and args.activation == "none"
+        targets = cuda and batch == 64 and plain
         record = LayerRecord(path, device=name, settings=settings, whole=whole, targets=targets)
     start_or_resume(record, args.resume)
     what = f"{len(shapes)} shapes, N = {batch}, {', '.join(dtypes)}, {', '.join(layouts)}"
@@ -139,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         batch=batch,
         activation=args.activation,
         budget=args.budget,
+        cold_code=args.cold_code,
         # The record does not say which of several GPUs measured a row.
         copies=record.copies if len(devices) == 1 else None,
     )
@@ -150,6 +159,8 @@ def run(args: argparse.Namespace) -> int:
             title = f"Depthwise convolutions of torchvision, N = {batch}, on {name}"
             if args.activation != "none":
                 title += f", {args.activation} on both sides"
+            if args.cold_code:
+                title += ", code fetched anew"
             saved += _pictures(out, record, title)
     except OSError as error:
         raise CliError(f"cannot write the results: {error}") from error

@@ -10,7 +10,8 @@ import torch
 
 from dwswap.bench.gradients import GradientBench
 from dwswap.bench.layers import LayerBench
-from dwswap.bench.shapes import torchvision_shapes
+from dwswap.bench.other_code import OtherCode
+from dwswap.bench.shapes import select, torchvision_shapes
 from dwswap.bench.timing import GraphMemory, buffers_needed, time_calls, time_copy, time_launches
 
 pytestmark = pytest.mark.gpu
@@ -48,6 +49,33 @@ def test_launches_leave_the_current_stream_alone():
     before = torch.cuda.current_stream()
     time_launches([lambda: torch.ones(4, device="cuda")], "cuda")
     assert torch.cuda.current_stream() == before
+
+
+def test_other_code_takes_the_time_of_others_only_where_it_is_missed():
+    """A launch of little code takes as long as without it."""
+    sources = [torch.rand(1 << 22, device="cuda") for _ in range(12)]
+    launches = [partial(torch.relu, source) for source in sources]
+    other = OtherCode(torch.device("cuda", torch.cuda.current_device()))
+    assert 2 < other.microseconds < 50
+    warm = time_launches(launches, "cuda").microseconds
+    cold = time_launches(launches, "cuda", between=other).microseconds
+    assert -0.5 < cold - warm < 3
+
+
+@pytest.mark.parametrize("family", ["plane_strips", "channel_columns"])
+def test_code_of_the_usual_layers_is_fetched_in_time(family):
+    """In a network every kernel's code is fetched anew. Far from the kernel's beginning that takes
+    5 to 10 us, as it did in plane_strips while one kernel had the code of all activations."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    layout = "contiguous" if family.startswith("plane") else "channels_last"
+    (shape,) = select(torchvision_shapes(), "channels=384,height=14,kernel=3,stride=1")
+    bench = LayerBench(device, batch=64, activation="relu6", budget=0.003)
+    found, launches = bench.launches(shape, "float16", layout)
+    assert found == family
+    other = OtherCode(device)
+    warm = time_launches(launches, device).microseconds
+    cold = time_launches(launches, device, between=other).microseconds
+    assert cold - warm < 2
 
 
 def test_memory_of_graphs_is_used_again_and_given_back():
