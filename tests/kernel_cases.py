@@ -128,7 +128,7 @@ ROWS = {
         extra_padding=(9, 5),
         dtypes=FAST[:1],
     ),
-    # A stride and a dilation that nothing is compiled for; one channel of a thread, and two.
+    # A stride and a dilation that nothing is compiled for; 1, 2 and 4 channels of a thread.
     "points": Row(
         "points",
         "contiguous",
@@ -150,6 +150,10 @@ ROWS = {
     ),
     "points of channels_last, dilation": Row(
         "points", "channels_last", SQUARES[:1], dilation=(2, 3)
+    ),
+    # float32: two pixels of a thread, whose windows share columns.
+    "points of channels_last, dilation like the stride": Row(
+        "points", "channels_last", SQUARES[:1], strides=(2, 4), channels=(8, 20), dilation=(3, 2)
     ),
     "points of channels_last, misaligned": Row(
         "points", "offset_channels_last", SQUARES[:1], channels=(8, 57, 58)

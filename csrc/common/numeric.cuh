@@ -85,47 +85,56 @@ __device__ __forceinline__ Words<T, N> load_words(const T* source) {
 
 // words = N elements, where `wanted`; else they stay. Written as C++, the compiler moves what it
 // loaded to other registers, and waits for it there.
-template <int N, typename T>
-__device__ __forceinline__ void load_where(bool wanted, const T* source, Words<T, N>& words) {
-  auto& data = words.data;
-  if constexpr (Words<T, N>::kBytes == 16) {
-    asm volatile(
-        "{\n"
-        ".reg .pred wanted;\n"
-        "setp.ne.s32 wanted, %4, 0;\n"
-        "@wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%5];\n"
-        "}\n"
-        : "+r"(data[0]), "+r"(data[1]), "+r"(data[2]), "+r"(data[3])
-        : "r"(static_cast<int>(wanted)), "l"(source));
-  } else if constexpr (Words<T, N>::kBytes == 8) {
-    asm volatile(
-        "{\n"
-        ".reg .pred wanted;\n"
-        "setp.ne.s32 wanted, %2, 0;\n"
-        "@wanted ld.global.nc.v2.u32 {%0, %1}, [%3];\n"
-        "}\n"
-        : "+r"(data[0]), "+r"(data[1])
-        : "r"(static_cast<int>(wanted)), "l"(source));
-  } else if constexpr (Words<T, N>::kBytes == 4) {
-    asm volatile(
-        "{\n"
-        ".reg .pred wanted;\n"
-        "setp.ne.s32 wanted, %1, 0;\n"
-        "@wanted ld.global.nc.u32 %0, [%2];\n"
-        "}\n"
-        : "+r"(data[0])
-        : "r"(static_cast<int>(wanted)), "l"(source));
-  } else {
-    asm volatile(
-        "{\n"
-        ".reg .pred wanted;\n"
-        "setp.ne.s32 wanted, %1, 0;\n"
-        "@wanted ld.global.nc.u16 %0, [%2];\n"
-        "}\n"
-        : "+r"(data[0])
-        : "r"(static_cast<int>(wanted)), "l"(source));
+#define DWSWAP_LOAD_WHERE(NAME, LOAD)                                                      \
+  template <int N, typename T>                                                             \
+  __device__ __forceinline__ void NAME(bool wanted, const T* source, Words<T, N>& words) { \
+    auto& data = words.data;                                                               \
+    if constexpr (Words<T, N>::kBytes == 16) {                                             \
+      asm volatile(                                                                        \
+          "{\n"                                                                            \
+          ".reg .pred wanted;\n"                                                           \
+          "setp.ne.s32 wanted, %4, 0;\n"                                                   \
+          "@wanted " LOAD                                                                  \
+          ".v4.u32 {%0, %1, %2, %3}, [%5];\n"                                              \
+          "}\n"                                                                            \
+          : "+r"(data[0]), "+r"(data[1]), "+r"(data[2]), "+r"(data[3])                     \
+          : "r"(static_cast<int>(wanted)), "l"(source));                                   \
+    } else if constexpr (Words<T, N>::kBytes == 8) {                                       \
+      asm volatile(                                                                        \
+          "{\n"                                                                            \
+          ".reg .pred wanted;\n"                                                           \
+          "setp.ne.s32 wanted, %2, 0;\n"                                                   \
+          "@wanted " LOAD                                                                  \
+          ".v2.u32 {%0, %1}, [%3];\n"                                                      \
+          "}\n"                                                                            \
+          : "+r"(data[0]), "+r"(data[1])                                                   \
+          : "r"(static_cast<int>(wanted)), "l"(source));                                   \
+    } else if constexpr (Words<T, N>::kBytes == 4) {                                       \
+      asm volatile(                                                                        \
+          "{\n"                                                                            \
+          ".reg .pred wanted;\n"                                                           \
+          "setp.ne.s32 wanted, %1, 0;\n"                                                   \
+          "@wanted " LOAD                                                                  \
+          ".u32 %0, [%2];\n"                                                               \
+          "}\n"                                                                            \
+          : "+r"(data[0])                                                                  \
+          : "r"(static_cast<int>(wanted)), "l"(source));                                   \
+    } else {                                                                               \
+      asm volatile(                                                                        \
+          "{\n"                                                                            \
+          ".reg .pred wanted;\n"                                                           \
+          "setp.ne.s32 wanted, %1, 0;\n"                                                   \
+          "@wanted " LOAD                                                                  \
+          ".u16 %0, [%2];\n"                                                               \
+          "}\n"                                                                            \
+          : "+r"(data[0])                                                                  \
+          : "r"(static_cast<int>(wanted)), "l"(source));                                   \
+    }                                                                                      \
   }
-}
+DWSWAP_LOAD_WHERE(load_where, "ld.global.nc")
+// In front of the next barrier, behind which the compiler moves the other kind.
+DWSWAP_LOAD_WHERE(load_where_now, "ld.global")
+#undef DWSWAP_LOAD_WHERE
 
 template <int N, typename T>
 __device__ __forceinline__ void store_words(T* target, const Words<T, N>& words) {
@@ -276,6 +285,10 @@ struct Divisor {
     const uint32_t quotient = (__umulhi(n, multiplier) + n) >> shift;
     *remainder = n - quotient * value;
     return quotient;
+  }
+  __device__ __forceinline__ uint32_t divide(uint32_t n) const {
+    uint32_t remainder;
+    return divide(n, &remainder);
   }
 };
 

@@ -48,15 +48,13 @@ bool suits_channel_direct(const DepthwiseConv2dParams& p) {
   return p.out_h * p.out_w <= kTinyImage && !is_stream(p);
 }
 
-// Few outputs, so that all are under way at once. In channels_last other families load an element
-// for several outputs, of which those of stride 2 share few.
+// Few outputs, so that all are under way at once. In NCHW rolling_rows loads a column of rows at
+// once as well; in channels_last, with stride 2 in float32, this keeps up with all others.
 bool suits_points(const DepthwiseConv2dParams& p) {
-  const bool is_float = p.dtype == DataType::kFloat32;
-  int64_t most = 1000;
-  if (p.in_layout == Layout::kChannelsLast) {
-    most = p.stride_h == 1 ? (is_float ? 600 : 1000) : (is_float ? 1700 : 3000);
-  }
-  return outputs_per_multiprocessor(p) <= most;
+  const bool is_float = p.dtype == DataType::kFloat32, strided = p.stride_h > 1;
+  const int64_t outputs = outputs_per_multiprocessor(p);
+  if (p.in_layout == Layout::kContiguous) return outputs <= (strided ? 500 : 1700);
+  return outputs <= (!is_float ? 7000 : strided ? 30000 : 5000);
 }
 
 // A large float32 image has few instructions per byte, and tiles keep more bytes in flight.

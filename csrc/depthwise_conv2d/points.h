@@ -6,8 +6,7 @@
 namespace dwswap {
 namespace points {
 
-constexpr int kThreads = 128;   // of a block
-constexpr int kMostLanes = 32;  // of those, side by side along the channels
+constexpr int kThreads = 128;  // of a block, at most
 constexpr int kKernel = 3;
 
 template <typename T>

@@ -67,9 +67,15 @@ def problems() -> Iterator[Problem]:
                         shape = (2, channels, 9 + 6 * i, 17 - 4 * i)
                         yield direct._replace(shape=shape, offset=offset)
                     yield direct._replace(shape=(100 * stride**2, 58, 19, 21))
-                    # points: one channel of a thread, and two; with dilation; both layouts.
+                    # points: 1, 2 and 4 channels of a thread, one pixel and two; both layouts.
                     points = ragged._replace(family="points")
-                    for channels, offset, dilation in ((58, 0, 1), (57, 0, 1), (20, 1, 2)):
+                    for channels, offset, dilation in (
+                        (58, 0, 1),
+                        (57, 0, 1),
+                        (20, 0, 1),
+                        (20, 0, 2),
+                        (20, 1, 2),
+                    ):
                         shape = (2, channels, 9 + 6 * i, 17 - 4 * i)
                         point = points._replace(shape=shape, offset=offset, dilation=dilation)
                         yield point
