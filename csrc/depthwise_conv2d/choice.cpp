@@ -49,11 +49,17 @@ bool suits_channel_direct(const DepthwiseConv2dParams& p) {
 }
 
 // Few outputs, so that all are under way at once. In NCHW rolling_rows loads a column of rows at
-// once as well; in channels_last, with stride 2 in float32, this keeps up with all others.
+// once as well; in channels_last this keeps up with all others for long, longest in float32 with
+// stride 2. Every thread transforms its window anew, which costs little where that is a clamp.
 bool suits_points(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32, strided = p.stride_h > 1;
+  const bool last = p.in_layout == Layout::kChannelsLast;
   const int64_t outputs = outputs_per_multiprocessor(p);
-  if (p.in_layout == Layout::kContiguous) return outputs <= (strided ? 500 : 1700);
+  if (p.transforms_input() && std::max(p.input_activation, p.activation) > Activation::kRelu6) {
+    if (!last) return outputs <= 1000;
+    return outputs <= (strided ? (is_float ? 1700 : 3000) : (is_float ? 600 : 1000));
+  }
+  if (!last) return outputs <= (strided ? 500 : 1700);
   return outputs <= (!is_float ? 7000 : strided ? 30000 : 5000);
 }
 
