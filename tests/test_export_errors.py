@@ -166,6 +166,25 @@ def test_dynamic_batch_of_inputs_without_one(fast, tmp_path):
         save(fast, tmp_path / "m.pt2", image(), dynamic_batch=True, dynamic_shapes=({0: 2},))
 
 
+@pytest.mark.parametrize("format", ["pt2", "aten", "onnx"])
+def test_dynamic_batch_of_inputs_without_names(tmp_path, format):
+    """torch.export writes a comparison of their sizes that fails in every call."""
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+
+    class Sum(nn.Module):
+        def forward(self, x, **others):
+            return x + others["y"]
+
+    path = tmp_path / ("m.onnx" if format == "onnx" else "m.pt2")
+    inputs = {"x": image(), "y": image()}
+    with pytest.raises(ExportError, match=r"forward names: Sum takes some by \*\*others"):
+        save(Sum().eval(), path, inputs, format=format, dynamic_batch=True)
+    assert list(tmp_path.iterdir()) == []
+    loaded = load(save(Sum().eval(), path, inputs, format=format))
+    torch.testing.assert_close(loaded(**inputs), image() * 2)
+
+
 def test_inputs_for_a_program(fast, tmp_path):
     program = torch.export.export(fast, (image(),))
     with pytest.raises(ValueError, match="must not be given for an ExportedProgram"):

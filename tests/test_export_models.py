@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,46 @@ def test_onnx_of_several_inputs_and_outputs(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x, y=y), expected)
     with pytest.raises(TypeError, match="x, y"):
         loaded(x)
+
+
+class OfDicts(nn.Module):
+    def forward(
+        self, x: Tensor, images: dict[str, Tensor], more: list[Any]
+    ) -> tuple[Tensor, Tensor]:
+        """An input that is an output has another name in the file."""
+        return x + 10 * images["a"] + 100 * images["b"] + 1000 * more[1], images["a"]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_onnx_of_dicts_filled_in_another_order(tmp_path: Path, by_name: bool) -> None:
+    """The file knows no paths, so dwswap notes them there."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    x, a, b, c = (torch.full((2,), float(i)) for i in range(4))
+    images, swapped = {"b": b, "a": a}, {"a": a, "b": b}
+    example = {"x": x, "images": images, "more": [5, c]} if by_name else (x, images, [5, c])
+    loaded = load(save(OfDicts().eval(), tmp_path / "m.onnx", example, format="onnx"))
+    expected = OfDicts()(x, images, [5, c])
+    for given in (images, swapped):
+        if by_name:
+            torch.testing.assert_close(loaded(more=[5, c], images=given, x=x), expected)
+        else:
+            torch.testing.assert_close(loaded(x, given, [5, c]), expected)
+    with pytest.raises(TypeError, match=r"must be x, .*, got args\[0\], args\[1\]\['a'\]$"):
+        loaded(x, {"a": a})
+    if not by_name:
+        with pytest.raises(TypeError, match=r"got args\[0\], .*, kwargs\['x'\]$"):
+            loaded(x, images, [5, c], x=x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_onnx_of_half_precision_is_valid(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Convolutions take bfloat16 from opset 22 on; ONNX Runtime has none of them on the CPU."""
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    fast = dwswap.optimize(Block().eval().to(dtype))
+    path = save(fast, tmp_path / "m.onnx", image().to(dtype), format="onnx", dynamic_batch=True)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
 
 
 def test_names_in_an_onnx_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from dwswap.export.errors import ExportError, required
+from dwswap.export.input_specs import leaves_by_path
 from dwswap.export.program import to_aten
 
 __all__ = ["OnnxModel", "check_packages", "save_onnx"]
 
 # What a protobuf message can hold, less 64 MiB for the graph.
 MOST_BYTES = 2**31 - 2**26
+# Key of the file's metadata: the paths of its inputs in the arguments of a call.
+INPUTS = "dwswap_inputs"
+# The first in which convolutions and the like take bfloat16.
+_OPSET_OF_BFLOAT16 = 22
 
 
 def check_packages() -> None:
@@ -50,13 +55,27 @@ def save_onnx(program: ExportedProgram, path: Path) -> None:
             dynamo=True,
             verbose=False,
             external_data=False,
+            opset_version=_OPSET_OF_BFLOAT16 if _has_bfloat16(program) else None,
             output_names=["output"] if outputs == 1 else [f"output_{i}" for i in range(outputs)],
         )
     assert exported is not None
     batches = _batch_symbols(program)
     if len(batches) == 1:
         exported.rename_axes({batches.pop(): "batch"})
+    paths = _paths_of_tensors(program)
+    if len(paths) == len(exported.model.graph.inputs):
+        exported.model.metadata_props[INPUTS] = json.dumps(paths)
     exported.save(path)
+
+
+def _has_bfloat16(program: ExportedProgram) -> bool:
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return any(getattr(value, "dtype", None) is torch.bfloat16 for value in values)
+
+
+def _paths_of_tensors(program: ExportedProgram) -> list[str]:
+    leaves = leaves_by_path(*(program.example_inputs or ((), {})))
+    return [path for path, leaf in leaves.items() if isinstance(leaf, Tensor)]
 
 
 def _batch_symbols(program: ExportedProgram) -> set[str]:
@@ -70,7 +89,8 @@ def _batch_symbols(program: ExportedProgram) -> set[str]:
 class OnnxModel:
     """An ONNX file in ONNX Runtime, called with tensors.
 
-    Positional arguments go to the inputs of the file in their order, keyword arguments by name.
+    They are arguments as in the export, dicts and lists of tensors included. Tensors by themselves
+    may also come in the order of the file's inputs, and by their names.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,6 +103,10 @@ class OnnxModel:
         providers = runtime.get_available_providers()
         self.session = runtime.InferenceSession(str(path), providers=providers)
         self.names = [entry.name for entry in self.session.get_inputs()]
+        self._by_path = {f"args[{i}]": name for i, name in enumerate(self.names)}
+        self._by_path |= {f"kwargs[{name!r}]": name for name in self.names}
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self._by_path |= dict(zip(json.loads(metadata.get(INPUTS, "[]")), self.names, strict=False))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """Outputs on the CPU: a tensor, or a tuple of them where there are several.
@@ -90,12 +114,12 @@ class OnnxModel:
         Raises:
             TypeError: the arguments are not those of the file.
         """
-        leaves = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
-        given = {**dict(zip(self.names, leaves, strict=False)), **kwargs}
-        if len(leaves) + len(kwargs) != len(self.names) or given.keys() != set(self.names):
+        leaves = leaves_by_path(args, kwargs).items()
+        tensors = {path: leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+        given = {self._by_path.get(path): tensor for path, tensor in tensors.items()}
+        if len(given) != len(tensors) or given.keys() != set(self.names):
             raise TypeError(
-                f"the inputs must be {', '.join(self.names)}, got {len(leaves)} positional ones "
-                f"and {', '.join(kwargs) or 'no names'}"
+                f"the inputs must be {', '.join(self.names)}, got {', '.join(tensors) or 'none'}"
             )
         feed = {name: value.detach().cpu().numpy() for name, value in given.items()}
         outputs = tuple(torch.from_numpy(array) for array in self.session.run(None, feed))

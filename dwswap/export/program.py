@@ -57,7 +57,7 @@ def to_program(
         dynamic_shapes = _batch_shapes(model, arguments)
     try:
         with torch.no_grad():
-            return torch.export.export(
+            program = torch.export.export(
                 _called_by_name(model) if arguments.kwargs else model,
                 arguments.args,
                 arguments.kwargs,
@@ -67,6 +67,8 @@ def to_program(
         raise ExportError(
             f"torch.export cannot export {type(model).__name__}: {summary(error)}"
         ) from error
+    _check_named(model, program)
+    return program
 
 
 def to_aten(program: ExportedProgram) -> ExportedProgram:
@@ -122,6 +124,18 @@ def _called_by_name(model: nn.Module) -> nn.Module:
     plain: nn.Module = cls()
     plain.__dict__.update(model.__dict__)
     return plain
+
+
+def _check_named(model: nn.Module, program: ExportedProgram) -> None:
+    """Refuse comparisons of sizes in ``**kwargs``: torch.export writes code for them that fails."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    compared = " ".join(getattr(program, "_guards_code", ()))
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD and f"L['{parameter.name}']" in compared:
+            raise ExportError(
+                "sizes that vary together must be of inputs that the forward names: "
+                f"{type(model).__name__} takes some by **{parameter.name}"
+            )
 
 
 def _check_tensors(tensors: Iterable[Any]) -> None:
