@@ -191,6 +191,9 @@ def reason_not_plain(module: nn.Module) -> tuple[str, dict[str, object]] | None:
         for kind, code in _REPARAMETRIZATIONS:
             if isinstance(hook, kind):
                 return code, {}
+    # Plain attributes, which are no operands of a graph.
+    if any(isinstance(module.__dict__.get(name), torch.Tensor) for name in ("weight", "bias")):
+        return "weight_not_parameter", {}
     return _judge_handling(module) or _judge_tensors(*module._parameters.values())
 
 

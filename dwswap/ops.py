@@ -167,6 +167,8 @@ def _named_padding(
             f"{NAME}: weight must be 4-D (C * m, 1, kH, kW), got shape {list(weight.shape)}"
         )
     kernel = tuple(weight.shape[-2:])
+    if torch._C._get_tracing_state() is not None:  # of torch.jit, where sizes are tensors
+        kernel = tuple(map(int, kernel))
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if any(t % 2 for t in total):
         if transformed:

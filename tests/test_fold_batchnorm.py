@@ -300,6 +300,13 @@ def _tagged(module: Any) -> Any:
     return module
 
 
+def _plain(module: Any) -> Any:
+    weight = module.weight.detach() + 1
+    del module.weight
+    module.weight = weight
+    return module
+
+
 class OwnNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
@@ -311,6 +318,10 @@ KEPT: dict[str, tuple[str, Make]] = {
         lambda: nn.Sequential(depthwise(), norm(track_running_stats=False)),
     ),
     "subclass": ("norm_type", lambda: nn.Sequential(depthwise(), norm(kind=OwnNorm))),
+    "norm with a plain tensor": (
+        "weight_not_parameter",
+        lambda: nn.Sequential(depthwise(), _plain(norm())),
+    ),
     "norm with hook": ("forward_hook", lambda: nn.Sequential(depthwise(), _hooked(norm()))),
     "norm with state hook": (
         "state_dict_hook",

@@ -216,8 +216,9 @@ def test_modes_and_traces_see_the_public_operator(device, grad):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_jit_traces_see_the_public_operator(device):
-    ours, x = DepthwiseConv2d.from_conv2d(depthwise().to(device)), image(8).to(device)
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_jit_traces_see_the_public_operator(device, padding):
+    ours, x = DepthwiseConv2d(8, 8, 3, padding=padding).to(device), image(8).to(device)
     with torch.no_grad():
         traced = torch.jit.trace(ours, x)
         assert "dwswap::depthwise_conv2d" in str(traced.inlined_graph)

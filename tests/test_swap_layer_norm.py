@@ -56,12 +56,22 @@ def affine(norm: nn.Module) -> nn.Module:
     return norm
 
 
+def with_weight(norm: nn.LayerNorm, weight: Any, register: bool) -> nn.LayerNorm:
+    del norm.weight
+    if register:
+        norm.register_buffer("weight", weight)
+    else:
+        norm.weight = weight
+    return norm
+
+
 SWAPPED: dict[str, Callable[[], nn.Module]] = {
     "module": lambda: OnLast(affine(nn.LayerNorm(8))),
     "module, no bias": lambda: OnLast(affine(nn.LayerNorm(8, bias=False))),
     "eps": lambda: OnLast(affine(nn.LayerNorm([8], eps=0.5))),
     "function": lambda: OnLast(None, lambda x, w, b: F.layer_norm(x, (8,), w, b, 0.1)),
     "keywords": lambda: OnLast(None, lambda x, w, b: F.layer_norm(x, [8], weight=w, eps=0.1)),
+    "buffer": lambda: OnLast(with_weight(nn.LayerNorm(8), torch.full((8,), 2.0), True)),
     "image": lambda: nn.Sequential(depthwise(), affine(models.convnext.LayerNorm2d(8))),
 }
 
@@ -98,6 +108,7 @@ STAYS: dict[str, Callable[[], nn.Module]] = {
     "no weight": lambda: OnLast(nn.LayerNorm(8, elementwise_affine=False)),
     "subclass": lambda: OnLast(Doubled(8)),
     "hook": lambda: OnLast(hooked()),
+    "plain": lambda: OnLast(with_weight(nn.LayerNorm(8), torch.full((8,), 2.0), False)),
     "computed": lambda: OnLast(None, lambda x, w, b: F.layer_norm(x, (8,), w.exp(), b)),
     "shape": lambda: OnLast(None, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b)),
 }

@@ -63,7 +63,7 @@ def _of_module(module: nn.LayerNorm, node: fx.Node) -> LayerNormCall | None:
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         return None
     weight, bias = (
-        None if module._parameters.get(name) is None else f"{node.target}.{name}"
+        None if getattr(module, name) is None else f"{node.target}.{name}"
         for name in ("weight", "bias")
     )
     return LayerNormCall(node, node.args[0], weight, bias, module.eps, last=kind != _ON_IMAGES)
