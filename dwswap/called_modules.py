@@ -6,7 +6,7 @@ import dis
 import sys
 from functools import partial
 from itertools import pairwise
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, MethodType
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from dwswap.copying import modules_by_path
 from dwswap.eligibility import HOOKS
 from dwswap.forward_code import called_functions, codes, global_names, package_of
 
-__all__ = ["only_called", "reads_all_tensors", "runs_its_children"]
+__all__ = ["only_called", "runs_its_children"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a module is reached without its name in the code.
@@ -24,6 +24,7 @@ _ALL_CHILDREN |= {"_modules", "__dict__", "__getattr__", "attrgetter"}
 # Of all modules inside: a graph has folded tensors, by other names.
 _ALL_TENSORS = {"parameters", "named_parameters", "get_parameter", "state_dict"}
 _ALL_TENSORS |= {"buffers", "named_buffers", "get_buffer", "_parameters", "_buffers"}
+_KINDS = {"dtype", "device", "is_cuda"}
 # What stands between the loads and calls of a line that does nothing else.
 _PADDING = {"PUSH_NULL", "PRECALL", "NOT_TAKEN"}
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
@@ -93,27 +94,22 @@ def _reaches(code: CodeType, names: list[str]) -> bool:
     return False
 
 
-def reads_all_tensors(function: FunctionType) -> bool:
-    """Whether it asks a module for its tensors past their names, for more than one's dtype."""
-    for code in codes(function.__code__):
-        instructions = _instructions(code)
-        if any(_asks_for_tensors(instructions, place) for place in range(len(instructions))):
-            return True
-    return False
-
-
 def _instructions(code: CodeType) -> list[dis.Instruction]:
     return [i for i in dis.get_instructions(code) if i.opname not in _PADDING]
 
 
 def _asks_for_tensors(instructions: list[dis.Instruction], place: int) -> bool:
-    """Whether it loads such an attribute, but for ``next(self.parameters())``: who asks for one
-    wants its device or dtype."""
+    """Whether it loads such an attribute, but for ``next(self.parameters()).dtype``, say."""
     instruction = instructions[place]
     if not instruction.opname.endswith(("_ATTR", "_METHOD")):
         return False
-    of_next = place >= 2 and instructions[place - 2].argval == "next"
-    return instruction.argval in _ALL_TENSORS and not of_next
+    behind_both_calls = instructions[place + 3 : place + 4]
+    only_its_kind = (
+        place >= 2
+        and instructions[place - 2].argval == "next"
+        and any(then.argval in _KINDS for then in behind_both_calls)
+    )
+    return instruction.argval in _ALL_TENSORS and not only_its_kind
 
 
 def _holds(value: object, owner: nn.Module) -> bool:

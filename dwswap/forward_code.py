@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from types import CellType, CodeType, FunctionType, ModuleType
 
 from torch import fx
@@ -13,6 +14,7 @@ __all__ = [
     "called_functions",
     "catches_errors",
     "codes",
+    "content_of",
     "global_names",
     "is_foreign",
     "names_in",
@@ -41,7 +43,7 @@ def called_functions(cls: type, forward: object) -> list[FunctionType]:
             continue
         found.append(function)
         pending.append(getattr(function, "__wrapped__", None))
-        pending += map(_content, function.__closure__ or ())
+        pending += map(content_of, function.__closure__ or ())
         names = names_in(function.__code__)
         used = [function.__globals__.get(name) for name in global_names(function.__code__)]
         pending += used
@@ -76,12 +78,21 @@ def names_in(code: CodeType) -> set[str]:
 
 
 def catches_errors(code: CodeType) -> bool:
-    """Whether it has an ``except`` with a type of errors."""
-    return any(
-        instruction.opname in _MATCHES_ERRORS
-        for inner in codes(code)
-        for instruction in dis.get_instructions(inner)
-    )
+    """Whether it has an ``except``, with a type of errors or without."""
+    return any(map(_catches_errors, codes(code)))
+
+
+def _catches_errors(code: CodeType) -> bool:
+    instructions = list(dis.get_instructions(code))
+    handlers = {i.argval for i in instructions if i.opname == "SETUP_FINALLY"}  # up to 3.10
+    for instruction, then in pairwise(instructions):
+        if instruction.opname in _MATCHES_ERRORS:
+            return True
+        # Without a type it drops the error at once; what is behind `finally` raises it again.
+        handles = instruction.opname == "PUSH_EXC_INFO" or then.offset in handlers
+        if handles and then.opname == "POP_TOP":
+            return True
+    return False
 
 
 def global_names(code: CodeType) -> set[str]:
@@ -99,7 +110,7 @@ def _is_fx_leaf(function: FunctionType) -> bool:
     return function.__globals__.get("__name__") == fx.Tracer.__module__
 
 
-def _content(cell: CellType) -> object:
+def content_of(cell: CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # not assigned yet

@@ -13,6 +13,7 @@ from torch.fx.graph import PythonCode
 from torch.fx.graph_module import _deserialize_graph_module, _forward_from_src
 
 from dwswap.copying import complete_copy
+from dwswap.forward_code import called_functions, names_in
 from dwswap.module_access import shortened
 
 __all__ = ["EXPORTED", "FOLDED", "InferenceGraph", "graph_at", "name_taken"]
@@ -33,8 +34,8 @@ class InferenceGraph(fx.GraphModule):
     Against a plain GraphModule it keeps the model's parameter and buffer order, unused modules and
     second names of shared modules, non-persistent buffers and plain attributes (numbers, strings
     and containers of them), also through deepcopy and pickle. ``train()`` raises: the graph has
-    the eval behaviour of dropout and its like baked in. So does setting a plain attribute that
-    the forward read, and loading weights that were folded into others.
+    the eval behaviour of dropout and its like baked in. So does setting an attribute that a
+    forward read, and loading weights that were folded into others.
     """
 
     @classmethod
@@ -43,14 +44,11 @@ class InferenceGraph(fx.GraphModule):
         root: nn.Module,
         graph: fx.Graph,
         constants: Mapping[str, Any] | None = None,
-        read: Collection[str] = (),
     ) -> InferenceGraph:
         """The graph over the modules and tensors of ``root``, which are shared, not copied.
 
         Args:
             constants: attributes that the trace added to its root.
-            read: names in the code of the forward. Plain attributes among them cannot be set any
-                more, as the graph has their values baked in.
         """
         added = dict(constants or {})
         root.__dict__.update(added)
@@ -59,27 +57,23 @@ class InferenceGraph(fx.GraphModule):
         finally:
             for name in added:
                 del root.__dict__[name]
-        _mirror(root, result, {})
-        baked = set()
-        for name, value in root.__dict__.items():
-            if _is_plain(value) and not hasattr(result, name):
-                result.__dict__[name] = value
-                if name in read:
-                    baked.add(name)
-        result.__dict__[_BAKED] = frozenset(baked)
+        made: dict[nn.Module, nn.Module] = {}
+        _mirror(root, result, made)
+        inlined = {source: target for source, target in made.items() if source is not target}
+        read = _names_in_forwards({type(source) for source in inlined})
+        for source, target in inlined.items():
+            if target is not result:
+                target.__class__ = InlinedModule
+            _keep_attributes(source, target, read)
         return result
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As ever, but for plain attributes that the forward of the original read.
+        """As ever, but for attributes that a forward of the original read.
 
         Raises:
-            AttributeError: it read ``name``, so that setting it would do nothing.
+            AttributeError: one read ``name``, so that setting it would do nothing.
         """
-        if name in self.__dict__.get(_BAKED, ()):
-            raise AttributeError(
-                f"{name} cannot be set: this graph was made with its value "
-                f"{self.__dict__[name]!r}; set it on the original and call dwswap.optimize again"
-            )
+        _check_not_baked(self, name)
         super().__setattr__(name, value)
 
     def recompile(self) -> PythonCode:
@@ -134,6 +128,39 @@ class InferenceGraph(fx.GraphModule):
         return _rebuild, (state, imports, type(self).__name__)
 
 
+class InlinedModule(nn.Module):
+    """What is left of a module whose code is in the graph: tensors, submodules, attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As that of :class:`InferenceGraph`."""
+        _check_not_baked(self, name)
+        super().__setattr__(name, value)
+
+
+def _check_not_baked(module: nn.Module, name: str) -> None:
+    if name not in module.__dict__.get(_BAKED, ()) or name in module._buffers:
+        return
+    value = f" {module.__dict__[name]!r}" if name in module.__dict__ else ""
+    raise AttributeError(
+        f"{name} cannot be set: this graph was made with its value{value}; set it on the original "
+        "and call dwswap.optimize again"
+    )
+
+
+def _names_in_forwards(classes: Collection[type[nn.Module]]) -> set[str]:
+    functions = [f for cls in classes for f in called_functions(cls, cls.forward)]
+    return {name for function in functions for name in names_in(function.__code__)}
+
+
+def _keep_attributes(source: nn.Module, target: nn.Module, read: Collection[str]) -> None:
+    """Give ``target`` the plain attributes of ``source``; none that is ``read`` can be set."""
+    baked = (source.__dict__.keys() & read) - _names_of_graphs()
+    for name, value in source.__dict__.items():
+        if _is_plain(value) and not hasattr(target, name):
+            target.__dict__[name] = value
+    target.__dict__[_BAKED] = source.__dict__.get(_BAKED, frozenset()) | baked
+
+
 def name_taken(root: nn.Module) -> str | None:
     """A name in ``root`` under which its graph would have something else; None if there is none.
 
@@ -143,14 +170,15 @@ def name_taken(root: nn.Module) -> str | None:
     if not isinstance(root, fx.GraphModule):
         kept = (n for n, v in root.__dict__.items() if isinstance(v, torch.Tensor) or _is_plain(v))
         names += kept
-    return next((name for name in names if name in _own_names()), None)
+    # What a graph has beside a module: graph, code, meta and others.
+    own = _names_of_graphs() - {*dir(nn.Module), *vars(nn.Module())}
+    return next((name for name in names if name in own), None)
 
 
 @functools.cache
-def _own_names() -> frozenset[str]:
-    """What a graph has beside a module: ``graph``, ``code``, ``meta`` and others."""
+def _names_of_graphs() -> frozenset[str]:
     empty = InferenceGraph(nn.Module(), fx.Graph())
-    return frozenset({*dir(InferenceGraph), *vars(empty)} - {*dir(nn.Module), *vars(nn.Module())})
+    return frozenset({*dir(InferenceGraph), *vars(empty)})
 
 
 def graph_at(model: nn.Module, path: str) -> fx.GraphModule:
@@ -172,13 +200,13 @@ def _rebuild(state: dict[str, Any], imports: str, name: str) -> InferenceGraph:
     return result
 
 
-def _mirror(source: nn.Module, target: nn.Module, seen: dict[int, nn.Module]) -> None:
+def _mirror(source: nn.Module, target: nn.Module, seen: dict[nn.Module, nn.Module]) -> None:
     """Give ``target`` (made by torch.fx from ``source``) all of the state of ``source``.
 
     torch.fx makes empty modules for those that it inlined and leaves out what the graph does not
     use; here they get the parameters, buffers and children of the originals, in their order.
     """
-    seen[id(source)] = target
+    seen[source] = target
     target.training = source.training
     extra = {n: b for n, b in target._buffers.items() if n not in source._buffers}
     _refill(target._parameters, source._parameters)
@@ -187,10 +215,10 @@ def _mirror(source: nn.Module, target: nn.Module, seen: dict[int, nn.Module]) ->
     children: dict[str, nn.Module | None] = {}
     for name, child in source._modules.items():
         made = target._modules.get(name)
-        if child is None or id(child) in seen:
-            children[name] = None if child is None else seen[id(child)]
+        if child is None or child in seen:
+            children[name] = None if child is None else seen[child]
         elif made is None or made is child:
-            children[name] = seen[id(child)] = child
+            children[name] = seen[child] = child
         else:
             _mirror(child, made, seen)
             children[name] = made

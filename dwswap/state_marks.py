@@ -7,14 +7,15 @@ import pickle
 import random
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
-from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dwswap.forward_code import global_names, is_foreign
+from dwswap.forward_code import content_of, global_names, is_foreign
 
 __all__ = ["Variable", "attributes", "changed", "surroundings"]
 
@@ -22,7 +23,7 @@ __all__ = ["Variable", "attributes", "changed", "surroundings"]
 _DEPTH = 4
 _INTERNAL = frozenset(vars(nn.Module()))
 _PLAIN = {bool, int, float, str, type(None)}
-_NO_STATE = (FunctionType, BuiltinFunctionType, ModuleType, type, nn.Module)
+_NO_STATE = (BuiltinFunctionType, ModuleType, type, nn.Module)
 
 
 class Mark:
@@ -46,6 +47,8 @@ class Mark:
 
 def attributes(module: nn.Module) -> dict[str, Mark]:
     """The attributes of ``module``, but for what is inside its parameters and submodules."""
+    if isinstance(module, torch.jit.ScriptModule):  # its methods appear when they are called
+        return {}
     return {
         name: Mark(value, 1 if name in _INTERNAL else _DEPTH)
         for name, value in module.__dict__.items()
@@ -53,7 +56,7 @@ def attributes(module: nn.Module) -> dict[str, Mark]:
 
 
 class Variable(NamedTuple):
-    """A global variable or an attribute of a class, and what it was."""
+    """A function, a global variable or an attribute of a class, and what it was."""
 
     space: Mapping[str, Any]
     name: str
@@ -64,8 +67,9 @@ class Variable(NamedTuple):
         return self.mark != Mark(self.space.get(self.name))
 
 
-def surroundings(cls: type, functions: Iterable[FunctionType]) -> dict[str, Variable]:
-    """Attributes of ``cls`` and of classes that ``functions`` name, and the globals of these."""
+def surroundings(cls: type, functions: Sequence[FunctionType]) -> dict[str, Variable]:
+    """``functions``, the globals that these name, and the attributes of ``cls`` and of classes that
+    they name."""
     found: list[tuple[str, Mapping[str, Any], str]] = []
     classes = {*cls.__mro__}
     for function in functions:
@@ -77,6 +81,9 @@ def surroundings(cls: type, functions: Iterable[FunctionType]) -> dict[str, Vari
     for owner in classes:
         if not is_foreign(owner.__module__):
             found += [(owner.__qualname__, vars(owner), name) for name in vars(owner)]
+    # A trace puts other functions in the place of some.
+    found = [(w, space, n) for w, space, n in found if not isinstance(space[n], FunctionType)]
+    found += [(f.__module__, {f.__qualname__: f}, f.__qualname__) for f in functions]
     return {
         f"{where}.{name}": Variable(space, name, Mark(space[name]))
         for where, space, name in found
@@ -106,11 +113,26 @@ def _items(value: Any) -> list[Any]:
         return [*value, *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return list(value)
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
     if isinstance(value, _NO_STATE):
         return []
+    if isinstance(value, FunctionType):
+        return _held_by(value)
     if is_foreign(type(value).__module__) and not isinstance(value, SimpleNamespace):
         return []
     return list(getattr(value, "__dict__", {}).values())
+
+
+def _held_by(function: FunctionType) -> list[Any]:
+    """Variables around it that it may set, mutable defaults, attributes."""
+    if is_foreign(function.__module__ or ""):
+        return []
+    around = [content_of(cell) for cell in function.__closure__ or ()]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return [*around, *defaults, *function.__dict__.values()]
 
 
 def _version(value: Any) -> Any:

@@ -24,7 +24,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from dwswap.called_modules import reads_all_tensors
 from dwswap.convolution_call import has_depthwise_call
 from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
@@ -41,6 +40,7 @@ from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph, name_taken
 from dwswap.ops import depthwise_conv2d
 from dwswap.passes.aliasing import changed_tensors
 from dwswap.state_marks import Variable, attributes, changed, surroundings
+from dwswap.weight_reads import WeightReads
 
 __all__ = [
     "NotTraceable",
@@ -61,7 +61,8 @@ _GLOBAL_HOOKS = (
 # Context managers that torch.fx runs while it traces and then leaves out of the graph, and tests
 # that it answers once and for all.
 _NOT_RECORDED = {"autocast", "no_grad", "enable_grad", "set_grad_enabled", "inference_mode"}
-_NOT_RECORDED |= {"is_grad_enabled", "is_autocast_enabled", "is_tensor", "suppress"}
+_NOT_RECORDED |= {"is_grad_enabled", "is_inference_mode_enabled", "is_tensor", "suppress"}
+_NOT_RECORDED |= {"is_autocast_enabled", "is_autocast_cpu_enabled", "get_autocast_dtype"}
 _CONTAINERS = (dict, list, immutable_dict, immutable_list)
 _SAVING = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
 _VARIADIC = 0x04 | 0x08  # inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
@@ -159,8 +160,9 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     random_states = _random_states()
     tracer = Tracer(inlined)
     tracer.surround(type(model), functions)
+    weights = WeightReads(subject)
     try:
-        with _TRACING:
+        with _TRACING, weights:
             graph = tracer.trace(subject)
     except NotTraceable:
         raise
@@ -191,17 +193,10 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
                 where = f"{path}.{name}" if path else name
                 raise NotTraceable(f"its forward changes the attribute {where}")
             constants[name] = value
-    if _freezes_parameters(constants, (*functions, *helpers)):
+    computed = any(getattr(value, "requires_grad", False) for value in constants.values())
+    if computed or weights.found or weights.are_among(constants.values()):
         raise NotTraceable("its forward computes with parameters, which a graph would freeze")
     return graph, constants
-
-
-def _freezes_parameters(constants: dict[str, Any], functions: Collection[FunctionType]) -> bool:
-    """Whether a constant of a trace may have been computed from parameters."""
-    tensors = [value for value in constants.values() if isinstance(value, Tensor)]
-    if any(value.requires_grad for value in tensors):
-        return True
-    return bool(tensors) and any(map(reads_all_tensors, functions))
 
 
 def build_graph_module(model: nn.Module) -> InferenceGraph:
@@ -215,10 +210,7 @@ def build_graph_module(model: nn.Module) -> InferenceGraph:
     taken = name_taken(model)
     if taken is not None:
         raise NotTraceable(f"{_named(model, '')} has {taken}, which a graph has for its own use")
-    read = {
-        n for f in called_functions(type(model), type(model).forward) for n in names_in(f.__code__)
-    }
-    result = InferenceGraph.from_trace(model, graph, constants, read)
+    result = InferenceGraph.from_trace(model, graph, constants)
     _check_constants(result, constants)
     for path, module in model.named_modules():
         if result.get_submodule(path) is not module:

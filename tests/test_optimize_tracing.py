@@ -259,6 +259,11 @@ class ElsewhereContext(Block):
             return super().forward(x)
 
 
+class InferenceMode(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2 if torch.is_inference_mode_enabled() else x)
+
+
 class ExactType(Block):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x * 2 if kind(x) is Tensor else x)
@@ -344,6 +349,26 @@ class Catching(Block):
         return super().forward(inputs["x"]) * scale
 
 
+class CatchingAll(Block):
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        try:
+            scale: Any = inputs["scale"]
+        except:  # noqa: E722
+            scale = 1.0
+        return super().forward(inputs["x"]) * scale
+
+
+class Finally(Block):
+    """Errors pass through; so does a ``with``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            with torch.profiler.record_function("block"):
+                return super().forward(x)
+        finally:
+            x * 2
+
+
 class PastNames(Block):
     """Reads a weight past its name."""
 
@@ -353,13 +378,23 @@ class PastNames(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if self.kind == "next":
-            return y + next(self.expand.parameters()).sum()
         if self.kind == "sum":
             return y + sum(p.sum() for p in self.expand.parameters())
         if self.kind == "state_dict":
             return y + self.state_dict()["expand.weight"].sum()
         return y + self.expand._parameters["weight"].sum()
+
+
+class FirstWeight(Block):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, first = super().forward(x), next(self.parameters())
+        if self.kind == "tensor":
+            return y + first.sum()
+        return y + (first.sum().item() if self.kind == "number" else first.data[:1, :1])
 
 
 class DecoratedHelper(Block):
@@ -443,6 +478,7 @@ class OwnLoading(Block):
         (Context, "no_grad"),
         (RenamedContext, "uses no_grad as without_gradients"),
         (RenamedQuestion, "uses is_grad_enabled as records_gradients"),
+        (InferenceMode, "uses is_inference_mode_enabled"),
         (StaticContext, "in another mode of autograd or autocast"),
         (AttributeContext, "in another mode of autograd or autocast"),
         (Decorated, "decorated"),
@@ -522,14 +558,35 @@ def test_attributes_that_forward_read_cannot_be_set() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.scale
 
-    fast = dwswap.optimize(Scaled().eval())
-    for graph in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert graph.scale == 2
-        with pytest.raises(AttributeError, match=r"scale cannot be set: .* value 2\.0"):
-            graph.scale = 3.0
-        assert graph.scale == 2
-        graph.title = "set"
-        assert graph.title == "set"
+    for model, path in ((Scaled(), ""), (nn.Sequential(Scaled()), "0")):
+        fast = dwswap.optimize(model.eval())
+        for copied in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            graph = copied.get_submodule(path)
+            assert graph.scale == 2
+            with pytest.raises(AttributeError, match=r"scale cannot be set: .* value 2\.0"):
+                graph.scale = 3.0
+            assert graph.scale == 2
+            graph.title = "set"
+            assert graph.title == "set"
+
+
+def test_tensors_that_were_folded_cannot_be_set() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, folded: bool) -> None:
+            super().__init__()
+            self.conv, self.scale, self.folded = depthwise(), torch.full((8, 1, 1), 2.0), folded
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y * self.scale if self.folded else y.sigmoid() * self.scale
+
+    model = Scaled(folded=False).eval()
+    fast = dwswap.optimize(model)
+    fast.scale = model.scale = torch.full((8, 1, 1), 3.0)
+    torch.testing.assert_close(fast(image(8)), model(image(8)))
+    fast = dwswap.optimize(Scaled(folded=True).eval())
+    with pytest.raises(AttributeError, match="scale cannot be set"):
+        fast.scale = torch.full((8, 1, 1), 3.0)
 
 
 def test_global_hooks_and_patched_forward_rule_out_a_graph() -> None:
@@ -623,7 +680,7 @@ def test_attributes_under_such_names(value: Any, mode: str) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [Lookup("get"), Lookup("pop"), Catching(), WrappedLookup()],
+    [Lookup("get"), Lookup("pop"), Catching(), CatchingAll(), WrappedLookup()],
     ids=lambda m: type(m).__name__,
 )
 def test_what_may_be_missing_rules_out_a_graph(model: nn.Module) -> None:
@@ -636,14 +693,44 @@ def test_what_may_be_missing_rules_out_a_graph(model: nn.Module) -> None:
     torch.testing.assert_close(fast(given()), model(given()))
 
 
-@pytest.mark.parametrize("kind", ["next", "sum", "state_dict", "attribute"])
-def test_weights_that_are_read_past_their_names_stay_current(kind: str) -> None:
-    """A graph had what was computed from them as a constant."""
-    model, other = PastNames(kind).eval(), PastNames(kind).eval()
+def test_a_finally_leaves_a_graph() -> None:
+    model = Finally().eval()
     fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == "graph"
+    torch.testing.assert_close(fast(image()), model(image()))
+
+
+PAST_NAMES: list[Any] = [(PastNames, kind) for kind in ("sum", "state_dict", "attribute")]
+PAST_NAMES += [(FirstWeight, kind) for kind in ("tensor", "number", "data")]
+
+
+@pytest.mark.parametrize(("cls", "kind"), PAST_NAMES)
+@pytest.mark.parametrize("frozen", [False, True])
+@torch.no_grad()
+def test_weights_that_are_read_past_their_names_stay_current(
+    frozen: bool, cls: Any, kind: str
+) -> None:
+    """A graph had what was computed from them as a constant."""
+    model, other = cls(kind).eval(), cls(kind).eval()
+    with torch.set_grad_enabled(not frozen):
+        fast = dwswap.optimize(model.requires_grad_(not frozen))
     assert "computes with parameters" in str(dwswap.report(fast).not_traced)
     fast.load_state_dict(other.state_dict())
     torch.testing.assert_close(fast(image()), other(image()))
+
+
+class Kind(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        first = next(self.parameters())
+        return super().forward(x.to(first.device, first.dtype) + first.new_ones(1))
+
+
+@torch.no_grad()
+def test_kinds_of_weights_leave_a_graph() -> None:
+    model = Kind().eval()
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == "graph"
+    torch.testing.assert_close(fast(image()), model(image()))
 
 
 class OfNumPy(Block):
@@ -791,6 +878,24 @@ def test_frozen_script_modules_have_no_mode() -> None:
     assert torch.equal(fast(image(8)), model(image(8)))
     # Its forward has no signature that arguments could be compared with.
     assert not dwswap.explain(frozen, image(8)).swapped
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_script_modules_are_calls_in_a_graph() -> None:
+    """Their methods become attributes with the first call, which is no state of the model."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.script = depthwise(), torch.jit.script(nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.script(self.conv(x))
+
+    model = Model().eval()
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == "graph"
+    assert torch.equal(fast(image(8)), model(image(8)))
 
 
 def _accumulated(y: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -19,6 +21,10 @@ import dwswap
 class Counter:
     def __init__(self) -> None:
         self.calls = 0
+
+    def count(self) -> int:
+        self.calls += 1
+        return self.calls
 
 
 class Model(nn.Module):
@@ -173,6 +179,64 @@ class Count(Model):
         return self.depthwise(x + next(self.steps))
 
 
+def counting() -> Callable[[], int]:
+    calls = 0
+
+    def count() -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    return count
+
+
+count_elsewhere = counting()
+
+
+def count_as_attribute() -> int:
+    count_as_attribute.calls = getattr(count_as_attribute, "calls", 0) + 1  # type: ignore[attr-defined]
+    return int(count_as_attribute.calls)  # type: ignore[attr-defined]
+
+
+def count_by_default(calls: list[int] = []) -> int:  # noqa: B006
+    calls.append(1)
+    return len(calls)
+
+
+class AroundFunction(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) * count_elsewhere()
+
+
+class AsAttribute(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) * count_as_attribute()
+
+
+class ByDefault(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) * count_by_default()
+
+
+class OwnFunction(Model):
+    def __init__(self, function: Callable[..., int] | None = None) -> None:
+        super().__init__()
+        self.count = function or counting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) * self.count()
+
+
+class OwnPartial(OwnFunction):
+    def __init__(self) -> None:
+        super().__init__(functools.partial(count_by_default, []))
+
+
+class OwnMethod(OwnFunction):
+    def __init__(self) -> None:
+        super().__init__(Counter().count)
+
+
 @pytest.mark.parametrize(
     ("cls", "what"),
     [
@@ -194,6 +258,12 @@ class Count(Model):
         (GlobalDict, "test_tracing_state.cache"),
         (GlobalObject, "test_tracing_state.counter"),
         (Around, "test_tracing_state.counter"),
+        (AroundFunction, "test_tracing_state.counting.<locals>.count"),
+        (AsAttribute, "test_tracing_state.count_as_attribute"),
+        (ByDefault, "test_tracing_state.count_by_default"),
+        (OwnFunction, "the attribute count"),
+        (OwnPartial, "the attribute count"),
+        (OwnMethod, "the attribute count"),
     ],
 )
 def test_changed_state_rules_out_a_graph(cls: type[Model], what: str) -> None:
