@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from dwswap.bench.other_code import OtherCode
 from dwswap.bench.records import record, write_json
 from dwswap.bench.timing import (
     MOST_BUFFERS,
@@ -62,6 +63,12 @@ def test_launches_take_turns():
 def test_what_ran_between_launches_is_taken_off():
     timing = Timing(9.0, 8.0, 12.0, 5, "cuda graph of rotating buffers")
     assert timing.without(6.0) == Timing(3.0, 2.0, 6.0, 5, "cuda graph of rotating buffers")
+
+
+def test_other_code_needs_a_compiler(monkeypatch):
+    monkeypatch.delattr(torch.cuda, "_compile_kernel", raising=False)
+    with pytest.raises(RuntimeError, match=r"torch.cuda._compile_kernel, got \d"):
+        OtherCode(torch.device("cuda", 0))
 
 
 def test_launches_must_exist():

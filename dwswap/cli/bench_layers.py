@@ -21,6 +21,7 @@ from dwswap.bench.layer_record import LayerRecord
 from dwswap.bench.layer_results import LayerResult, Skipped
 from dwswap.bench.layer_summary import copy_rows, speedup_rows
 from dwswap.bench.layers import DTYPES, LAYOUTS, LayerBench
+from dwswap.bench.other_code import OtherCode
 from dwswap.bench.run_record import switches
 from dwswap.bench.shapes import FIELDS, LayerShape, select, torchvision_shapes
 from dwswap.bench.side_by_side import Job, WorkerDied, measure_side_by_side
@@ -109,6 +110,11 @@ def run(args: argparse.Namespace) -> int:
     batch = args.batch or (64 if cuda else 1)
     if args.backward and args.activation != "none":
         raise CliError("--backward measures the plain operator: leave out --activation")
+    if args.cold_code and cuda:
+        try:
+            OtherCode(devices[0])
+        except RuntimeError as error:
+            raise CliError(f"--cold-code: {error}") from error
     plain = args.activation == "none" and not args.cold_code
     asked_for_all = args.select is None and plain
     every_shape = cuda and asked_for_all and not switches()
