@@ -107,7 +107,7 @@ def _asks_for_tensors(instructions: list[dis.Instruction], place: int) -> bool:
     only_its_kind = (
         place >= 2
         and instructions[place - 2].argval == "next"
-        and any(then.argval in _KINDS for then in behind_both_calls)
+        and any(t.opname in _READS and t.argval in _KINDS for t in behind_both_calls)
     )
     return instruction.argval in _ALL_TENSORS and not only_its_kind
 

@@ -37,17 +37,22 @@ def float32_convolutions() -> Iterator[None]:
         _use_float32(before)
 
 
-def exact_float64() -> TorchDispatchMode:
+@contextmanager
+def exact_float64() -> Iterator[None]:
     """Where float64 is what others are compared with: hardswish and hardsigmoid without error.
 
     On CUDA aten multiplies by a sixth that is rounded to float32, in float64 too: an error of 3e-8,
     the same in every element, that adds up over the layers of a MobileNetV3 to as much as all
     rounding of float32 does. PyTorch's own results share it: it would count as an error of ours.
     """
-    return _DivideBySix()
+    # torch.compile leaves out what runs in a mode, and fails for that with fullgraph=True.
+    with torch.compiler.set_stance("force_eager"), _DivideBySix():
+        yield
 
 
 class _DivideBySix(TorchDispatchMode):
+    supports_higher_order_operators = True  # torch.cond, say, whose branches stay as they are
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

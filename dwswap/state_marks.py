@@ -67,9 +67,9 @@ class Variable(NamedTuple):
         return self.mark != Mark(self.space.get(self.name))
 
 
-def surroundings(cls: type, functions: Sequence[FunctionType]) -> dict[str, Variable]:
+def surroundings(cls: type, functions: Sequence[FunctionType]) -> dict[tuple[str, int], Variable]:
     """``functions``, the globals that these name, and the attributes of ``cls`` and of classes that
-    they name."""
+    they name; by their names, which functions may share, and what they are."""
     found: list[tuple[str, Mapping[str, Any], str]] = []
     classes = {*cls.__mro__}
     for function in functions:
@@ -85,7 +85,7 @@ def surroundings(cls: type, functions: Sequence[FunctionType]) -> dict[str, Vari
     found = [(w, space, n) for w, space, n in found if not isinstance(space[n], FunctionType)]
     found += [(f.__module__, {f.__qualname__: f}, f.__qualname__) for f in functions]
     return {
-        f"{where}.{name}": Variable(space, name, Mark(space[name]))
+        (f"{where}.{name}", id(space[name])): Variable(space, name, Mark(space[name]))
         for where, space, name in found
         if not isinstance(space[name], _NO_STATE)
     }

@@ -80,7 +80,7 @@ class Tracer(GuardingTracer):
         """``inlined``: convolutions and norms that are no leaves."""
         super().__init__(autowrap_modules=(math,), autowrap_functions=(depthwise_conv2d,))
         self.inlined = inlined
-        self.surroundings: dict[str, Variable] = {}
+        self.surroundings: dict[tuple[str, int], Variable] = {}
         self.helpers: list[FunctionType] = []
         self._surrounded: set[type] = set()
 
@@ -180,7 +180,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     if drew:
         raise NotTraceable("its forward draws random numbers, which a graph would freeze")
     check_arguments(graph, functions, helpers)
-    for name, variable in around.items():
+    for (name, _), variable in around.items():
         if variable.is_changed:
             raise NotTraceable(f"its forward changes {name}")
     for node in graph.nodes:

@@ -281,7 +281,8 @@ def has_every_shape(record: dict[str, Any]) -> bool:
     """Whether a record of gradients has all shapes of its dtypes and layouts, from a GPU."""
     settings = record["settings"]
     chosen = settings["select"] is not None or settings["reduced"] or record["switches"]
-    return record["complete"] and not chosen and not record["skipped"]
+    cold = settings.get("cold_code", False)  # older records have no such setting
+    return record["complete"] and not (chosen or cold or record["skipped"])
 
 
 def headline(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -68,6 +69,16 @@ def test_what_ran_between_launches_is_taken_off():
 def test_other_code_needs_a_compiler(monkeypatch):
     monkeypatch.delattr(torch.cuda, "_compile_kernel", raising=False)
     with pytest.raises(RuntimeError, match=r"torch.cuda._compile_kernel, got \d"):
+        OtherCode(torch.device("cuda", 0))
+
+
+def test_other_code_needs_nvrtc(monkeypatch):
+    def compile_kernel(source, name):
+        raise OSError("Could not find any NVRTC library")
+
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", compile_kernel, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pytest.raises(RuntimeError, match="needs NVRTC: Could not find"):
         OtherCode(torch.device("cuda", 0))
 
 

@@ -199,6 +199,7 @@ def test_readme_merges_whole_runs_of_a_dtype_and_layout(tmp_path, readme_table):
 
     save("part.json", "2026-01-09", 9.5, select="0:1")
     save("cpu.json", "2026-01-09", 9.5, reduced=True)
+    save("cold.json", "2026-01-09", 9.5, cold_code=True)
     assert readme_table.section(tmp_path) == readme_table.NOTHING
     save("old.json", "2026-01-01", 2.5)
     save("new.json", "2026-01-02", 3.5)

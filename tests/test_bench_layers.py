@@ -643,6 +643,7 @@ def test_command_needs_the_kernels(capsys, monkeypatch, wide):
     [
         (["--select", "size=3"], "--select: unknown field 'size'"),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
+        (["--cold-code"], "--cold-code needs a GPU, got --device cpu"),
     ],
 )
 def test_command_refuses(tmp_path, capsys, wide, arguments, problem):

@@ -108,6 +108,11 @@ def sum_of_the_first(self: Any, x: Tensor) -> Tensor:
     return self.body(x) + next(self.parameters()).sum()
 
 
+def sum_under_another_name(self: Any, x: Tensor) -> Tensor:
+    dtype = next(self.parameters())
+    return self.body(x) + dtype.sum()
+
+
 def buffer_by_name(self: Any, x: Tensor) -> Tensor:
     return self.body(x) + dict(self.named_buffers())["body.0.norm.running_mean"].sum()
 
@@ -130,7 +135,8 @@ def test_called(forward: Callable[..., Any]) -> None:
 
 OTHERWISE = [index, iterate, name_it, look_it_up, all_children, through_modules, replace]
 OTHERWISE += [read_an_attribute, in_a_lambda, index_elsewhere, sum_of_parameters]
-OTHERWISE += [sum_of_the_first, buffer_by_name, from_the_state, by_attrgetter]
+OTHERWISE += [sum_of_the_first, sum_under_another_name, buffer_by_name]
+OTHERWISE += [from_the_state, by_attrgetter]
 
 
 @pytest.mark.parametrize("forward", OTHERWISE)

@@ -394,6 +394,8 @@ class FirstWeight(Block):
         y, first = super().forward(x), next(self.parameters())
         if self.kind == "tensor":
             return y + first.sum()
+        if self.kind == "list":
+            return y + first.tolist()[0][0][0][0]
         return y + (first.sum().item() if self.kind == "number" else first.data[:1, :1])
 
 
@@ -701,7 +703,7 @@ def test_a_finally_leaves_a_graph() -> None:
 
 
 PAST_NAMES: list[Any] = [(PastNames, kind) for kind in ("sum", "state_dict", "attribute")]
-PAST_NAMES += [(FirstWeight, kind) for kind in ("tensor", "number", "data")]
+PAST_NAMES += [(FirstWeight, kind) for kind in ("tensor", "number", "list", "data")]
 
 
 @pytest.mark.parametrize(("cls", "kind"), PAST_NAMES)

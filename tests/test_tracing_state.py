@@ -179,18 +179,18 @@ class Count(Model):
         return self.depthwise(x + next(self.steps))
 
 
-def counting() -> Callable[[], int]:
+def counting() -> Callable[..., int]:
     calls = 0
 
-    def count() -> int:
+    def count(step: int = 1) -> int:
         nonlocal calls
-        calls += 1
+        calls += step
         return calls
 
     return count
 
 
-count_elsewhere = counting()
+count_elsewhere, count_too = counting(), counting()
 
 
 def count_as_attribute() -> int:
@@ -206,6 +206,18 @@ def count_by_default(calls: list[int] = []) -> int:  # noqa: B006
 class AroundFunction(Model):
     def forward(self, x: Tensor) -> Tensor:
         return self.depthwise(x) * count_elsewhere()
+
+
+class AroundFirst(Model):
+    """Of two functions of the same name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) * count_elsewhere() * count_too(0)
+
+
+class AroundSecond(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) * count_elsewhere(0) * count_too()
 
 
 class AsAttribute(Model):
@@ -259,6 +271,8 @@ class OwnMethod(OwnFunction):
         (GlobalObject, "test_tracing_state.counter"),
         (Around, "test_tracing_state.counter"),
         (AroundFunction, "test_tracing_state.counting.<locals>.count"),
+        (AroundFirst, "test_tracing_state.counting.<locals>.count"),
+        (AroundSecond, "test_tracing_state.counting.<locals>.count"),
         (AsAttribute, "test_tracing_state.count_as_attribute"),
         (ByDefault, "test_tracing_state.count_by_default"),
         (OwnFunction, "the attribute count"),

@@ -14,7 +14,7 @@ from tiny_models import Block, ControlFlow, Functional, depthwise, image
 from torch import Tensor, fx, nn
 
 import dwswap
-from dwswap import DepthwiseConv2d, registration, verify
+from dwswap import DepthwiseConv2d, precision, registration, verify
 from dwswap.activations import ACTIVATIONS
 from dwswap.bench.random_weights import randomize
 from dwswap.precision import exact_float64
@@ -341,7 +341,7 @@ def test_the_reference_divides_by_six() -> None:
     class Watched(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-            seen.setdefault(x.dtype, []).append(type(exact_float64()) in map(type, modes))
+            seen.setdefault(x.dtype, []).append(precision._DivideBySix in map(type, modes))
             return F.hardswish(x)
 
     model = nn.Sequential(depthwise(4), Watched()).eval()
@@ -361,6 +361,21 @@ def test_exact_float64_in_place_and_in_other_dtypes() -> None:
         assert F.hardsigmoid(narrow).equal(usual)
         assert nn.Hardswish(inplace=True)(x.clone()).equal(x * exact)
     assert changed.equal(exact)
+
+
+def test_exact_float64_of_compiled_code_and_of_branches() -> None:
+    compiled = torch.compile(F.hardswish, backend="eager", fullgraph=True)
+
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return torch.cond(x.sum() > 0, compiled, torch.relu, (x,))
+
+    class Compiled(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return compiled(x)
+
+    for last in (Branches(), Compiled()):
+        verified(nn.Sequential(depthwise(4), last).eval(), image(4, 8))
 
 
 def test_outputs_of_any_structure() -> None:

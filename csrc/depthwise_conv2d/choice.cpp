@@ -50,12 +50,15 @@ bool suits_channel_direct(const DepthwiseConv2dParams& p) {
 
 // Few outputs, so that all are under way at once. In NCHW rolling_rows loads a column of rows at
 // once as well; in channels_last this keeps up with all others for long, longest in float32 with
-// stride 2. Every thread transforms its window anew, which costs little where that is a clamp.
+// stride 2. Every thread transforms its window anew, which costs little where that is a clamp; with
+// a dilation it has one pixel, as a rule.
 bool suits_points(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32, strided = p.stride_h > 1;
   const bool last = p.in_layout == Layout::kChannelsLast;
   const int64_t outputs = outputs_per_multiprocessor(p);
-  if (p.transforms_input() && std::max(p.input_activation, p.activation) > Activation::kRelu6) {
+  const bool gates =
+      p.transforms_input() && std::max(p.input_activation, p.activation) > Activation::kRelu6;
+  if (gates || p.is_dilated()) {
     if (!last) return outputs <= 1000;
     return outputs <= (strided ? (is_float ? 1700 : 3000) : (is_float ? 600 : 1000));
   }

@@ -43,7 +43,10 @@ class OtherCode:
                 f"{torch.__version__}"
             )
         with torch.cuda.device(device):
-            self._kernel = compile_kernel(SOURCE, "other_code")
+            try:
+                self._kernel = compile_kernel(SOURCE, "other_code")
+            except OSError as error:
+                raise RuntimeError(f"other code needs NVRTC: {error}") from error
             self._grid = torch.cuda.get_device_properties(device).multi_processor_count
             self._never = torch.zeros(1, device=device)
         self.microseconds = 0.0

@@ -110,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
     batch = args.batch or (64 if cuda else 1)
     if args.backward and args.activation != "none":
         raise CliError("--backward measures the plain operator: leave out --activation")
-    if args.cold_code and cuda:
+    if args.cold_code:
+        if not cuda:
+            raise CliError("--cold-code needs a GPU, got --device cpu")
         try:
             OtherCode(devices[0])
         except RuntimeError as error:

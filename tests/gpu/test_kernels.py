@@ -117,7 +117,8 @@ CHOSEN = (
     ("channel_columns", Case(HALF, "channels_last", 64, 144, 56, 56, (3, 3), padding=(1, 1))),
     ("channel_direct", Case(HALF, "channels_last", 64, 58, 28, 28, (3, 3), padding=(1, 1))),
     ("points", Case(HALF, "channels_last", 1, 960, 7, 7, (3, 3), padding=(1, 1))),
-    ("channel_tiles", Case(HALF, "channels_last", 1, 144, 56, 56, (3, 3), padding=(1, 1))),
+    ("points", Case(HALF, "channels_last", 1, 144, 56, 56, (3, 3), padding=(1, 1))),
+    ("channel_tiles", Case(HALF, "channels_last", 3, 144, 56, 56, (3, 3), padding=(1, 1))),
     (
         "channel_tiles",
         Case(HALF, "channels_last", 8, 96, 33, 33, (5, 5), padding=(4, 4), dilation=(2, 2)),
@@ -126,7 +127,7 @@ CHOSEN = (
     ("plane_bands", Case(HALF, "contiguous", 64, 96, 56, 56, (7, 7), padding=(3, 3))),
     ("plane_strips", Case(HALF, "contiguous", 64, 144, 56, 56, (3, 3), padding=(1, 1))),
     ("points", Case(HALF, "contiguous", 1, 960, 7, 7, (3, 3), padding=(1, 1))),
-    ("rolling_rows", Case(HALF, "contiguous", 4, 960, 7, 7, (3, 3), padding=(1, 1))),
+    ("rolling_rows", Case(HALF, "contiguous", 8, 960, 7, 7, (3, 3), padding=(1, 1))),
     ("toeplitz", Case(HALF, "contiguous", 2, 96, 32, 32, (31, 31), padding=(15, 15))),
     (
         "toeplitz",
