@@ -31,14 +31,14 @@ from dwswap.toolkit import BuildError, Target, find_nvcc  # noqa: E402
 ARCHITECTURES = ("8.0", "9.0", "12.0")
 JOBS = 2
 # The files of the element types instantiate the same templates, so one of them on an architecture
-# shows most of what the others need there. sm_90, for which many have code of their own, keeps all.
-# sm_80 and sm_120 share the rest of the code: the first keeps float32, and bfloat16, of which it
-# lacks a part of the instructions; the other float16.
+# shows most of what the others need there. sm_90, for which many have code of their own, keeps
+# float32 and one type of half precision. sm_80 and sm_120 share the rest of the code: the first
+# keeps float32, and bfloat16, of which it lacks a part of the instructions; the other float16.
 # Type -> what it is not compiled for, and the type that is.
 LEFT_OUT = {
-    "float16": (Target.parse("8.0"), "bfloat16"),
-    "bfloat16": (Target.parse("12.0"), "float16"),
-    "float32": (Target.parse("12.0"), "float16"),
+    "float16": (["8.0"], "bfloat16"),
+    "bfloat16": (["9.0", "12.0"], "float16"),
+    "float32": (["12.0"], "float16"),
 }
 
 
@@ -121,10 +121,11 @@ def sampled(source: Path, targets: Collection[Target]) -> list[Target]:
     All of ``targets``, unless the file of another element type is beside it.
     """
     words = source.stem.split("_")
-    for name, (target, other) in LEFT_OUT.items():
+    for name, (architectures, other) in LEFT_OUT.items():
         twin = "_".join(other if word == name else word for word in words)
         if name in words and source.with_stem(twin).exists():
-            return [t for t in targets if t != target] or list(targets)
+            left_out = list(map(Target.parse, architectures))
+            return [t for t in targets if t not in left_out] or list(targets)
     return list(targets)
 
 
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help="such as 9.0")
     parser.add_argument("--csrc", type=Path, help="the folder of sources (default: the project's)")
     parser.add_argument(
-        "--sample", action="store_true", help="each element type without one of the architectures"
+        "--sample", action="store_true", help="each element type without some of the architectures"
     )
     options = parser.parse_args(arguments)
     try:

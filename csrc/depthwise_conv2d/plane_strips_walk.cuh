@@ -10,11 +10,12 @@ namespace dwswap {
 namespace plane_strips {
 
 // The forms that are compiled into the loads; kClamp has kRelu. All others are applied to a piece
-// in place, and the kernel is the one of kAny. Networks have no activations between large kernels;
-// a single column would take its gates once per tap.
+// in place, and the kernel is the one of kAny. Networks have no activations between large kernels,
+// and no gates around those that are not square; a single column would take its gates once per tap.
 constexpr bool has_form(Form form, int kernel_h, int kernel_w, int columns) {
   if (form == Form::kPlain || form == Form::kAny) return true;
-  return kernel_h * kernel_w <= 25 && (form == Form::kClamp || columns > 1);
+  if (form == Form::kClamp) return kernel_h * kernel_w <= 25;
+  return kernel_h == kernel_w && kernel_h <= 5 && columns > 1;
 }
 
 template <typename T_, int KH_, int KW_, int STRIDE_, int COLUMNS_, bool WHOLE_, Form FORM_>
