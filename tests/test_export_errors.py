@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,24 @@ def test_junk_is_told(tmp_path):
     (tmp_path / "m.pt2").write_bytes(b"junk" * 9)
     with pytest.raises(ExportError, match=r"m\.pt2 is neither a \.pt2 archive nor an ONNX file"):
         load(tmp_path / "m.pt2")
+
+
+def test_zip_archives_of_another_kind_are_told(tmp_path, capfd, caplog):
+    """PyTorch's loader logs a traceback for each, and its error points there."""
+    model, path = nn.Conv2d(3, 3, 1).eval(), tmp_path / "m.pt2"
+    for write in (
+        lambda: torch.save(model.state_dict(), path),
+        lambda: torch.jit.save(torch.jit.trace(model, torch.randn(1, 3, 2, 2)), path),
+    ):
+        write()
+        with pytest.raises(ExportError, match=r"m\.pt2 must hold .*, of torch\.save or torch\.jit"):
+            load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/other.txt", "other")
+    with pytest.raises(ExportError, match=r"an exported program, got another zip archive$"):
+        load(path)
+    assert not caplog.records
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_missing_folder(fast, tmp_path):

@@ -144,5 +144,18 @@ def _reader(path: Path) -> Callable[[Path], Callable[..., Any]]:
     if not zipfile.is_zipfile(path):
         raise ExportError(f"{path} is neither a .pt2 archive nor an ONNX file, or is damaged")
     with zipfile.ZipFile(path) as archive:
-        compiled = any("/data/aotinductor/" in name for name in archive.namelist())
-    return load_compiled if compiled else load_program
+        names = archive.namelist()
+    if any("/data/aotinductor/" in name for name in names):
+        return load_compiled
+    # The second is of files that PyTorch wrote before 2.8.
+    marks = ("archive_format", "serialized_exported_program.json")
+    if not any(name.rpartition("/")[2] in marks for name in names):
+        raise ExportError(
+            f"{path} must hold an exported program, got another zip archive"
+            + (", of torch.save or torch.jit.save" if _is_pickled(names) else "")
+        )
+    return load_program
+
+
+def _is_pickled(names: list[str]) -> bool:
+    return any(name.endswith("/data.pkl") for name in names)
