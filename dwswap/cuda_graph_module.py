@@ -118,7 +118,7 @@ def with_cuda_graphs(model: nn.Module, report: Report, options: CudaGraphOptions
             return model
         new[graph_module] = CudaGraphModule.from_graph_module(graph_module, options)
     where = "" if report.mode == "graph" else f" in {', '.join(report.traced)}"
-    report.cuda_graph = f"on{where}: at most {options.max_signatures} signatures"
+    report.cuda_graph = f"on{where}: at most {options.max_signatures} signatures, for calls on CUDA"
     return replace_modules(model, new)
 
 

@@ -179,6 +179,7 @@ class Report:
         memory_format: in which the result runs, ``"preserve"`` for that of its inputs and weights,
             and what was converted, or why it stays.
         cuda_graph: with ``cuda_graph=True`` whether calls replay CUDA graphs, or why not.
+        select: why ``select="measured"`` measured nothing; None otherwise.
     """
 
     model: str
@@ -193,6 +194,7 @@ class Report:
     calls_after: int | None = None
     memory_format: str = "preserve"
     cuda_graph: str | None = None
+    select: str | None = None
 
     @property
     def swapped(self) -> list[Layer]:
@@ -322,6 +324,8 @@ class Report:
             lines.append(f"not traced as a whole: {self.not_traced}")
         if self.cuda_graph is not None:
             lines.append(f"cuda_graph {self.cuda_graph}")
+        if self.select is not None:
+            lines.append(f"select: {self.select}")
         if self.verification is not None:
             for name, errors in self.verification.outputs.items():
                 lines.append(f"verify {name}: error / PyTorch's {_errors(errors)}")

@@ -111,7 +111,8 @@ def optimize(
         select: ``"always"`` swaps what can be swapped. ``"measured"`` times every layer's forward
             on the GPU, as ``example_inputs`` reach it and without what it may absorb, and puts
             back where PyTorch's kernel is more than 3 % faster. The times are cached on disk, so
-            only new shapes take time.
+            only new shapes take time. Without kernels of dwswap to choose (on the CPU, say) all
+            swaps stay, and the report says so.
         memory_format: in which a graph for inference runs: ``"channels_last"``, ``"contiguous"``,
             ``"preserve"`` for that of its inputs and weights, or ``"auto"``: channels_last on CUDA
             in half precision, and in float32 where convolutions may round to TF32 now (PyTorch's

@@ -94,18 +94,20 @@ def select_faster(
     """``result`` of rewriting a model, without the swaps that are slower on this machine.
 
     A layer that is called several times is judged by the mean of its calls. What is never called,
-    or does not fit into memory often enough to be timed, stays swapped.
+    or does not fit into memory often enough to be timed, stays swapped. Where there is nothing to
+    choose from, the report says so.
 
     Raises:
         ValueError: the model fails on ``arguments``.
     """
     tensors = (*result.parameters(), *result.buffers())
     if not any(machine(device) for device in {tensor.device for tensor in tensors}):
-        logger.info(
-            'select="measured" has nothing to choose from: without dwswap\'s CUDA kernels every '
-            "layer runs on PyTorch's own, so all swaps stay"
+        why = (
+            "nothing to choose from: without dwswap's CUDA kernels every layer runs on PyTorch's "
+            "own, so all swaps stay"
         )
-        return result, report
+        logger.info('select="measured" has %s', why)
+        return result, dataclasses.replace(report, select=why)
     problems: dict[str, tuple[Problem, torch.device]] = {}
     layers: dict[str, list[str]] = {}
 

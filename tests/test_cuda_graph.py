@@ -81,8 +81,8 @@ def test_models_that_are_graphs_already(inplace: bool, cls: type[Block]) -> None
 
 def test_report() -> None:
     report = dwswap.report(dwswap.optimize(Block().eval(), cuda_graph=True))
-    assert report.cuda_graph == "on: at most 8 signatures"
-    assert str(report).splitlines()[-1] == "cuda_graph on: at most 8 signatures"
+    assert report.cuda_graph == "on: at most 8 signatures, for calls on CUDA"
+    assert str(report).splitlines()[-1] == f"cuda_graph {report.cuda_graph}"
     assert report.to_dict()["cuda_graph"] == report.cuda_graph
     assert dwswap.report(dwswap.optimize(Block().eval())).cuda_graph is None
 
@@ -110,7 +110,7 @@ def test_graphs_inside_a_model_get_theirs() -> None:
     fast = dwswap.optimize(ControlFlow().eval(), cuda_graph=True)
     assert type(fast) is ControlFlow
     assert isinstance(fast.block, CudaGraphModule)
-    assert dwswap.report(fast).cuda_graph == "on in block: at most 8 signatures"
+    assert dwswap.report(fast).cuda_graph == "on in block: at most 8 signatures, for calls on CUDA"
 
 
 def test_wrong_options() -> None:
@@ -213,7 +213,7 @@ def test_a_fused_graph_that_cannot_be_restored_keeps_its_cuda_graphs(
     same(fast(x), expected)
     assert (recorder.records, recorder.replays) == (1, 1)
     assert len(recorder.alive) == 1
-    assert dwswap.report(fast).cuda_graph == "on: at most 8 signatures"
+    assert dwswap.report(fast).cuda_graph == "on: at most 8 signatures, for calls on CUDA"
 
 
 def test_a_fused_block_of_mobilenet_v2() -> None:

@@ -91,7 +91,11 @@ def test_nothing_to_choose_without_our_kernels(
     monkeypatch.setattr(selection, "measure", None)
     with caplog.at_level(logging.INFO, logger="dwswap"):
         fast = optimize(Chain().eval())
-    assert len(dwswap.report(fast).swapped) == 3
+    report = dwswap.report(fast)
+    assert len(report.swapped) == 3
+    assert report.select is not None
+    assert str(report).splitlines()[-1] == f"select: {report.select}"
+    assert "all swaps stay" in report.select
     first, summary = caplog.records
     assert "nothing to choose" in first.getMessage()
     assert {first.levelno, summary.levelno} == {logging.INFO}
