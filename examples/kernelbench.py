@@ -324,13 +324,12 @@ def run(problem: Problem, device: torch.device, full: bool, budget: float) -> Re
 
 def table(results: list[Result], title: str) -> Table:
     view = Table(title=title)
-    view.add_column("problem")
-    view.add_column("input")
-    view.add_column("kernel")
+    for name in ("problem", "input", "kernel"):
+        view.add_column(name, overflow="fold")
     for name in ("eager", "channels_last", "dwswap", "copy"):
-        view.add_column(f"{name}\nus", justify="right")
+        view.add_column(f"{name}\nus", justify="right", overflow="fold")
     for name in ("times\neager", "percent\nof copy", "error", "eager's\nerror", "check"):
-        view.add_column(name, justify="right")
+        view.add_column(name, justify="right", overflow="fold")
     for r in results:
         view.add_row(
             str(r.problem),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import dwswap
 from dwswap import build
 from dwswap.cli import doctor, main, models
 from dwswap.cli import export as export_command
+from dwswap.cli.common import console
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = """
@@ -93,6 +97,23 @@ def test_python_dash_m():
     assert done.returncode == 2
     assert "mobilenet_v2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second is of LC_ALL=C
+def test_what_the_terminal_cannot_show_is_a_question_mark(errors):
+    """Rich cuts what does not fit into a column, and ends it with an ellipsis."""
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding="ascii", errors=errors) as file:
+        console(file).print("\u00fcber \u2026", markup=False)
+        file.flush()
+        assert raw.getvalue() == b"?ber ?\n"
+
+
+def test_unknown_model_names_what_was_searched(capsys, wide):
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    assert main(["explain", "no_such_network"]) == 2
+    assert "(searched torchvision and timm)" in capsys.readouterr().err
 
 
 # explain
@@ -345,6 +366,27 @@ def test_export_torchvision_on_a_photograph(tmp_path, capsys, wide):
     assert "3x64x96, any batch size: china.jpg of scikit-learn" in out
     assert "against float64): ok" in out
     assert f"dwswap.export.load('{path}')" in out
+
+
+def test_export_of_a_few_pixels(tmp_path, capsys, wide):
+    """BatchNorm has no statistics of single pixels, which would blow up rounding."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("torchvision")
+    arguments = ["-o", str(tmp_path / "m.pt2"), "--size", "32", "--device", "cpu"]
+    assert main(["export", "mobilenet_v2", *arguments, "--format", "aten"]) == 0
+    error = re.search(r"error: +(\S+), .*against float64\): ok", capsys.readouterr().out)
+    assert error is not None
+    assert float(error[1]) < 1e-3
+
+
+def test_export_to_what_cannot_be_written(own, tmp_path, capsys, wide, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_command, "save", full)
+    path = str(tmp_path / "m.pt2")
+    assert main(["export", f"{own}:model", "-o", path, "--size", "1x6x8x8"]) == 2
+    assert f"cannot write {path}: No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
+import dwswap
 from dwswap import demo
+from dwswap.cli import demo as command
 
 pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
@@ -119,3 +123,14 @@ def test_compare_notices_wrong_outputs(monkeypatch):
     wanted = demo.variants(torch.device("cpu"), [1])
     found = list(demo.compare(model, torch.rand(3, 32, 32), wanted, torch.device("cpu"), 0.01))
     assert not any(comparison.errors.passed for comparison in found)
+
+
+def test_tables_of_a_narrow_terminal_keep_every_digit():
+    model, image = small_model().eval(), torch.randn(3, 16, 16)
+    wanted = demo.variants(torch.device("cpu"), [1])
+    comparisons = list(demo.compare(model, image, wanted, torch.device("cpu"), budget=0.0))
+    fast = dwswap.optimize(model, image[None], verify=True)
+    console = Console(file=io.StringIO(), width=60)
+    console.print(command._layers(dwswap.report(fast)))
+    console.print(command._table(comparisons, "small"))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in console.file.getvalue()

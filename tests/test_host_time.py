@@ -390,3 +390,10 @@ def test_bench_overhead(device, capsys):
     output = capsys.readouterr().out
     assert output.count("inference_mode") == output.count("no_grad") == (2, 4)[device == "cuda"]
     assert output.count("training") == 2
+
+
+def test_bench_overhead_refuses_no_rounds(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", "overhead", "--device", "cpu", "--rounds", "0"])
+    assert exit.value.code == 2
+    assert "--rounds: must be an integer of at least 1, got '0'" in capsys.readouterr().err

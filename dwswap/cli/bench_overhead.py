@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dwswap.bench.overhead import overheads
 from dwswap.cli.bench_common import bench_device
-from dwswap.cli.common import console
+from dwswap.cli.common import console, positive
 
 __all__ = ["add_parser"]
 
@@ -25,7 +25,9 @@ def add_parser(targets: Any) -> None:
         "training, which is forward and backward under autocast.",
     )
     parser.add_argument("--device", help="default: cuda; on the CPU aten computes on both sides")
-    parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", default=20, help="default: %(default)s"
+    )
     parser.set_defaults(run=run)
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     table = Table("dtype", "layout", "mode", title="host microseconds per call")
     for name in ("nn.Conv2d", "ours", "more"):
         table.add_column(name, justify="right")
-    for row in overheads(where, dtypes, rounds=max(1, args.rounds)):
+    for row in overheads(where, dtypes, rounds=args.rounds):
         times = (f"{row.theirs:.2f}", f"{row.ours:.2f}", f"{row.ours - row.theirs:+.2f}")
         table.add_row(str(row.dtype).removeprefix("torch."), row.layout, row.mode, *times)
     console().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -34,8 +35,13 @@ class CliError(Exception):
 
 
 def console(file: TextIO | None = None) -> Console:
-    """Return a console for ``file`` (standard output), wide enough for the tables in a pipe too."""
+    """Return a console for ``file`` (standard output), wide enough for the tables in a pipe too.
+
+    What the encoding of ``file`` lacks is printed as a question mark.
+    """
     file = file or sys.stdout
+    if isinstance(file, io.TextIOWrapper) and file.errors in ("strict", "surrogateescape"):
+        file.reconfigure(errors="replace")
     width = None if file.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     return Console(file=file, width=width, highlight=False)
 

@@ -184,9 +184,9 @@ def _compare(
 
 def _layers(report: Report) -> Table:
     table = Table(title="Swapped layers, checked one by one")
-    table.add_column("layer")
+    table.add_column("layer", overflow="fold")
     for name in ("input", "weight", "stride", "error\nto float64", "eager's\nerror", "check"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for layer in report.swapped:
         sizes = (layer.input_shape, layer.weight_shape, layer.stride)
         cells = [layer.path, *("x".join(map(str, size or ())) for size in sizes)]
@@ -199,12 +199,12 @@ def _layers(report: Report) -> Table:
 
 def _table(comparisons: list[demo.Comparison], title: str) -> Table:
     table = Table(title=title)
-    table.add_column("dtype")
-    table.add_column("layout")
+    table.add_column("dtype", overflow="fold")
+    table.add_column("layout", overflow="fold")
     for name in ("batch", "eager\nms", "optimized\nms", "speed-up", "images/s"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for name in ("error\nto float64", "eager's\nerror", "outputs"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for c in comparisons:
         table.add_row(
             c.variant.to_dict()["dtype"],

@@ -87,15 +87,15 @@ def run(args: argparse.Namespace) -> int:
         check_target(args.output, format)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise CliError(str(error)) from error
-    example, picture = _example(args)
-    model, weights = _model(args, example, picture is not None)
+    example, picture, origin = _example(args)
+    model, weights = _model(args, picture)
     say(out, "device", device_text(device))
     say(out, "model", f"{args.model}, {weights}, {args.dtype}")
     batch = "any batch size" if args.batch is None else f"batch size {args.batch}"
     say(
         out,
         "input",
-        f"{'x'.join(map(str, example.shape[1:]))}, {batch}: {picture or 'random numbers'}",
+        f"{'x'.join(map(str, example.shape[1:]))}, {batch}: {origin}",
     )
     if device.type == "cuda":
         # Before any other progress display: a first build shows its own.
@@ -115,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
         fixed = args.batch is None and "(batch)" in str(error)
         hint = " (--batch N exports for one batch size)" if fixed else ""
         return _failed(f"{error}{hint}")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except OSError as error:
+        raise CliError(f"cannot write {args.output}: {error.strerror or error}") from error
+    except (ValueError, ModuleNotFoundError) as error:
         raise CliError(str(error)) from error
     size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
     say(out, "saved", f"{path}, {size:.1f} MB as {format} after {seconds:.1f} s")
@@ -140,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace, example: Tensor, picture: bool) -> tuple[nn.Module, str]:
+def _model(args: argparse.Namespace, picture: Tensor | None) -> tuple[nn.Module, str]:
     torch.manual_seed(SEED)
     model = construct(find(args.model), args.model, meta=False).eval()
     if args.weights is not None:
@@ -148,14 +150,18 @@ def _model(args: argparse.Namespace, example: Tensor, picture: bool) -> tuple[nn
         return model, f"weights of {Path(args.weights).name}"
     if ":" in args.model:
         return model, "its own weights"
-    if picture:
+    if picture is not None:
         # Else its outputs hardly depend on the input, and an error would not show.
-        demo.randomize(model, demo.views(example[0], 4), SEED)
+        demo.randomize(model, demo.views(picture, 4), SEED)
     return model, f"random weights (seed {SEED}; --weights FILE loads a checkpoint)"
 
 
-def _example(args: argparse.Namespace) -> tuple[Tensor, str | None]:
-    """A batch of the photograph, and where it is from; of noise for what classifies no pictures."""
+def _example(args: argparse.Namespace) -> tuple[Tensor, Tensor | None, str]:
+    """A batch of the photograph, or of noise for what classifies no pictures; and what it is of.
+
+    Between the two the photograph in the model's own size, for the statistics of BatchNorm: of a
+    layer whose images are one pixel they would be those of next to no samples.
+    """
     count = args.batch or 2
     shape = args.size or (1, 3, 224, 224)
     if shape[0] not in (1, args.batch):
@@ -171,13 +177,13 @@ def _example(args: argparse.Namespace) -> tuple[Tensor, str | None]:
         pass  # no such model, or nothing to read pictures with
     else:
         if len(shape) == 4 and shape[1] == 3:
-            image = transform(photograph)
+            picture = image = transform(photograph)
             if args.size is not None:
                 size = list(shape[2:])
                 image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-            return demo.views(image, count), origin
+            return demo.views(image, count), picture, origin
     generator = torch.Generator().manual_seed(SEED)
-    return torch.randn(count, *shape[1:], generator=generator), None
+    return torch.randn(count, *shape[1:], generator=generator), None, "random numbers"
 
 
 def _errors(model: nn.Module, path: Path, example: Tensor) -> LayerErrors:

@@ -52,7 +52,7 @@ def find(name: str) -> Callable[[], nn.Module]:
         missing_extra("torchvision", "bench", f"the model {name!r}")
     if prefix in absent:
         raise CliError(f"the model {name!r} needs the package timm: pip install timm")
-    searched = " or ".join(library for library in LOOKUPS if library not in absent)
+    searched = " and ".join(library for library in LOOKUPS if library not in absent)
     raise CliError(
         f"unknown model {name!r} (searched {prefix or searched})."
         f"{_suggest(bare, known)} A model of your own is named package.module:callable."
