@@ -6,15 +6,15 @@ import dis
 import sys
 from functools import partial
 from itertools import pairwise
-from types import CodeType, MethodType
+from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
 from dwswap.copying import modules_by_path
 from dwswap.eligibility import HOOKS
-from dwswap.forward_code import called_functions, codes, global_names, package_of
+from dwswap.forward_code import called_functions, codes, global_names, names_in, package_of
 
-__all__ = ["only_called", "runs_its_children"]
+__all__ = ["lists_tensors", "only_called", "runs_its_children"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a module is reached without its name in the code.
@@ -25,6 +25,7 @@ _ALL_CHILDREN |= {"_modules", "__dict__", "__getattr__", "attrgetter"}
 _ALL_TENSORS = {"parameters", "named_parameters", "get_parameter", "state_dict"}
 _ALL_TENSORS |= {"buffers", "named_buffers", "get_buffer", "_parameters", "_buffers"}
 _KINDS = {"dtype", "device", "is_cuda"}
+_CONVERSIONS = {"tolist", "numpy", "__array__"}
 # What stands between the loads and calls of a line that does nothing else.
 _PADDING = {"PUSH_NULL", "PRECALL", "NOT_TAKEN"}
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
@@ -92,6 +93,13 @@ def _reaches(code: CodeType, names: list[str]) -> bool:
         if not passes_by or then.opname not in _READS:
             return True
     return False
+
+
+def lists_tensors(function: FunctionType) -> bool:
+    """Whether it may ask a module for its tensors past their names, and make lists or arrays of
+    them: no operation tells of these."""
+    names = names_in(function.__code__)
+    return bool(names & _ALL_TENSORS) and bool(names & _CONVERSIONS)
 
 
 def _instructions(code: CodeType) -> list[dis.Instruction]:

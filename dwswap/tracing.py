@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from dwswap.called_modules import lists_tensors
 from dwswap.convolution_call import has_depthwise_call
 from dwswap.copying import share_model
 from dwswap.eligibility import HOOKS, is_convolution, reason_to_keep
@@ -194,7 +195,8 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
                 raise NotTraceable(f"its forward changes the attribute {where}")
             constants[name] = value
     computed = any(getattr(value, "requires_grad", False) for value in constants.values())
-    if computed or weights.found or weights.are_among(constants.values()):
+    listed = any(map(lists_tensors, (*functions, *helpers)))
+    if computed or listed or weights.found or weights.are_among(constants.values()):
         raise NotTraceable("its forward computes with parameters, which a graph would freeze")
     return graph, constants
 

@@ -7,13 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["WeightReads"]
-
-_CONVERSIONS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 
 class WeightReads(TorchDispatchMode):
@@ -27,7 +24,6 @@ class WeightReads(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.found = False
-        self._conversions = _Conversions(self)
         tensors = (*model.parameters(), *model.buffers())
         self._storages = {_storage(tensor) for tensor in tensors} - {None}
 
@@ -44,33 +40,9 @@ class WeightReads(TorchDispatchMode):
             self.found = True
         return func(*args, **(kwargs or {}))
 
-    def __enter__(self) -> WeightReads:
-        self._conversions.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._conversions.__exit__(*error)
-
     def are_among(self, values: Iterable[Any]) -> bool:
         """Whether one of ``values`` is a tensor of the model, or has its memory."""
         return any(isinstance(v, Tensor) and _storage(v) in self._storages for v in values)
-
-
-class _Conversions(TorchFunctionMode):
-    """Sees what becomes a list or an array past the dispatcher."""
-
-    def __init__(self, reads: WeightReads) -> None:
-        super().__init__()
-        self._reads = reads
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _CONVERSIONS and self._reads.are_among(args[:1]):
-            self._reads.found = True
-        return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: Tensor) -> int | None:
