@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -139,6 +141,26 @@ def test_the_residual_must_be_spare(case: str) -> None:
         expected = model(x)
         for own, other in zip(fast(x), expected, strict=True):
             same(own, other)
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("combine", [torch.add, lambda x, y: y + x, operator.iadd])
+def test_the_residual_may_be_what_the_layer_reads(combine: Callable[..., Tensor]) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.body = pointwise(bias=False), pointwise(bias=False)
+            self.end = depthwise()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.start(x)
+            return self.end(combine(x, self.body(x)))
+
+    model = Sum().eval()
+    fast = dwswap.optimize(model, memory_format="channels_last")
+    assert fused(fast) == 0
+    with torch.no_grad():
+        same(fast(image(8)), model(image(8)))
 
 
 @pytest.mark.usefixtures("products")

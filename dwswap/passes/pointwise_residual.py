@@ -9,9 +9,9 @@ Reason:
     In channels_last the convolution is a matrix product of views, and BLAS adds to what its output
     holds for the time of reading it; a sum of its own reads both, writes, and is a launch.
 Limits:
-    Where the graph computes ``x`` itself and nothing reads it later: the product takes its place.
-    BLAS would copy another ``x`` first, which costs what the sum does. In half precision on CUDA:
-    in float32 convolutions may round to TF32 and products may not.
+    Where the graph computes ``x`` itself and nothing reads it later, nor does the layer: the
+    product takes its place. BLAS would copy another ``x`` first, which costs what the sum does. In
+    half precision on CUDA: in float32 convolutions may round to TF32 and products may not.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def fuse_residual(graph_module: fx.GraphModule, context: Context) -> None:
             call, other = _product(graph_module, node.args[i]), node.args[1 - i]
             if call is None or not isinstance(other, fx.Node):
                 continue
-            if not _is_spare(graph_module, other, node):
-                continue
+            if call.input is other or not _is_spare(graph_module, other, node):
+                continue  # a product cannot write what it reads
             if changes_between(graph_module, call.node, node):
                 continue  # the product comes later than the layer did
             _rewrite(graph, context, node, call, other)
