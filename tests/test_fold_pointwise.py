@@ -109,6 +109,20 @@ def test_folds(name: str) -> None:
     assert not any("layers.0." in key for key in fast.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+@torch.no_grad()
+def test_keeps_channels_last(which: tuple[int, ...], dtype: torch.dtype) -> None:
+    model = nn.Sequential(conv(8, 4, bias=False), conv(4, 8, bias=False), depthwise())
+    for i in which:
+        model[i].to(memory_format=torch.channels_last)
+    model.eval().to(dtype)
+    fast = dwswap.optimize(model)
+    assert pointwise(fast) == 1
+    for x in (image(8).to(dtype), image(8).to(dtype, memory_format=torch.channels_last)):
+        assert fast(x).stride() == model(x).stride()
+
+
 def hooked() -> nn.Module:
     layer = conv(8, 4)
     layer.register_forward_hook(lambda module, args, output: output + 1)

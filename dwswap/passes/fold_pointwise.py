@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from dwswap.layouts import memory_format
 from dwswap.passes.absorbing import rewritten
 from dwswap.passes.affine_call import AffineCall, Operand, affine_call, value_of
 from dwswap.passes.aliasing import changed_tensors
@@ -89,7 +90,10 @@ def _fold(
         return
     exact = {o: _exact(context, o, t) for o, t in zip(operands, tensors, strict=True)}
     expansion = exact[operands[1]].flatten(1)
-    folded = [(expansion @ exact[operands[0]].flatten(1))[..., None, None]]
+    product = (expansion @ exact[operands[0]].flatten(1))[..., None, None]
+    # Either of the two makes the result channels_last.
+    last = torch.channels_last in map(memory_format, (inner, outer))
+    folded = [product.to(memory_format=torch.channels_last) if last else product]
     biases = [] if first.bias is None else [expansion @ exact[first.bias]]
     biases += [] if second.bias is None else [exact[second.bias]]
     folded += [sum(biases[1:], biases[0])] if biases else []
