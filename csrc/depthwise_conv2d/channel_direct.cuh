@@ -243,8 +243,7 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, int multiprocessors, cu
 #define DWSWAP_DIRECT_CASE(CHANNELS, COLUMNS, STRIDE)                               \
   if (cut.channels == CHANNELS && cut.columns == COLUMNS && p.stride_h == STRIDE) { \
     return visit_form(form_of(p), [&](auto form) {                                  \
-      constexpr Form FOUND = decltype(form)::value;                                 \
-      constexpr Form FORM = FOUND == Form::kRelu ? Form::kClamp : FOUND;            \
+      constexpr Form FORM = relu_as_clamp(decltype(form)::value);                   \
       return launch<Traits<T, CHANNELS, COLUMNS, STRIDE, FORM>>(p, cut, stream);    \
     });                                                                             \
   }

@@ -427,7 +427,7 @@ constexpr bool has_deep(int kernel, int stride, int element_bytes) {
 constexpr Form compiled_form(Form form, int kernel, int stride, Depth depth, int element_bytes) {
   if (clamps(form) || form == Form::kHardswish) {
     if (kernel == 7 || (stride == 2 && element_bytes == 4)) return Form::kAny;
-    return clamps(form) ? Form::kClamp : form;
+    return relu_as_clamp(form);
   }
   const bool spills = kernel == 5 && stride == 2 && depth == Depth::kDeep;
   return spills || (kernel == 7 && form == Form::kSilu) ? Form::kAny : form;

@@ -43,6 +43,8 @@ auto visit_form(Form form, Visit&& visit) {
 }
 
 constexpr bool clamps(Form form) { return form == Form::kRelu || form == Form::kClamp; }
+// The form of kernels that have none of its own for kRelu.
+constexpr Form relu_as_clamp(Form form) { return form == Form::kRelu ? Form::kClamp : form; }
 
 // Element by element, in the type of the elements; NaN stays NaN.
 template <typename T, int N>

@@ -319,8 +319,8 @@ cudaError_t launch_columns(const DepthwiseConv2dParams& p, const Cut& cut, const
   cudaError_t status = cudaErrorInvalidValue;
   const auto launch_as = [&]<int N, bool WHOLE>() {
     status = visit_form(form_of(p), [&]<Form FORM>(std::integral_constant<Form, FORM>) {
-      constexpr Form CLAMPED = clamps(FORM) ? Form::kClamp : FORM;
-      constexpr Form COMPILED = has_form(CLAMPED, KH, KW, N) ? CLAMPED : Form::kAny;
+      constexpr Form FOUND = relu_as_clamp(FORM);
+      constexpr Form COMPILED = has_form(FOUND, KH, KW, N) ? FOUND : Form::kAny;
       return launch<Traits<T, KH, KW, S, N, WHOLE, COMPILED>>(p, cut, device, bulk, stream);
     });
   };

@@ -280,8 +280,7 @@ cudaError_t launch_forms(const DepthwiseConv2dParams& p, cudaStream_t stream) {
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   return visit_form(form_of(p), [&](auto form) {
-    constexpr Form FOUND = decltype(form)::value;
-    constexpr Form FORM = FOUND == Form::kRelu ? Form::kClamp : FOUND;
+    constexpr Form FORM = relu_as_clamp(decltype(form)::value);
     // An activation of the output alone is the usual one, and that of a window is most of the code.
     if constexpr (FORM == Form::kClamp || FORM == Form::kAny) {
       if (!p.transforms_input()) return launch_forms<T, Form::kPlain, FORM>(p, stream);
