@@ -346,6 +346,15 @@ ROWS = {
     "rolling rows, dilation": Row("rolling_rows", "contiguous", SQUARES, dilation=(2, 2)),
     "rolling rows, misaligned": Row("rolling_rows", "offset", SQUARES),
     "rolling rows": Row("rolling_rows", "contiguous", SQUARES, sizes=((40, 3), *SIZES)),
+    # Threads of some rows and columns.
+    "rolling rows, a part of a GPU": Row(
+        "rolling_rows",
+        "contiguous",
+        SQUARES,
+        channels=(57, 96),
+        sizes=((19, 20), (33, 31), (10, 9)),
+        least_outputs=110_000,
+    ),
     "rolling rows, padding only": Row("rolling_rows", "contiguous", SQUARES, extra_padding=(9, 5)),
     "general, kernels": Row("general", "contiguous", ((1, 1), (2, 2), (1, 11), (4, 3), (11, 9))),
     "general, kernels of channels_last": Row(

@@ -6,9 +6,11 @@ The search is host code: nvcc compiles it with ``tests/host/cuts.cpp``, and no G
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
+from cases import MANY_RESULTS
 from cuts_program import DEVICES, Problem, ragged, run_cuts
 from kernel_cases import ROWS
 from kernel_cases import problems as kernel_problems
@@ -77,6 +79,31 @@ def test_kernel_cases_have_every_thread_of_plane_strips(cuts):
         *((10, last, *unit) for last in (False, True) for unit in UNITS),
         (7, False, True, False),
         (14, False, True, False),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kernel_cases_have_every_cut_of_rolling_rows(cuts, dtype):
+    """On an H200: rows and columns of a thread, by kernel and stride."""
+    problems = []
+    for name in ("rolling rows", "rolling rows, a part of a GPU"):
+        for case in kernel_problems(ROWS[name], dtype):
+            shape = (*case.input_shape[-3:], *case.kernel, case.stride[0], dtype.itemsize)
+            # Where there is a GPU, one size has a batch that fills it.
+            full = -(-MANY_RESULTS // math.prod(case.output_shape[-3:]))
+            problems += [Problem(case.batch or 1, *shape), Problem(full, *shape)]
+    chosen = cuts("rolling_rows", [(problem, DEVICES[0]) for problem in problems])
+    found = {
+        (problem.kernel_h, problem.stride, rows, columns)
+        for problem, (rows, columns, _) in zip(problems, chosen, strict=True)
+    }
+    assert found == {
+        *((3, 1, *cut) for cut in ((1, 1), (4, 2), (8, 2))),
+        *((3, 2, *cut) for cut in ((1, 2), (4, 2))),
+        *((5, 1, *cut) for cut in ((1, 1), (3, 2), (6, 2))),
+        *((5, 2, *cut) for cut in ((2, 1), (4, 2 if dtype == torch.float16 else 1))),
+        *((7, 1, *cut) for cut in ((1, 1), (4, 1))),
+        *((7, 2, *cut) for cut in ((1, 1), (2, 1))),
     }
 
 

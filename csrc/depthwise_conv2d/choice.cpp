@@ -50,9 +50,10 @@ bool suits_channel_direct(const DepthwiseConv2dParams& p) {
 
 // Few outputs, so that all are under way at once. In NCHW rolling_rows loads a column of rows at
 // once as well; in channels_last this keeps up with all others for long, longest in float32 with
-// stride 2. Every thread transforms its window anew, which costs little where that is a clamp; with
-// a dilation it has one pixel, as a rule.
+// stride 2, of rows whose neighbours are still in the caches. Every thread transforms its window
+// anew, which costs little where that is a clamp; with a dilation it has one pixel, as a rule.
 bool suits_points(const DepthwiseConv2dParams& p) {
+  constexpr int64_t kWideRow = 28;
   const bool is_float = p.dtype == DataType::kFloat32, strided = p.stride_h > 1;
   const bool last = p.in_layout == Layout::kChannelsLast;
   const int64_t outputs = outputs_per_multiprocessor(p);
@@ -63,7 +64,8 @@ bool suits_points(const DepthwiseConv2dParams& p) {
     return outputs <= (strided ? (is_float ? 1700 : 3000) : (is_float ? 600 : 1000));
   }
   if (!last) return outputs <= (strided ? 500 : 1700);
-  return outputs <= (!is_float ? 7000 : strided ? 30000 : 5000);
+  if (is_float && strided) return outputs <= (p.out_w < kWideRow ? 100000 : 15000);
+  return outputs <= (is_float ? 5000 : 7000);
 }
 
 // A large float32 image has few instructions per byte, and tiles keep more bytes in flight.
@@ -73,14 +75,24 @@ bool suits_channel_columns(const DepthwiseConv2dParams& p) {
   return is_stream(p) && !(p.dtype == DataType::kFloat32 && large);
 }
 
-// Copies into and out of shared memory take longer than the work of a small problem. The more taps,
-// the more a thread of rolling_rows has to load before it begins; half precision, which it loads
-// element by element, most of all.
+// Outputs of a multiprocessor from which copies into and out of shared memory pay: of one image,
+// and of many, whose small planes leave more threads of rolling_rows idle.
+int64_t outputs_to_stream(const DepthwiseConv2dParams& p, int64_t one_image, int64_t many) {
+  return many + (one_image - many) / std::max<int64_t>(p.batch, 1);
+}
+
+// The more taps, the more a thread of rolling_rows has to load before it begins; half precision,
+// which it loads element by element, most of all.
 bool suits_plane_strips(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32, strided = p.stride_h > 1;
   const int64_t taps = p.kernel_h * p.kernel_w, outputs = outputs_per_multiprocessor(p);
-  if (taps <= 9) return outputs >= (!is_float ? 7000 : strided ? 27000 : 13000);
-  if (taps <= 25) return outputs >= (is_float ? 6000 : 3200);
+  const auto from = [&](int64_t one_image, int64_t many) {
+    return outputs >= outputs_to_stream(p, one_image, many);
+  };
+  if (taps <= 9)
+    return !is_float ? from(15000, 7000) : strided ? from(45000, 27000) : from(45000, 9500);
+  if (taps <= 25 && strided) return is_float ? from(12000, 4500) : from(3500, 3500);
+  if (taps <= 25) return is_float ? from(20000, 5000) : from(13000, 3200);
   return outputs >= (is_float ? 2000 : 1000);
 }
 
@@ -114,7 +126,8 @@ bool suits_diagonal(const DepthwiseConv2dParams& p) {
 // stride 2 were faster in plane_strips, and 9 columns, of which the second tile has one.
 bool suits_plane_bands(const DepthwiseConv2dParams& p) {
   constexpr int64_t kTile = plane_bands::kTile, kLongRow = 64;
-  const int64_t enough = 10000 / std::clamp<int64_t>(p.batch, 1, 4);
+  const int64_t enough =
+      p.stride_w == 1 ? outputs_to_stream(p, 15000, 3000) : outputs_to_stream(p, 10000, 2500);
   if (outputs_per_multiprocessor(p) < enough) return false;
   if (p.stride_w == 2 && p.out_w > kLongRow) return false;
   const int64_t least = p.kernel_w == 7 ? kTile - 1 : kTile;

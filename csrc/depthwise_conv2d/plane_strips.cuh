@@ -317,19 +317,23 @@ template <typename T, int KH, int KW, int S, int... COLUMNS>
 cudaError_t launch_columns(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
                            bool bulk, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
-  const auto launch_as = [&]<int N, bool WHOLE>() {
+  const auto launch_as = [&]<int N, Rows ROWS>() {
     status = visit_form(form_of(p), [&]<Form FORM>(std::integral_constant<Form, FORM>) {
       constexpr Form FOUND = relu_as_clamp(FORM);
       constexpr Form COMPILED = has_form(FOUND, KH, KW, N) ? FOUND : Form::kAny;
-      return launch<Traits<T, KH, KW, S, N, WHOLE, COMPILED>>(p, cut, device, bulk, stream);
+      return launch<Traits<T, KH, KW, S, N, ROWS, COMPILED>>(p, cut, device, bulk, stream);
     });
   };
   const auto launch_if = [&]<int N>() {
     if (cut.columns != N) return;
+    const Rows rows = rows_of(N, p, sizeof(T));
     if constexpr (has_whole_rows(KH, KW, S, N)) {
-      if (whole_rows(N, p)) return launch_as.template operator()<N, true>();
+      if (rows == Rows::kWhole) return launch_as.template operator()<N, Rows::kWhole>();
     }
-    if constexpr (N != kWholeColumns) launch_as.template operator()<N, false>();
+    if constexpr (has_even_rows(KH, KW, S, N, sizeof(T))) {
+      if (rows == Rows::kEven) return launch_as.template operator()<N, Rows::kEven>();
+    }
+    if constexpr (N != kWholeColumns) launch_as.template operator()<N, Rows::kAny>();
   };
   (launch_if.template operator()<COLUMNS>(), ...);
   return status;

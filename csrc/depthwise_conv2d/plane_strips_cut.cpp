@@ -50,7 +50,11 @@ int bank_conflicts(const DepthwiseConv2dParams& p, const Cut& cut, int element_b
 struct RowAccesses {
   int singles, loads, stores;
 };
-RowAccesses row_accesses(const Cut& cut, int in_columns) {
+RowAccesses row_accesses(const Cut& cut, int in_columns, Rows rows) {
+  if (rows == Rows::kEven) {
+    const int words = in_columns / 2;
+    return {in_columns - 2 * words, words, cut.columns};
+  }
   const int together = together_of(cut.columns);
   if (together == 1) return {0, in_columns, cut.columns};
   const int own = cut.columns / together;
@@ -117,12 +121,13 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const LoopRows& 
 
   // Loads, conversions (of half precision), multiply-adds and stores; the rows above the first one
   // of a thread contribute to fewer.
-  const bool whole = whole_rows(columns, p);
+  const Rows known = rows_of(columns, p, element_bytes);
+  const bool whole = known == Rows::kWhole;
   const int in_columns = whole ? columns : (columns - 1) * stride + kernel_w;
   const int beside = kernel_w / 2;  // of whole rows, columns at either end that are not there
   const int adds = columns * taps - (whole ? kernel_h * beside * (beside + 1) : 0);
   const int narrowed = columns / std::min(together_of(columns), 2);
-  const RowAccesses row = row_accesses(cut, in_columns);
+  const RowAccesses row = row_accesses(cut, in_columns, known);
   const int load = row.singles + row.loads + (element_bytes == 2 ? in_columns : 0);
   const int store = row.stores + (element_bytes == 2 ? narrowed : 0);
   const int rows = loops.unrolled + loops.asking;

@@ -29,7 +29,7 @@ constexpr Threads threads_of(int columns) {
   return columns == 1 ? Threads::kNarrow : columns % 2 == 0 ? Threads::kPaired : Threads::kWide;
 }
 
-// Of those, in one access to shared memory.
+// Of those, of output, in one access to shared memory.
 constexpr int together_of(int columns) {
   if (threads_of(columns) != Threads::kPaired) return 1;
   return columns == kVectorColumns ? kVectorColumns : 2;
@@ -107,9 +107,24 @@ constexpr bool has_whole_rows(int64_t kernel_h, int64_t kernel_w, int64_t stride
   if (columns == kWholeColumns) return has_pairs(kernel_h, kernel_w, stride);
   return columns == kWideColumns && kernel_h == kernel_w && stride == 1;
 }
-inline bool whole_rows(int columns, const DepthwiseConv2dParams& p) {
-  return has_whole_rows(p.kernel_h, p.kernel_w, p.stride_h, columns) && p.in_w == columns &&
-         p.out_w == columns;
+
+// The sizes with wide threads that load rows of half precision in words: with stride 2 a thread has
+// twice as many elements to load as to compute, and of few taps that counts.
+constexpr bool has_even_rows(int64_t kernel_h, int64_t kernel_w, int64_t stride, int columns,
+                             int element_bytes) {
+  return element_bytes == 2 && columns == kWideColumns && kernel_h == 3 && kernel_w == 3 &&
+         stride == 2;
+}
+
+// What threads of so many columns know of the rows of input: nothing; that elements in an even
+// place begin a word; or that a thread has all of them.
+enum class Rows { kAny, kEven, kWhole };
+inline Rows rows_of(int columns, const DepthwiseConv2dParams& p, int element_bytes) {
+  const auto kh = p.kernel_h, kw = p.kernel_w, stride = p.stride_h;
+  if (has_whole_rows(kh, kw, stride, columns) && p.in_w == columns && p.out_w == columns)
+    return Rows::kWhole;
+  const bool even = p.in_w % 2 == 0 && p.padding_w == kw / 2;
+  return even && has_even_rows(kh, kw, stride, columns, element_bytes) ? Rows::kEven : Rows::kAny;
 }
 
 // Whether threads of so many columns can have a problem: of pairs and vectors, each finds its own
@@ -118,7 +133,7 @@ inline bool allows(int columns, const DepthwiseConv2dParams& p, int element_byte
   if (p.out_w < columns) return false;
   if (threads_of(columns) != Threads::kPaired) return true;
   if (element_bytes != 2 || !has_pairs(p.kernel_h, p.kernel_w, p.stride_h)) return false;
-  if (columns == kWholeColumns) return whole_rows(columns, p);
+  if (columns == kWholeColumns) return rows_of(columns, p, element_bytes) == Rows::kWhole;
   return p.padding_w == p.kernel_w / 2 && p.in_w % together_of(columns) == 0;
 }
 

@@ -18,7 +18,7 @@ constexpr bool has_form(Form form, int kernel_h, int kernel_w, int columns) {
   return kernel_h == kernel_w && kernel_h <= 5 && columns > 1;
 }
 
-template <typename T_, int KH_, int KW_, int STRIDE_, int COLUMNS_, bool WHOLE_, Form FORM_>
+template <typename T_, int KH_, int KW_, int STRIDE_, int COLUMNS_, Rows ROWS_, Form FORM_>
 struct Traits {
   using T = T_;
   static constexpr Form kForm = FORM_;
@@ -26,14 +26,16 @@ struct Traits {
   static constexpr int kKernelW = KW_;
   static constexpr int kStride = STRIDE_;
   static constexpr int kColumns = COLUMNS_;
+  // Elements of output and of input in one access to shared memory.
   static constexpr int kTogether = together_of(COLUMNS_);
+  static constexpr int kInputTogether = ROWS_ == Rows::kEven ? 2 : kTogether;
   static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + KW_;
   // Only so many columns at either end of a thread's row can lie outside the image.
   static constexpr int kMaxPaddingW = KW_ / 2;
   // A thread has all columns of a row: they always do.
-  static constexpr bool kWhole = WHOLE_;
+  static constexpr bool kWhole = ROWS_ == Rows::kWhole;
   static constexpr bool is_outside(int column) {
-    return WHOLE_ && (column < kMaxPaddingW || column >= kMaxPaddingW + COLUMNS_);
+    return kWhole && (column < kMaxPaddingW || column >= kMaxPaddingW + COLUMNS_);
   }
   static constexpr int kOpenRows = open_rows(KH_, STRIDE_);
   static constexpr int kMaxThreads = max_threads(KH_, KW_, STRIDE_, COLUMNS_);
@@ -75,9 +77,10 @@ struct Walk {
 template <typename Traits>
 __device__ __forceinline__ void load_row(const typename Traits::T* row,
                                          float (&x)[Traits::kInputColumns]) {
-  constexpr int N = Traits::kInputColumns, STEP = Traits::kTogether;
-  // Those of its own columns together, behind and in front of those in the padding's place.
-  constexpr int FIRST = STEP == 1 ? 0 : Traits::kMaxPaddingW, LAST = FIRST + Traits::kColumns;
+  constexpr int N = Traits::kInputColumns, STEP = Traits::kInputTogether;
+  // An access begins where a multiple of its columns does in the image; the first column is the
+  // padding's width in front of one.
+  constexpr int FIRST = Traits::kMaxPaddingW % STEP, LAST = FIRST + (N - FIRST) / STEP * STEP;
 #pragma unroll
   for (int c = 0; c < N; ++c) {
     if (Traits::is_outside(c)) continue;

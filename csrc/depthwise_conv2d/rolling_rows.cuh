@@ -2,13 +2,14 @@
 // plane_strips leaves: a channel multiplier, much padding, tensors that are not aligned to 16
 // bytes.
 //
-// One thread computes kRows rows of one output column, a dilation apart, so that they share the
-// rows of input that they see. It loads all its inputs before it uses the first, and so waits for
-// memory once; each is converted once and used by every output row whose window holds it.
+// One thread computes kRows rows of kColumns neighbouring columns, the rows a dilation apart, so
+// that they share the input that they see. It loads all its inputs before it uses the first, and so
+// waits for memory once; each is converted once and used by every output whose window holds it.
 // Neighbouring threads read neighbouring columns, so loads coalesce and the overlap of windows is
 // served by L1.
 #pragma once
 
+#include "common/device.h"
 #include "common/integer.h"
 #include "common/numeric.cuh"
 #include "depthwise_conv2d/form.cuh"
@@ -27,7 +28,7 @@ struct Arguments {
   int in_h, in_w, out_h, out_w, padding_h, padding_w;
   int dilation_h, dilation_w;  // of dilated kernels
   uint32_t threads;
-  Divisor by_out_w, by_strips, by_channels, by_multiplier;
+  Divisor by_groups, by_strips, by_channels, by_multiplier;
   bool transforms_input, reversed_taps;
   Activation input_activation, activation;
 };
@@ -47,11 +48,12 @@ __device__ __forceinline__ uint32_t inside_bits(int first, int step, int size) {
 template <typename Traits, Form FORM>
 __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arguments a) {
   using T = typename Traits::T;
-  constexpr int K = Traits::kKernel, S = Traits::kStride, ROWS = Traits::kRows;
+  constexpr int K = Traits::kKernel, S = Traits::kStride;
+  constexpr int ROWS = Traits::kRows, COLUMNS = Traits::kColumns;
   const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
   if (index >= a.threads) return;
-  uint32_t ow, strip, k;
-  const uint32_t plane = a.by_strips.divide(a.by_out_w.divide(index, &ow), &strip);
+  uint32_t group, strip, k;  // the group is one of columns
+  const uint32_t plane = a.by_strips.divide(a.by_groups.divide(index, &group), &strip);
   a.by_channels.divide(plane, &k);
   uint32_t ignored;
   const int64_t in_plane = a.by_multiplier.divide(plane, &ignored);
@@ -60,15 +62,16 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
   // Several rows a dilation apart begin at each of the first dilation_h rows, and so on below them.
   const int row_step = ROWS == 1 ? 1 : dilation_h;
   const int oh = strip / row_step * (row_step * ROWS) + strip % row_step;
+  const int ow = static_cast<int>(group) * COLUMNS;
   const int ih = oh * S - a.padding_h;
   const int iw = ow * S - a.padding_w;
 
   // All loads, as they are in memory, before the first use: a thread waits for memory once. Written
   // as C++, what is loaded where a predicate says so would be converted there, and waited for.
-  constexpr int ROWS_IN = Traits::kInputRows;
+  constexpr int ROWS_IN = Traits::kInputRows, COLUMNS_IN = Traits::kInputColumns;
   using Element = Words<T, 1>;
   const T* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(k) * K * K;
-  Element raw_taps[K * K], raw_bias{}, raw_input_bias{}, raw[ROWS_IN][K] = {};
+  Element raw_taps[K * K], raw_bias{}, raw_input_bias{}, raw[ROWS_IN][COLUMNS_IN] = {};
 #pragma unroll
   for (int i = 0; i < K * K; ++i) load_where(true, weight + i, raw_taps[i]);
   load_where(a.bias != nullptr, static_cast<const T*>(a.bias) + k, raw_bias);
@@ -77,38 +80,38 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
              raw_input_bias);
   // Offsets within a plane and its padding fit 32 bits (covers_rolling_rows).
   const T* input = static_cast<const T*>(a.input) + in_plane * a.in_h * a.in_w + ih * a.in_w + iw;
-  const uint32_t columns_inside = inside_bits<K>(iw, dilation_w, a.in_w);
+  const uint32_t columns_inside = inside_bits<COLUMNS_IN>(iw, dilation_w, a.in_w);
   const uint32_t rows_inside = inside_bits<ROWS_IN>(ih, dilation_h, a.in_h);
-  const auto is_inside = [&](int i, int kw) {
-    return (rows_inside >> i & 1) != 0 && (columns_inside >> kw & 1) != 0;
+  const auto is_inside = [&](int i, int c) {
+    return (rows_inside >> i & 1) != 0 && (columns_inside >> c & 1) != 0;
   };
 #pragma unroll
   for (int i = 0; i < ROWS_IN; ++i) {
     const T* row = input + i * dilation_h * a.in_w;
     const uint32_t inside = (rows_inside >> i & 1) != 0 ? columns_inside : 0;
 #pragma unroll
-    for (int kw = 0; kw < K; ++kw)
-      load_where((inside & 1 << kw) != 0, row + kw * dilation_w, raw[i][kw]);
+    for (int c = 0; c < COLUMNS_IN; ++c)
+      load_where((inside & 1u << c) != 0, row + c * dilation_w, raw[i][c]);
   }
 
-  float taps[K * K], x[ROWS_IN][K];
+  float taps[K * K], x[ROWS_IN][COLUMNS_IN];
 #pragma unroll
   for (int i = 0; i < K * K; ++i) taps[i] = widen(raw_taps[i]);
   reverse_where(a.reversed_taps, taps);
 #pragma unroll
   for (int i = 0; i < ROWS_IN; ++i) {
 #pragma unroll
-    for (int kw = 0; kw < K; ++kw) x[i][kw] = widen(raw[i][kw]);
+    for (int c = 0; c < COLUMNS_IN; ++c) x[i][c] = widen(raw[i][c]);
   }
-  float sums[ROWS];
+  float sums[ROWS * COLUMNS];
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) sums[r] = widen(raw_bias);
+  for (float& sum : sums) sum = widen(raw_bias);
   if (FORM != Form::kPlain && a.transforms_input) {
     const float input_bias = widen(raw_input_bias);
 #pragma unroll
     for (int i = 0; i < ROWS_IN; ++i) {
 #pragma unroll
-      for (int kw = 0; kw < K; ++kw) x[i][kw] += input_bias;
+      for (float& value : x[i]) value += input_bias;
       if constexpr (FORM == Form::kAny) {
         activate(x[i], a.input_activation);
       } else {
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
           value = clamp(value, low_of(a.input_activation), high_of(a.input_activation));
       }
 #pragma unroll
-      for (int kw = 0; kw < K; ++kw) x[i][kw] = is_inside(i, kw) ? x[i][kw] : 0.0f;
+      for (int c = 0; c < COLUMNS_IN; ++c) x[i][c] = is_inside(i, c) ? x[i][c] : 0.0f;
     }
   }
 #pragma unroll
@@ -127,7 +130,11 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
       const int kh = i - r * S;
       if (kh < 0 || kh >= K) continue;
 #pragma unroll
-      for (int kw = 0; kw < K; ++kw) sums[r] += x[i][kw] * taps[kh * K + kw];
+      for (int c = 0; c < COLUMNS; ++c) {
+#pragma unroll
+        for (int kw = 0; kw < K; ++kw)
+          sums[r * COLUMNS + c] += x[i][c * S + kw] * taps[kh * K + kw];
+      }
     }
   }
 
@@ -140,7 +147,11 @@ __global__ void __launch_bounds__(kThreads, Traits::kMinBlocks) kernel(const Arg
               oh * a.out_w + ow;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    if (oh + r * row_step < a.out_h) output[r * row_step * a.out_w] = narrow<T>(sums[r]);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+      if (oh + r * row_step < a.out_h && (COLUMNS == 1 || ow + c < a.out_w))
+        output[r * row_step * a.out_w + c] = narrow<T>(sums[r * COLUMNS + c]);
+    }
   }
 }
 
@@ -154,8 +165,9 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
   a.out_h = static_cast<int>(p.out_h), a.out_w = static_cast<int>(p.out_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-  a.threads = static_cast<uint32_t>(p.batch * p.out_channels() * strips * p.out_w);
-  a.by_out_w = Divisor(static_cast<uint32_t>(p.out_w)), a.by_strips = Divisor(strips);
+  const auto groups = static_cast<uint32_t>(ceil_div(p.out_w, Traits::kColumns));
+  a.threads = static_cast<uint32_t>(p.batch * p.out_channels() * strips * groups);
+  a.by_groups = Divisor(groups), a.by_strips = Divisor(strips);
   a.by_channels = Divisor(static_cast<uint32_t>(p.out_channels()));
   a.by_multiplier = Divisor(static_cast<uint32_t>(p.multiplier));
   a.transforms_input = p.transforms_input(), a.reversed_taps = p.reversed_taps;
@@ -175,7 +187,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, cudaStream_t stream) {
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& params, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
-  visit<T>(params, [&]<typename Traits>() { status = launch<Traits>(params, stream); });
+  visit<T>(params, current_device().multiprocessors,
+           [&]<typename Traits>() { status = launch<Traits>(params, stream); });
   return status;
 }
 

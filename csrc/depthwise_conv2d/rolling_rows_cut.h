@@ -1,7 +1,10 @@
 // How rolling_rows cuts a problem into threads.
 #pragma once
 
-#include "common/depth.h"
+#include <cstddef>
+#include <iterator>
+#include <utility>
+
 #include "common/integer.h"
 #include "depthwise_conv2d/params.h"
 
@@ -10,19 +13,53 @@ namespace rolling_rows {
 
 constexpr int kThreads = 128;
 
-template <typename T_, int K_, int STRIDE_, Depth DEPTH_, bool DILATED_>
+// Outputs of a thread: rows, a dilation apart, of neighbouring columns. Many of them load less for
+// each; few make enough threads of a small problem.
+struct Cut {
+  int rows, columns;
+};
+
+// The compiled cuts of a kernel size and an element size, by the outputs of a multiprocessor from
+// which they are the fastest (H200, one image; benchmarks/NOTES.md).
+struct Step {
+  int64_t outputs;
+  Cut cut;
+};
+template <int K, int STRIDE, bool DILATED, int BYTES>
+inline constexpr Step kSteps[] = {{0, {1, 1}}, {STRIDE == 1 ? 150 : 260, {4 / STRIDE, 1}}};
+template <int BYTES>
+inline constexpr Step kSteps<3, 1, false, BYTES>[] = {{0, {1, 1}}, {350, {4, 2}}, {10000, {8, 2}}};
+template <int BYTES>
+inline constexpr Step kSteps<3, 2, false, BYTES>[] = {{0, {1, 2}}, {1600, {4, 2}}};
+template <int BYTES>
+inline constexpr Step kSteps<5, 1, false, BYTES>[] = {{0, {1, 1}}, {350, {3, 2}}, {2000, {6, 2}}};
+template <>
+inline constexpr Step kSteps<5, 2, false, 2>[] = {{0, {2, 1}}, {1400, {4, 2}}};
+template <>
+inline constexpr Step kSteps<5, 2, false, 4>[] = {{0, {2, 1}}, {600, {4, 1}}};
+template <int BYTES>
+inline constexpr Step kSteps<3, 1, true, BYTES>[] = {{0, {1, 1}}, {600, {8, 1}}};
+template <int K, int BYTES>
+inline constexpr Step kSteps<K, 1, true, BYTES>[] = {{0, {1, 1}}, {600, {4, 1}}};
+template <int K, int BYTES>
+inline constexpr Step kSteps<K, 2, true, BYTES>[] = {{0, {1, 1}}};
+
+template <typename T_, int K_, int STRIDE_, Cut CUT, bool DILATED_>
 struct Traits {
   using T = T_;
   static constexpr int kKernel = K_;
   static constexpr bool kDilated = DILATED_;
   static constexpr int kStride = STRIDE_;
-  // Of output, per thread: as many as registers allow all their inputs at once.
-  static constexpr int kRows = DEPTH_ == Depth::kFlat ? 1
-                               : K_ == 3              ? 8 / STRIDE_
-                               : K_ == 5              ? 4
-                                                      : 4 / STRIDE_;
+  static constexpr int kRows = CUT.rows, kColumns = CUT.columns;
+  // A thread holds all its inputs at once.
   static constexpr int kInputRows = (kRows - 1) * STRIDE_ + K_;
-  static constexpr int kMinBlocks = K_ == 7 ? 2 : K_ == 5 && DILATED_ && kRows > 1 ? 3 : 4;
+  static constexpr int kInputColumns = (kColumns - 1) * STRIDE_ + K_;
+  static constexpr bool kWide = kInputRows * kInputColumns > 64;
+  static constexpr int kMinBlocks = K_ == 7                                       ? 2
+                                    : kWide || (K_ == 5 && DILATED_ && kRows > 1) ? 3
+                                                                                  : 4;
+  static_assert(!DILATED_ || kColumns == 1);
+  static_assert(kInputRows <= 32 && kInputColumns <= 32, "one bit each says which are inside");
 };
 
 // Threads that share a column of output.
@@ -31,23 +68,25 @@ inline int64_t strips_of(const DepthwiseConv2dParams& p, int rows) {
   return ceil_div(p.out_h, rows * row_step) * row_step;
 }
 
-Depth choose_depth(const DepthwiseConv2dParams& params);
-
-// Calls visit.operator()<Traits>() for the compiled size of the problem. False: there is none.
+// Calls visit.operator()<Traits>() for the compiled size of the problem and its cut. False: there
+// is none.
 template <typename T, typename Visit>
-bool visit(const DepthwiseConv2dParams& p, Visit&& visit) {
-  const Depth depth = choose_depth(p);
-  const bool dilated = p.is_dilated();
-#define DWSWAP_CASE(K, S)                                                \
-  if (p.kernel_h == K && p.kernel_w == K && p.stride_h == S) {           \
-    if (depth == Depth::kFlat) {                                         \
-      visit.template operator()<Traits<T, K, S, Depth::kFlat, true>>();  \
-    } else if (!dilated) {                                               \
-      visit.template operator()<Traits<T, K, S, Depth::kDeep, false>>(); \
-    } else if constexpr (S == 1) {                                       \
-      visit.template operator()<Traits<T, K, S, Depth::kDeep, true>>();  \
-    }                                                                    \
-    return true;                                                         \
+bool visit(const DepthwiseConv2dParams& p, int multiprocessors, Visit&& visit) {
+  const auto visit_step = [&]<int K, int S, bool DILATED>() {
+    constexpr auto& kAll = kSteps<K, S, DILATED, sizeof(T)>;
+    // The last step whose outputs the problem has. Rows a dilation apart are not in a small image.
+    std::size_t chosen = p.dilation_h > p.out_h ? 0 : std::size(kAll) - 1;
+    while (p.outputs() < kAll[chosen].outputs * multiprocessors) --chosen;
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+      ((I == chosen ? visit.template operator()<Traits<T, K, S, kAll[I].cut, DILATED>>() : void()),
+       ...);
+    }(std::make_index_sequence<std::size(kAll)>());
+  };
+#define DWSWAP_CASE(K, S)                                           \
+  if (p.kernel_h == K && p.kernel_w == K && p.stride_h == S) {      \
+    p.is_dilated() ? visit_step.template operator()<K, S, true>()   \
+                   : visit_step.template operator()<K, S, false>(); \
+    return true;                                                    \
   }
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)

@@ -23,6 +23,7 @@
 #include "depthwise_conv2d/diagonal_cut.h"
 #include "depthwise_conv2d/plane_bands_cut.h"
 #include "depthwise_conv2d/plane_strips_cut.h"
+#include "depthwise_conv2d/rolling_rows_cut.h"
 #include "depthwise_conv2d/toeplitz_cut.h"
 #include "separable_conv2d/cut.h"
 #include "squeeze_excitation/params.h"
@@ -57,6 +58,15 @@ int main() {
                   cut.lanes, cut.groups, cut.stages, cut.buffers,
                   static_cast<long long>(cut.in_bytes), static_cast<long long>(cut.out_bytes),
                   static_cast<long long>(cut.shared_bytes()), took.count());
+    } else if (family == "rolling_rows") {
+      int rows = 0, columns = 0;
+      const auto note_cut = [&]<typename Traits>() {
+        rows = Traits::kRows, columns = Traits::kColumns;
+      };
+      element_bytes == 4 ? rolling_rows::visit<float>(p, device.multiprocessors, note_cut)
+                         : rolling_rows::visit<uint16_t>(p, device.multiprocessors, note_cut);
+      const std::chrono::duration<double, std::micro> took = Clock::now() - start;
+      std::printf("%d %d %.0f\n", rows, columns, took.count());
     } else if (family == "toeplitz") {
       p.in_layout = p.out_layout = element_bytes == 2 ? Layout::kChannelsLast : Layout::kContiguous;
       const auto cut = toeplitz::choose_cut(p, device);
