@@ -13,6 +13,8 @@ namespace gram_sums {
 namespace {
 
 constexpr int64_t kStageBytes = 18 * 1024;  // about
+// Of low planes with few taps, so that three stages fit where two would.
+constexpr int64_t kLowStageBytes = 13 * 1024;
 
 int64_t align(int64_t bytes) { return ceil_div(bytes, kCopyBytes) * kCopyBytes; }
 
@@ -76,7 +78,9 @@ void choose_stage(Cut& cut, const GradientParams& p) {
   const int64_t image = cut.input_bytes + cut.grad_bytes;
   const int64_t step = kStepRows / cut.together;
   if (p.out_h <= kMostRows && image <= 3 * kStageBytes / 2) {
-    const int64_t images = std::min<int64_t>({kMostImages, p.batch, kStageBytes / image});
+    const bool low = cut.together == 2 && p.kernel_h == 3;
+    const int64_t stage_bytes = low ? kLowStageBytes : kStageBytes;
+    const int64_t images = std::min<int64_t>({kMostImages, p.batch, stage_bytes / image});
     cut.images = std::max(1, static_cast<int>(images) / cut.together * cut.together);
     set_rows(cut, p, ceil_div(p.out_h, step) * step);
     return;
