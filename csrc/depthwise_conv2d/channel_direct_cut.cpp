@@ -42,12 +42,12 @@ Cut cut_by_threads(const DepthwiseConv2dParams& p, int channels, int columns, in
 // Of two channels in float32 with stride 2, where blocks are few: fewest accesses, if a
 // multiprocessor that holds as many blocks as it can makes all of theirs in the time, so that waves
 // of blocks count as whole. Four columns load the ones between two threads less often, two make
-// more blocks, which may fill the last wave. Where there are many waves, more blocks are better;
-// so they are of wide rows, and a little so are shorter strips.
+// more blocks, which may fill the last wave. Where there are many waves, more blocks are better; in
+// wide rows they are a little better anyway.
 Cut cut_strided_floats(const DepthwiseConv2dParams& p, int multiprocessors) {
   constexpr int kMostRows = 4;
   constexpr int64_t kManyWaves = 7, kWideRow = 28;
-  constexpr double kShortStrips = 0.9;
+  constexpr double kFourColumns = 1.3, kShortStrips = 0.9;  // of wide rows
   const auto waves_of = [&](const Cut& cut) {
     const int64_t blocks = ceil_div(cut.threads(p), kThreads);
     return ceil_div(blocks, resident_blocks(cut.columns) * multiprocessors);
@@ -57,14 +57,13 @@ Cut cut_strided_floats(const DepthwiseConv2dParams& p, int multiprocessors) {
   const bool wide = p.out_w >= kWideRow;
   double fewest = std::numeric_limits<double>::infinity();
   for (int columns : {4, 2}) {
-    if (wide && columns > 2) continue;
     for (int most : {kMostRows, kMostRows - 1}) {
       const Cut cut = cut_by_threads(p, kMostChannels, columns, most, multiprocessors);
       // 2 * columns + 1 loads, and the output takes about as long as two.
       const int64_t accesses =
           waves_of(cut) * resident_blocks(columns) * (2 * cut.rows + 1) * (2 * columns + 3);
-      const double cost =
-          wide && most < kMostRows ? kShortStrips * static_cast<double>(accesses) : accesses;
+      auto cost = static_cast<double>(accesses);
+      if (wide) cost *= columns == 4 ? kFourColumns : most < kMostRows ? kShortStrips : 1.0;
       if (cost < fewest) fewest = cost, best = cut;
     }
   }

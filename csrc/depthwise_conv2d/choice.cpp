@@ -27,6 +27,12 @@ int64_t outputs_per_multiprocessor(const DepthwiseConv2dParams& p) {
   return p.outputs() / current_device().multiprocessors;
 }
 
+// A limit of these that is one for one image and comes closer to another, the more images there
+// are: as many outputs of more images are smaller ones.
+int64_t limit_by_images(const DepthwiseConv2dParams& p, int64_t one, int64_t many) {
+  return many + (one - many) / std::max<int64_t>(p.batch, 1);
+}
+
 bool always(const DepthwiseConv2dParams&) { return true; }
 
 // A stream down the image pays where there is much to stream; small problems want many threads.
@@ -64,7 +70,8 @@ bool suits_points(const DepthwiseConv2dParams& p) {
     return outputs <= (strided ? (is_float ? 1700 : 3000) : (is_float ? 600 : 1000));
   }
   if (!last) return outputs <= (strided ? 500 : 1700);
-  if (is_float && strided) return outputs <= (p.out_w < kWideRow ? 100000 : 15000);
+  if (is_float && strided)
+    return outputs <= (p.out_w < kWideRow ? 100000 : limit_by_images(p, 30000, 15000));
   return outputs <= (is_float ? 5000 : 7000);
 }
 
@@ -75,22 +82,17 @@ bool suits_channel_columns(const DepthwiseConv2dParams& p) {
   return is_stream(p) && !(p.dtype == DataType::kFloat32 && large);
 }
 
-// Outputs of a multiprocessor from which copies into and out of shared memory pay: of one image,
-// and of many, whose small planes leave more threads of rolling_rows idle.
-int64_t outputs_to_stream(const DepthwiseConv2dParams& p, int64_t one_image, int64_t many) {
-  return many + (one_image - many) / std::max<int64_t>(p.batch, 1);
-}
-
-// The more taps, the more a thread of rolling_rows has to load before it begins; half precision,
-// which it loads element by element, most of all.
+// Copies into and out of shared memory take longer than the work of a small problem. The more taps,
+// the more a thread of rolling_rows has to load before it begins; half precision, which it loads
+// element by element, most of all. Small planes leave more of its threads idle.
 bool suits_plane_strips(const DepthwiseConv2dParams& p) {
   const bool is_float = p.dtype == DataType::kFloat32, strided = p.stride_h > 1;
   const int64_t taps = p.kernel_h * p.kernel_w, outputs = outputs_per_multiprocessor(p);
   const auto from = [&](int64_t one_image, int64_t many) {
-    return outputs >= outputs_to_stream(p, one_image, many);
+    return outputs >= limit_by_images(p, one_image, many);
   };
-  if (taps <= 9)
-    return !is_float ? from(15000, 7000) : strided ? from(45000, 27000) : from(45000, 9500);
+  if (taps <= 9 && is_float) return strided ? from(45000, 27000) : from(45000, 9500);
+  if (taps <= 9) return from(15000, 7000);
   if (taps <= 25 && strided) return is_float ? from(12000, 4500) : from(3500, 3500);
   if (taps <= 25) return is_float ? from(20000, 5000) : from(13000, 3200);
   return outputs >= (is_float ? 2000 : 1000);
@@ -126,8 +128,9 @@ bool suits_diagonal(const DepthwiseConv2dParams& p) {
 // stride 2 were faster in plane_strips, and 9 columns, of which the second tile has one.
 bool suits_plane_bands(const DepthwiseConv2dParams& p) {
   constexpr int64_t kTile = plane_bands::kTile, kLongRow = 64;
+  const bool few_taps = p.kernel_w == 5 && p.stride_w == 1;
   const int64_t enough =
-      p.stride_w == 1 ? outputs_to_stream(p, 15000, 3000) : outputs_to_stream(p, 10000, 2500);
+      few_taps ? limit_by_images(p, 15000, 3000) : limit_by_images(p, 10000, 2500);
   if (outputs_per_multiprocessor(p) < enough) return false;
   if (p.stride_w == 2 && p.out_w > kLongRow) return false;
   const int64_t least = p.kernel_w == 7 ? kTile - 1 : kTile;

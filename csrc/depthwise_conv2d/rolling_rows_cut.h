@@ -27,12 +27,17 @@ struct Step {
 };
 template <int K, int STRIDE, bool DILATED, int BYTES>
 inline constexpr Step kSteps[] = {{0, {1, 1}}, {STRIDE == 1 ? 150 : 260, {4 / STRIDE, 1}}};
-template <int BYTES>
-inline constexpr Step kSteps<3, 1, false, BYTES>[] = {{0, {1, 1}}, {350, {4, 2}}, {10000, {8, 2}}};
+template <>
+inline constexpr Step kSteps<3, 1, false, 2>[] = {{0, {1, 1}}, {350, {3, 2}}, {10000, {8, 2}}};
+template <>
+inline constexpr Step kSteps<3, 1, false, 4>[] = {{0, {1, 1}}, {350, {4, 2}}, {10000, {8, 2}}};
 template <int BYTES>
 inline constexpr Step kSteps<3, 2, false, BYTES>[] = {{0, {1, 2}}, {1600, {4, 2}}};
-template <int BYTES>
-inline constexpr Step kSteps<5, 1, false, BYTES>[] = {{0, {1, 1}}, {350, {3, 2}}, {2000, {6, 2}}};
+template <>
+inline constexpr Step kSteps<5, 1, false, 2>[] = {
+    {0, {1, 1}}, {350, {4, 1}}, {1000, {3, 2}}, {2000, {6, 2}}};
+template <>
+inline constexpr Step kSteps<5, 1, false, 4>[] = {{0, {1, 1}}, {350, {3, 2}}, {2000, {6, 2}}};
 template <>
 inline constexpr Step kSteps<5, 2, false, 2>[] = {{0, {2, 1}}, {1400, {4, 2}}};
 template <>
