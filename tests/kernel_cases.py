@@ -175,7 +175,7 @@ ROWS = {
         channels=(1, 2, 20, 57, 58, 136),
         sizes=((1, 1), (2, 3), *SIZES),
     ),
-    # 4 columns per thread where blocks of 2 would be more than one wave.
+    # 4 columns per thread where blocks of 2 would be more than one wave, of rows that are not wide.
     "channel direct, four columns": Row(
         "channel_direct",
         "channels_last",
@@ -183,7 +183,8 @@ ROWS = {
         strides=(2,),
         channels=(136, 250),
         dtypes=FAST[:1],
-        sizes=((57, 221), (113, 113), (33, 450), (200, 66), (61, 230), (64, 210), (97, 129)),
+        sizes=((57, 53), (33, 47), (200, 46), (27, 53)),
+        least_outputs=900_000,
     ),
     "channel direct, misaligned": Row(
         "channel_direct", "offset_channels_last", ((3, 3),), channels=(8, 57, 58)
@@ -321,6 +322,12 @@ ROWS = {
         PAIRED_STRIPS, sizes=((3, 10), (3, 18), (57, 156), (57, 300))
     ),
     "plane strips, 14 columns": replace(PAIRED_STRIPS, sizes=((9, 14), (16, 14), (33, 14))),
+    # Even rows are loaded in words: units of planes and of strips.
+    "plane strips, stride 2": replace(
+        PAIRED_STRIPS,
+        strides=(2,),
+        sizes=((30, 28), (9, 30), (9, 18), (112, 46), (57, 300), (112, 112), (14, 14)),
+    ),
     "plane strips, 7 columns are a row": replace(
         PAIRED_STRIPS, kernels=SQUARES, dtypes=FAST, sizes=((7, 7), (3, 7))
     ),

@@ -61,25 +61,40 @@ def test_plane_strips_can_always_be_launched(cuts):
 def test_kernel_cases_have_every_thread_of_plane_strips(cuts):
     """On an H200; small problems have threads of one column."""
     found = set()
-    for columns in (6, 7, 8, 10, 14):
-        name = "7 columns are a row" if columns == 7 else f"{columns} columns"
-        cases = list(kernel_problems(ROWS[f"plane strips, {name}"], torch.float16))
+    names = {f"{columns} columns": columns for columns in (6, 8, 10, 14)}
+    for name, columns in {**names, "7 columns are a row": 7, "stride 2": 7}.items():
         problems = [
-            Problem(case.batch or 1, *case.input_shape[-3:], *case.kernel, 1, 2) for case in cases
+            Problem(case.batch or 1, *case.input_shape[-3:], *case.kernel, case.stride[0], 2)
+            for case in kernel_problems(ROWS[f"plane strips, {name}"], torch.float16)
         ]
         chosen = cuts("plane_strips", [(problem, DEVICES[0]) for problem in problems])
         for problem, (picked, planes, rows, *_) in zip(problems, chosen, strict=True):
             assert picked == columns, problem
-            ragged_row = problem.width % columns != 0
-            found.add((columns, ragged_row, planes > 1, rows < problem.out_h))
-    # Columns; whether the last threads of a row are moved; units of planes, and of strips.
+            assert problem.stride == 1 or problem.width % 2 == 0, problem
+            ragged_row = problem.out_w % columns != 0
+            found.add((columns, problem.stride, ragged_row, planes > 1, rows < problem.out_h))
+    # Columns, stride; whether the last threads of a row are moved; units of planes, and of strips.
+    both = (False, True)
     assert found >= {
-        *((6, last, several, strips) for last in (False, True) for several, strips in UNITS),
-        *((8, False, *unit) for unit in UNITS),
-        *((10, last, *unit) for last in (False, True) for unit in UNITS),
-        (7, False, True, False),
-        (14, False, True, False),
+        *((6, 1, last, several, strips) for last in both for several, strips in UNITS),
+        *((8, 1, False, *unit) for unit in UNITS),
+        *((10, 1, last, *unit) for last in both for unit in UNITS),
+        (7, 1, False, True, False),
+        *((7, 2, last, *unit) for last in both for unit in UNITS),
+        (14, 1, False, True, False),
     }
+
+
+def test_kernel_cases_have_four_columns_of_channel_direct(cuts):
+    """On an H200, for float32 with stride 2: all but the one whose batch fills it."""
+    row = ROWS["channel direct, four columns"]
+    problems = [
+        Problem(case.batch or 1, *case.input_shape[-3:], *case.kernel, case.stride[0], 4)
+        for case in kernel_problems(row, torch.float32)
+    ]
+    chosen = cuts("channel_direct", [(problem, DEVICES[0]) for problem in problems])
+    columns = [columns for _, columns, *_ in chosen]
+    assert columns[: len(row.sizes)] == [4] * len(row.sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -89,7 +104,7 @@ def test_kernel_cases_have_every_cut_of_rolling_rows(cuts, dtype):
     for name in ("rolling rows", "rolling rows, a part of a GPU"):
         for case in kernel_problems(ROWS[name], dtype):
             shape = (*case.input_shape[-3:], *case.kernel, case.stride[0], dtype.itemsize)
-            # Where there is a GPU, one size has a batch that fills it.
+            # One of the sizes has such a batch, but where the cases are for the CPU.
             full = -(-MANY_RESULTS // math.prod(case.output_shape[-3:]))
             problems += [Problem(case.batch or 1, *shape), Problem(full, *shape)]
     chosen = cuts("rolling_rows", [(problem, DEVICES[0]) for problem in problems])
@@ -99,7 +114,7 @@ def test_kernel_cases_have_every_cut_of_rolling_rows(cuts, dtype):
     }
     assert found == {
         *((3, 1, *cut) for cut in ((1, 1), (3 if half else 4, 2), (8, 2))),
-        *((3, 2, *cut) for cut in ((1, 2), (4, 2))),
+        *((3, 2, *cut) for cut in ((1, 2), (4, 1))),
         *((5, 1, *cut) for cut in ((1, 1), (3, 2), (6, 2))),
         *(((5, 1, 4, 1),) if half else ()),
         *((5, 2, *cut) for cut in ((2, 1), (4, 2 if half else 1))),

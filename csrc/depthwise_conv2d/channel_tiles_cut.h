@@ -1,7 +1,6 @@
 // How channel_tiles cuts a problem into blocks.
 #pragma once
 
-#include "common/depth.h"
 #include "depthwise_conv2d/params.h"
 
 namespace dwswap {
@@ -11,6 +10,9 @@ constexpr int kMaxThreads = 128;
 constexpr int kColumns = 7;     // of a thread
 constexpr int kMostGroups = 8;  // along an axis
 constexpr int kMostKernel = 7;
+
+// Rows of outputs of a thread: many save loads; one makes enough threads of a small problem.
+enum class Depth { kDeep, kFlat };
 
 // How a problem is cut into blocks.
 struct Tile {

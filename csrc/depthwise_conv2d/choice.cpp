@@ -27,8 +27,8 @@ int64_t outputs_per_multiprocessor(const DepthwiseConv2dParams& p) {
   return p.outputs() / current_device().multiprocessors;
 }
 
-// A limit of these that is one for one image and comes closer to another, the more images there
-// are: as many outputs of more images are smaller ones.
+// Such a limit: `one` for one image, and nearer to `many` the more images there are, as planes are
+// smaller then.
 int64_t limit_by_images(const DepthwiseConv2dParams& p, int64_t one, int64_t many) {
   return many + (one - many) / std::max<int64_t>(p.batch, 1);
 }
@@ -54,7 +54,7 @@ bool suits_channel_direct(const DepthwiseConv2dParams& p) {
   return p.out_h * p.out_w <= kTinyImage && !is_stream(p);
 }
 
-// Few outputs, so that all are under way at once. In NCHW rolling_rows loads a column of rows at
+// Few outputs, so that all are under way at once. In NCHW rolling_rows loads all its inputs at
 // once as well; in channels_last this keeps up with all others for long, longest in float32 with
 // stride 2, of rows whose neighbours are still in the caches. Every thread transforms its window
 // anew, which costs little where that is a clamp; with a dilation it has one pixel, as a rule.

@@ -12,24 +12,18 @@ bool covers_rolling_rows(const DepthwiseConv2dParams& p) {
   if (p.dtype == DataType::kFloat64) return false;
   if (p.in_layout != Layout::kContiguous || p.out_layout != Layout::kContiguous) return false;
   if (p.stride_h != p.stride_w) return false;
-  int rows = 0, columns = 0;
-  const auto note_cut = [&]<typename Traits>() {
-    rows = Traits::kRows, columns = Traits::kColumns;
-  };
-  const int multiprocessors = current_device().multiprocessors;
-  const bool compiled = bytes_of(p.dtype) == 4
-                            ? rolling_rows::visit<float>(p, multiprocessors, note_cut)
-                            : rolling_rows::visit<uint16_t>(p, multiprocessors, note_cut);
-  if (!compiled) return false;
+  const rolling_rows::Cut cut = rolling_rows::cut_of(p, static_cast<int>(bytes_of(p.dtype)),
+                                                     current_device().multiprocessors);
+  if (cut.rows == 0) return false;
   // Offsets within a plane, with padding and the rows that a thread runs over, and thread indices
   // are 32-bit.
   constexpr int64_t kMostDilation = 1 << 16;
   if (p.dilation_h > kMostDilation || p.dilation_w > kMostDilation) return false;
   const int64_t in_plane =
-      (p.in_h + 2 * p.padding_h + (rows * p.stride_h + p.kernel_h) * p.dilation_h) *
+      (p.in_h + 2 * p.padding_h + (cut.rows * p.stride_h + p.kernel_h) * p.dilation_h) *
       (p.in_w + 2 * p.padding_w);
-  const int64_t out_plane = (p.out_h + rows * p.dilation_h) * p.out_w;
-  const int64_t threads = rolling_rows::strips_of(p, rows) * ceil_div(p.out_w, columns);
+  const int64_t out_plane = (p.out_h + cut.rows * p.dilation_h) * p.out_w;
+  const int64_t threads = rolling_rows::strips_of(p, cut.rows) * ceil_div(p.out_w, cut.columns);
   return in_plane <= kLimit && out_plane <= kLimit &&
          p.batch * p.out_channels() * threads <= kLimit;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <iterator>
 #include <utility>
 
@@ -32,7 +33,7 @@ inline constexpr Step kSteps<3, 1, false, 2>[] = {{0, {1, 1}}, {350, {3, 2}}, {1
 template <>
 inline constexpr Step kSteps<3, 1, false, 4>[] = {{0, {1, 1}}, {350, {4, 2}}, {10000, {8, 2}}};
 template <int BYTES>
-inline constexpr Step kSteps<3, 2, false, BYTES>[] = {{0, {1, 2}}, {1600, {4, 2}}};
+inline constexpr Step kSteps<3, 2, false, BYTES>[] = {{0, {1, 2}}, {1600, {4, 1}}};
 template <>
 inline constexpr Step kSteps<5, 1, false, 2>[] = {
     {0, {1, 1}}, {350, {4, 1}}, {1000, {3, 2}}, {2000, {6, 2}}};
@@ -67,16 +68,15 @@ struct Traits {
   static_assert(kInputRows <= 32 && kInputColumns <= 32, "one bit each says which are inside");
 };
 
-// Threads that share a column of output.
+// Threads that share columns of output.
 inline int64_t strips_of(const DepthwiseConv2dParams& p, int rows) {
   const int64_t row_step = rows == 1 ? 1 : p.dilation_h;
   return ceil_div(p.out_h, rows * row_step) * row_step;
 }
 
-// Calls visit.operator()<Traits>() for the compiled size of the problem and its cut. False: there
-// is none.
+// Calls visit.operator()<Traits>() for the problem's size, if it is compiled, and its cut.
 template <typename T, typename Visit>
-bool visit(const DepthwiseConv2dParams& p, int multiprocessors, Visit&& visit) {
+void visit(const DepthwiseConv2dParams& p, int multiprocessors, Visit&& visit) {
   const auto visit_step = [&]<int K, int S, bool DILATED>() {
     constexpr auto& kAll = kSteps<K, S, DILATED, sizeof(T)>;
     // The last step whose outputs the problem has. Rows a dilation apart are not in a small image.
@@ -87,11 +87,10 @@ bool visit(const DepthwiseConv2dParams& p, int multiprocessors, Visit&& visit) {
        ...);
     }(std::make_index_sequence<std::size(kAll)>());
   };
-#define DWSWAP_CASE(K, S)                                           \
-  if (p.kernel_h == K && p.kernel_w == K && p.stride_h == S) {      \
-    p.is_dilated() ? visit_step.template operator()<K, S, true>()   \
-                   : visit_step.template operator()<K, S, false>(); \
-    return true;                                                    \
+#define DWSWAP_CASE(K, S)                                                  \
+  if (p.kernel_h == K && p.kernel_w == K && p.stride_h == S) {             \
+    return p.is_dilated() ? visit_step.template operator()<K, S, true>()   \
+                          : visit_step.template operator()<K, S, false>(); \
   }
   DWSWAP_CASE(3, 1)
   DWSWAP_CASE(3, 2)
@@ -100,7 +99,15 @@ bool visit(const DepthwiseConv2dParams& p, int multiprocessors, Visit&& visit) {
   DWSWAP_CASE(7, 1)
   DWSWAP_CASE(7, 2)
 #undef DWSWAP_CASE
-  return false;
+}
+
+// Of a thread; no rows where the size is not compiled.
+inline Cut cut_of(const DepthwiseConv2dParams& p, int element_bytes, int multiprocessors) {
+  Cut cut{};
+  const auto note = [&]<typename Traits>() { cut = {Traits::kRows, Traits::kColumns}; };
+  element_bytes == 4 ? visit<float>(p, multiprocessors, note)
+                     : visit<uint16_t>(p, multiprocessors, note);
+  return cut;
 }
 
 // Compiled by a file per element type.

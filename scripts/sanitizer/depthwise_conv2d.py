@@ -99,11 +99,14 @@ def problems() -> Iterator[Problem]:
             shape = (2_000_000 // (96 * height * width), 96, height, width)
             yield large._replace(shape=shape)
         # plane_strips: stride 2, rows in words. rolling_rows: some and many outputs of a thread.
-        yield large._replace(stride=2, shape=(25, 96, 30, 28))
+        for portable in (False, True):
+            even = large._replace(stride=2, portable=portable)
+            yield even._replace(shape=(25, 96, 30, 28))
+            yield even._replace(shape=(4, 57, 57, 300))
         rolling = large._replace(family="rolling_rows")
         yield rolling._replace(shape=(2, 57, 30, 31))
         yield rolling
-        yield rolling._replace(stride=2)
+        yield rolling._replace(stride=2, transform=True)
         yield Problem(torch.float16, last, (25, 96, 30, 31), size)
         yield Problem(torch.float32, last, (25, 96, 30, 31), size, portable=True)
         yield large._replace(portable=True)

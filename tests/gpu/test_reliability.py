@@ -14,6 +14,7 @@ from numerics import Judge, composite, forward_errors, operator
 from torch import Tensor
 
 from dwswap import build, depthwise_conv2d
+from dwswap.registration import kernel_family
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +26,7 @@ FAMILIES = {
     "channel_direct": Case(HALF, "channels_last", 8, 58, 29, 31, (3, 3), padding=(1, 1)),
     "points": Case(HALF, "channels_last", 1, 58, 19, 21, (3, 3), padding=(1, 1)),
     "channel_tiles": Case(HALF, "channels_last", 4, 72, 29, 31, (5, 5), padding=(2, 2)),
-    "plane_strips": Case(HALF, "contiguous", 8, 72, 29, 31, (3, 3), padding=(1, 1)),
+    "plane_strips": Case(HALF, "contiguous", 64, 72, 29, 31, (3, 3), padding=(1, 1)),
     "rolling_rows": Case(HALF, "contiguous", 4, 36, 29, 31, (5, 5), (2, 2), (2, 2), multiplier=2),
     "toeplitz": Case(HALF, "contiguous", 4, 24, 29, 31, (9, 9), padding=(4, 4)),
     "general": Case(HALF, "channels_last", 4, 57, 29, 31, (4, 3), padding=(1, 1)),
@@ -54,6 +55,16 @@ FAMILIES["diagonal"] = Case(
     HALF, "channels_last", 64, 72, 29, 31, (5, 5), padding=(2, 2), bias=True, activation="silu"
 )
 each_family = pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_problems_are_of_their_families(name):
+    case = FAMILIES[name]
+    given = make_tensors(case, "cuda")
+    geometry = (case.stride, case.padding, case.dilation)
+    neighbours = (given.input_bias, case.input_activation, case.activation)
+    told = kernel_family(given.input, given.weight, given.bias, *geometry, *neighbours)
+    assert told == name.split(",")[0]
 
 
 def test_our_kernels_are_the_ones_that_run():

@@ -59,14 +59,9 @@ int main() {
                   static_cast<long long>(cut.in_bytes), static_cast<long long>(cut.out_bytes),
                   static_cast<long long>(cut.shared_bytes()), took.count());
     } else if (family == "rolling_rows") {
-      int rows = 0, columns = 0;
-      const auto note_cut = [&]<typename Traits>() {
-        rows = Traits::kRows, columns = Traits::kColumns;
-      };
-      element_bytes == 4 ? rolling_rows::visit<float>(p, device.multiprocessors, note_cut)
-                         : rolling_rows::visit<uint16_t>(p, device.multiprocessors, note_cut);
+      const auto cut = rolling_rows::cut_of(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
-      std::printf("%d %d %.0f\n", rows, columns, took.count());
+      std::printf("%d %d %.0f\n", cut.rows, cut.columns, took.count());
     } else if (family == "toeplitz") {
       p.in_layout = p.out_layout = element_bytes == 2 ? Layout::kChannelsLast : Layout::kContiguous;
       const auto cut = toeplitz::choose_cut(p, device);
@@ -86,7 +81,7 @@ int main() {
       const int vector = pixel % 16 == 0 ? 16 : pixel % 8 == 0 ? 8 : 4;
       const channel_tiles::Reader reader{vector == 16, vector};
       const auto depth = channel_tiles::choose_depth(p, device.multiprocessors);
-      const int rows = depth == Depth::kFlat ? 1 : p.kernel_h == 7 ? 2 : 4;
+      const int rows = depth == channel_tiles::Depth::kFlat ? 1 : p.kernel_h == 7 ? 2 : 4;
       const auto tile = channel_tiles::choose_tile(p, reader, channel_tiles::kColumns, rows,
                                                    element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;

@@ -78,7 +78,8 @@ void choose_stage(Cut& cut, const GradientParams& p) {
   const int64_t image = cut.input_bytes + cut.grad_bytes;
   const int64_t step = kStepRows / cut.together;
   if (p.out_h <= kMostRows && image <= 3 * kStageBytes / 2) {
-    const bool low = cut.together == 2 && p.kernel_h == 3;
+    const bool low = cut.together == 2 && p.kernel_h == 3 && p.stride_h == 1 &&
+                     cut.together * image <= kLowStageBytes;
     const int64_t stage_bytes = low ? kLowStageBytes : kStageBytes;
     const int64_t images = std::min<int64_t>({kMostImages, p.batch, stage_bytes / image});
     cut.images = std::max(1, static_cast<int>(images) / cut.together * cut.together);
