@@ -11,7 +11,7 @@ from tiny_models import Block, ControlFlow, InvertedResidual, depthwise, image
 from torch import Tensor, nn
 
 import dwswap
-from dwswap.export import load, save
+from dwswap.export import ExportError, load, save
 from dwswap.export.program import to_aten, to_program
 from dwswap.schema import depthwise_conv2d as operator
 
@@ -123,6 +123,78 @@ def test_onnx_of_several_inputs_and_outputs(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x, y=y), expected)
     with pytest.raises(TypeError, match="x, y"):
         loaded(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = depthwise()
+
+    def forward(self, x: Tensor, scale: float = 2.0, shift: bool = True) -> Tensor:
+        y = self.depthwise(x) * scale
+        return y + 3 if shift else y
+
+
+def test_onnx_of_arguments_that_are_no_tensors(tmp_path: Path) -> None:
+    """They are part of the file: other values would be computed with those of the export."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    fast, x = dwswap.optimize(Scaled().eval()), image(8)
+    loaded = load(save(fast, tmp_path / "m.onnx", (x, 2.0, True), format="onnx"))
+    with torch.no_grad():
+        expected = fast(x)
+    for given in ((x, 2.0, True), (x, 2.0), (x,)):
+        torch.testing.assert_close(loaded(*given), expected)
+    with pytest.raises(ValueError, match=r"args\[1\] must be 2.0, .* in the export, got 5.0$"):
+        loaded(x, 5.0)
+    with pytest.raises(TypeError, match=r"kwargs\['other'\] must be left out, .*, got 1$"):
+        loaded(x, other=1)
+    loaded = load(save(fast, tmp_path / "m.onnx", x, format="onnx"))
+    torch.testing.assert_close(loaded(x), expected)
+    with pytest.raises(TypeError, match=r"args\[1\] must be left out, .*, got 2.0$"):
+        loaded(x, 2.0)
+
+
+class Counting(nn.Module):
+    """A buffer changes in every call; outputs depend on it where they are ``shifted``."""
+
+    calls: Tensor
+
+    def __init__(self, shifted: bool = True, size: tuple[int, ...] = (8, 1, 1)) -> None:
+        super().__init__()
+        self.depthwise, self.shifted = depthwise(), shifted
+        self.register_buffer("calls", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        y = self.depthwise(x)
+        return y + self.calls if self.shifted else y
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+def test_onnx_of_buffers_that_change(tmp_path: Path, optimized: bool) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    x, path = image(8), tmp_path / "m.onnx"
+    for shifted in (True, False):
+        model: nn.Module = Counting(shifted).eval()
+        expected = model.depthwise(x).detach()
+        model = dwswap.optimize(model) if optimized else model
+        if shifted:
+            with pytest.raises(ExportError, match=r"in every call, the forward changes calls$"):
+                save(model, path, x, format="onnx")
+            assert not path.exists()
+        else:
+            loaded = load(save(model, path, x, format="onnx"))
+            torch.testing.assert_close(loaded(x), expected)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_compiled_buffers_of_one_element_that_change(tmp_path: Path, persistent: bool) -> None:
+    model = Counting(size=())
+    model.register_buffer("calls", torch.zeros(()), persistent=persistent)
+    with pytest.raises(ExportError, match=r"in every call, the forward changes calls$"):
+        save(dwswap.optimize(model.eval()), tmp_path / "m.pt2", image(8), format="aoti")
 
 
 class OfDicts(nn.Module):

@@ -500,10 +500,45 @@ class Early(nn.Module):
         return x, self.depthwise(self.first(x))
 
 
+class Decoder(nn.Module):
+    """Convolutions of a vector: their layout is that of their weights, not of the image."""
+
+    def __init__(self, *rest: nn.Module) -> None:
+        super().__init__()
+        self.encode, self.linear = nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 8 * 4 * 4)
+        self.decode = nn.Sequential(*rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(torch.relu(self.linear(self.encode(x).mean((2, 3)))).view(-1, 8, 4, 4))
+
+
+class Learned(nn.Module):
+    """A constant is the input of the first convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(torch.randn(1, 8, 4, 4))
+        self.first, self.depthwise, self.other = nn.Conv2d(8, 8, 1), depthwise(), depthwise()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        constant = self.constant.expand(x.shape[0], -1, -1, -1)
+        return self.depthwise(self.first(constant)), self.other(x)
+
+
+MAKE: list[Callable[[], nn.Module]] = [
+    Early,
+    Learned,
+    lambda: nn.Sequential(depthwise(), nn.ReLU()),
+    lambda: Decoder(nn.Conv2d(8, 8, 1), depthwise()),
+    lambda: Decoder(depthwise(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 1)),
+    lambda: Decoder(nn.ConvTranspose2d(8, 8, 2, 2), depthwise(), nn.Sigmoid()),
+]
+
+
 @pytest.mark.parametrize("asked", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("weights", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("images", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("make", [Early, lambda: nn.Sequential(depthwise(), nn.ReLU())])
+@pytest.mark.parametrize("make", MAKE)
 @torch.no_grad()
 def test_outputs_have_the_strides_that_weights_and_images_give_them(
     asked: Any,
@@ -517,3 +552,37 @@ def test_outputs_have_the_strides_that_weights_and_images_give_them(
     assert dwswap.report(fast).memory_format.startswith(asked)
     for own, expected in zip(*(pytree.tree_leaves(m(x)) for m in (fast, model)), strict=True):
         torch.testing.assert_close(own, expected, check_stride=True)
+
+
+class SliceInPlace(nn.Module):
+    """Returns a slice of the channels, changed in place: it has the strides of the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(8, 8, 1), depthwise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, _ = self.depthwise(self.first(x)).chunk(2, 1)
+        return torch.relu_(one)
+
+
+class Unknown(nn.Module):
+    """A convolution of what may have any strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = depthwise(), nn.Conv2d(8, 8, 1)
+        self.linear = nn.Linear(8, 8 * 4 * 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.linear(self.first(x).mean((2, 3))).view(-1, 4, 4, 8)
+        return self.second(rows.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("make", [SliceInPlace, Unknown])
+@torch.no_grad()
+def test_outputs_of_unknown_strides_keep_theirs(make: Callable[[], nn.Module]) -> None:
+    model, x = make().eval(), image(8)
+    fast = dwswap.optimize(model, x, memory_format="channels_last")
+    assert "is not known" in str(dwswap.report(fast).memory_format)
+    torch.testing.assert_close(fast(x), model(x), check_stride=True)

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from dwswap.export.errors import ExportError
 from dwswap.export.input_specs import InputSpecs
-from dwswap.export.program import program_device, to_aten
+from dwswap.export.program import changed_buffers, program_device, to_aten
 from dwswap.toolkit import find_libstdcxx
 
 __all__ = ["CompiledModel", "load_compiled", "save_compiled"]
@@ -28,8 +28,19 @@ def save_compiled(program: ExportedProgram, path: Path) -> None:
 
     On CUDA it keeps our operator. Elsewhere it is made of aten's: what computes our operator there
     is Python, and a package must run without.
+
+    Raises:
+        ExportError: outputs depend on a buffer of one element that the forward changes.
     """
     specs = InputSpecs.of_program(program)
+    # AOTInductor takes its first value for a constant.
+    buffers = {**program.constants, **program.state_dict}
+    changed = [name for name in changed_buffers(program) if buffers[name].numel() == 1]
+    if changed:
+        raise ExportError(
+            "a package of AOTInductor has the same values for buffers of one element in every "
+            "call, the forward changes " + ", ".join(changed)
+        )
     if program_device(program).type != "cuda":
         program = to_aten(program)
     configs = {

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-__all__ = ["InputSpecs", "TensorSpec", "check_kinds", "leaves_by_path"]
+__all__ = [
+    "InputSpecs",
+    "TensorSpec",
+    "check_constant",
+    "check_kinds",
+    "constants_of",
+    "leaves_by_path",
+]
 
 _PLAIN = (bool, int, float, str, type(None))
 _MOST_NAMED = 8
@@ -98,13 +105,12 @@ class InputSpecs:
             raise ValueError("a program that is compiled must have example inputs, got none")
         leaves = leaves_by_path(*program.example_inputs)
         nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-        tensors, constants = {}, {}
+        tensors = {}
         inputs = program.graph_signature.user_inputs
         for (path, leaf), name in zip(leaves.items(), inputs, strict=True):
             if isinstance(leaf, Tensor):
                 tensors[path] = TensorSpec.of(leaf, nodes[str(name)].meta["val"].shape)
-            elif isinstance(leaf, _PLAIN):
-                constants[path] = leaf
+        constants = constants_of(leaves)
         ranges = {str(s): _bounds(r) for s, r in program.range_constraints.items()}
         return cls(tensors, constants, ranges)
 
@@ -132,10 +138,7 @@ class InputSpecs:
         for path, spec in self.tensors.items():
             found[path] = spec.conform(path, found[path], symbols)
         for path, value in self.constants.items():
-            if found[path] != value:
-                raise ValueError(
-                    f"{path} must be {value!r}, which it was in the export, got {found[path]!r}"
-                )
+            check_constant(path, value, found[path])
         for symbol, size in symbols.items():
             least, most = self.ranges.get(symbol, (0, None))
             if size < least or (most is not None and size > most):
@@ -170,6 +173,21 @@ class InputSpecs:
         }
         ranges = {symbol: tuple(bounds) for symbol, bounds in content["ranges"].items()}
         return cls(tensors, content["constants"], ranges)
+
+
+def constants_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What a program holds of the arguments with which it was exported, given by their paths."""
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, _PLAIN)}
+
+
+def check_constant(path: str, value: Any, found: Any) -> None:
+    """Compare an argument with what a program was exported with.
+
+    Raises:
+        ValueError: naming the argument, what it must be, and what it is.
+    """
+    if found != value:
+        raise ValueError(f"{path} must be {value!r}, which it was in the export, got {found!r}")
 
 
 def check_kinds(kinds: Mapping[str, type], found: Mapping[str, Any]) -> None:

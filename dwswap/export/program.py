@@ -17,7 +17,7 @@ from dwswap.export.errors import ExportError, summary
 from dwswap.schema import depthwise_conv2d, squeeze_excitation
 from dwswap.tracing import NotTraceable, check_not_compiled, is_training
 
-__all__ = ["program_device", "to_aten", "to_program"]
+__all__ = ["changed_buffers", "program_device", "to_aten", "to_program"]
 
 # What our operators are made of, outside of CUDA.
 _DECOMPOSITIONS = {
@@ -83,11 +83,37 @@ def to_aten(program: ExportedProgram) -> ExportedProgram:
         return program.run_decompositions(dict(_DECOMPOSITIONS))
 
 
+def changed_buffers(program: ExportedProgram) -> list[str]:
+    """The names of the buffers that ``program`` changes and that its outputs depend on."""
+    with torch.no_grad():
+        program = program.run_decompositions({})  # in-place calls become new values of buffers
+    signature = program.graph_signature
+    changed = set(signature.buffers_to_mutate.values())
+    outputs = set(signature.user_outputs)
+    return [
+        signature.inputs_to_buffers[node.name]
+        for node in program.graph.nodes
+        if signature.inputs_to_buffers.get(node.name) in changed and _reaches(node, outputs)
+    ]
+
+
 def program_device(program: ExportedProgram) -> torch.device:
     """The one device of a program; the CPU where it has no tensors."""
     inputs = program.example_inputs or ()
     leaves = (*program.state_dict.values(), *pytree.tree_leaves(inputs))
     return next((t.device for t in leaves if _is_tensor(t)), torch.device("cpu"))
+
+
+def _reaches(node: fx.Node, names: set[str]) -> bool:
+    """Whether a node of one of ``names`` is computed from ``node``."""
+    pending, seen = [node], {node}
+    while pending:
+        node = pending.pop()
+        if node.name in names:
+            return True
+        pending += [user for user in node.users if user not in seen]
+        seen.update(node.users)
+    return False
 
 
 def _check_model(model: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from dwswap.passes.activation_call import activation_call
-from dwswap.passes.affine_call import affine_call
+from dwswap.passes.affine_call import affine_call, value_of
 from dwswap.passes.aliasing import changed_operand, is_in_place
 from dwswap.passes.channel_shuffle import shuffle_input
 from dwswap.passes.count_calls import does_nothing
@@ -44,6 +44,9 @@ _VIEWS = {
     "ravel",
 }
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten)
+# Of what is contiguous; expanded, to a convolution.
+_STAY_CONTIGUOUS = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
+_STAY_CONTIGUOUS |= {"expand", "expand_as"}
 _MATRICES = {"mm", "addmm"}  # these return
 _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
 _SPATIAL = ({2, 3}, {-2, -1}, {2, -1}, {-2, 3})
@@ -70,17 +73,22 @@ class LayoutKinds:
         if name in _NUMBERS or (node.target is getattr and node.args[1] in _NUMBERS):
             return CONSTANT
         given = {self.kinds[n] for n in node.all_input_nodes}
+        call = affine_call(self.graph_module, node)
+        if call is not None and call.refusal is None and call.spatial == 2:
+            # Its weights make the layout of what it is given count, and give it themselves.
+            if self.channels_last_weights:
+                return LAST
+            before = self._of_image(call.input)
+            return PLAIN if before is None and self._is_contiguous(call.input) else before
         if given <= {CONSTANT, SAME}:
             return SAME if SAME in given else CONSTANT
-        call = affine_call(self.graph_module, node)
         if call is not None and call.refusal is None:
-            before = self._of_image(call.input)
-            if call.spatial == 2:
-                return LAST if self.channels_last_weights else before
             return SAME if call.spatial == 0 else None
         if name in _MATRICES and not is_in_place(self.graph_module, node):
             return SAME
         if self._is_elementwise(node, name):
+            if is_in_place(self.graph_module, node):
+                return self.kinds.get(changed_operand(node))
             images = {self._of_image(n) for n in node.all_input_nodes if self.kinds[n] != CONSTANT}
             return images.pop() if len(images) == 1 else None
         input = node.args[0] if node.args else None
@@ -111,6 +119,27 @@ class LayoutKinds:
         kind = self.kinds.get(value) if isinstance(value, fx.Node) else None
         kind = None if kind is None else kind.removesuffix(SLICE)
         return kind if kind in (IMAGE, LAST, PLAIN) else None
+
+    def _is_contiguous(self, value: object) -> bool:
+        """Whether what does not depend on any image's layout is contiguous, in any case."""
+        if not isinstance(value, fx.Node) or self.kinds.get(value) not in (SAME, CONSTANT):
+            return False
+        if value.op == "get_attr":
+            tensor = value_of(self.graph_module, value)
+            return tensor is not None and tensor.is_contiguous()
+        name = name_of(value)
+        call = affine_call(self.graph_module, value)
+        if (call is not None and call.spatial == 0) or name in _MATRICES or name == "mean":
+            return True
+        if name in _STAY_CONTIGUOUS or type(self._module(value)) in _VIEW_MODULES:
+            viewed = value.all_input_nodes[0]  # an image if it is flattened
+            return self._of_image(viewed) is not None or self._is_contiguous(viewed)
+        if self._is_elementwise(value, name) or does_nothing(self.graph_module, value):
+            return all(
+                self._is_contiguous(n) or (self.kinds[n] == CONSTANT and n.op != "get_attr")
+                for n in value.all_input_nodes
+            )
+        return False
 
     def _is_slice(self, value: object) -> bool:
         kind = self.kinds.get(value) if isinstance(value, fx.Node) else None
