@@ -70,9 +70,12 @@ def to_layout(value: Any, layout: torch.memory_format) -> Any:
 def restored(output: Tensor, channels_last_weights: bool, *inputs: Any) -> Tensor:
     """``output`` of a graph in the layout that the original model gives it.
 
-    That is channels_last where its weights or ``inputs`` are, contiguous otherwise.
+    That is channels_last where its weights or ``inputs`` are, contiguous otherwise. What is no
+    image is as it was: of other dimensions, or of three where inputs have a batch.
     """
-    if _is_batched(output):
+    if output.dim() not in (3, 4) or _is_batched(output):
+        return output
+    if output.dim() == 3 and any(isinstance(x, Tensor) and x.dim() == 4 for x in inputs):
         return output
     layout = restored_layout(channels_last_weights, *inputs)
     if output.dim() == 3:

@@ -125,6 +125,13 @@ def test_onnx_of_several_inputs_and_outputs(tmp_path: Path) -> None:
         loaded(x)
 
 
+@pytest.mark.parametrize("format", ["pt2", "aten"])
+def test_outputs_come_in_containers_that_can_be_changed(tmp_path: Path, format: str) -> None:
+    fast = dwswap.optimize(TwoInputs().eval())
+    path = save(fast, tmp_path / "m.pt2", (image(8), image(8)), format=format)
+    assert type(load(path)(image(8), image(8))) is dict
+
+
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()

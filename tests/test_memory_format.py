@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -579,10 +580,95 @@ class Unknown(nn.Module):
         return self.second(rows.permute(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("make", [SliceInPlace, Unknown])
+class Constants(nn.Module):
+    """Parameters that have a say in strides."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.depthwise, self.last = nn.Conv2d(8, 8, 1), depthwise(), nn.Conv2d(10, 8, 1)
+        size = image(8).shape[2:]
+        self.position = nn.Parameter(torch.randn(1, 8, *size))
+        self.coordinates = nn.Parameter(torch.randn(1, 2, *size))
+        self.rows = nn.Parameter(torch.randn(1, *size, 8))
+        self.use = use
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(self, self.depthwise(x))
+
+
+def coordinates(model: Any, y: Tensor) -> Any:
+    return model.last(torch.cat([y, model.coordinates.expand(y.shape[0], -1, -1, -1)], 1))
+
+
+CONSTANTS: list[Callable[[Any, Tensor], Any]] = [
+    lambda model, y: model.position + y,
+    coordinates,
+    lambda model, y: (y, model.first(model.rows.permute(0, 3, 1, 2).sigmoid())),
+    lambda model, y: y.chunk(2, 1)[0].flatten(1),
+]
+
+
+@pytest.mark.parametrize("images", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(
+    "make", [SliceInPlace, Unknown, *(partial(Constants, use) for use in CONSTANTS)]
+)
 @torch.no_grad()
-def test_outputs_of_unknown_strides_keep_theirs(make: Callable[[], nn.Module]) -> None:
-    model, x = make().eval(), image(8)
+def test_outputs_of_unknown_strides_keep_theirs(
+    make: Callable[[], nn.Module], images: torch.memory_format
+) -> None:
+    model, x = make().eval(), image(8).to(memory_format=images)
     fast = dwswap.optimize(model, x, memory_format="channels_last")
     assert "is not known" in str(dwswap.report(fast).memory_format)
-    torch.testing.assert_close(fast(x), model(x), check_stride=True)
+    for own, expected in zip(*(pytree.tree_leaves(m(x)) for m in (fast, model)), strict=True):
+        torch.testing.assert_close(own, expected, check_stride=True)
+
+
+class Conditioned(nn.Module):
+    """A style, or tokens, reach a convolution, and are returned as well."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.first, self.depthwise, self.linear = nn.Conv2d(8, 8, 1), depthwise(), nn.Linear(5, 8)
+
+    def forward(self, x: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.linear(style).mean(1) if self.tokens else self.linear(style)
+        return self.depthwise(self.first(x + scale[:, :, None, None])), torch.relu(style)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("images", [torch.channels_last, torch.contiguous_format])
+@torch.no_grad()
+def test_inputs_beside_images_are_returned_as_they_are(
+    tokens: bool, images: torch.memory_format
+) -> None:
+    model = Conditioned(tokens).eval().to(memory_format=torch.channels_last)
+    x = image(8).to(memory_format=images)
+    style = torch.randn(x.shape[0], 7, 5) if tokens else torch.randn(x.shape[0], 5)
+    fast = dwswap.optimize(model, (x, style), memory_format="channels_last")
+    assert dwswap.report(fast).memory_format.startswith("channels_last")
+    for own, expected in zip(fast(x, style), model(x, style), strict=True):
+        torch.testing.assert_close(own, expected, check_stride=True)
+
+
+class Siamese(nn.Module):
+    """Two images, by the same layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(8, 8, 1), depthwise()
+
+    def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        return [torch.relu(self.depthwise(self.first(each))) for each in (x, y)]
+
+
+@pytest.mark.parametrize("asked", ["channels_last", "contiguous"])
+@torch.no_grad()
+def test_images_in_different_layouts(asked: Any) -> None:
+    model = Siamese().eval()
+    given = (image(8), image(8).to(memory_format=torch.channels_last))
+    fast = dwswap.optimize(model, given, memory_format=asked)
+    assert dwswap.report(fast).memory_format.startswith(asked)
+    for inputs in (given, given[::-1]):
+        for own, expected in zip(fast(*inputs), model(*inputs), strict=True):
+            torch.testing.assert_close(own, expected, check_stride=True)

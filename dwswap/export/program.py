@@ -58,7 +58,7 @@ def to_program(
     try:
         with torch.no_grad():
             program = torch.export.export(
-                _called_by_name(model) if arguments.kwargs else model,
+                _plain_module(model),
                 arguments.args,
                 arguments.kwargs,
                 dynamic_shapes=dynamic_shapes,
@@ -139,10 +139,11 @@ def _check_model(model: Any) -> None:
         raise ValueError("model must be in eval mode, got one in train mode: call model.eval()")
 
 
-def _called_by_name(model: nn.Module) -> nn.Module:
+def _plain_module(model: nn.Module) -> nn.Module:
     """A graph as a module with the same code and the same attributes.
 
-    torch.export hands keyword arguments to a graph by their order, without defaults.
+    torch.export hands keyword arguments to a graph by their order, without defaults, and gives what
+    it returns in containers of torch.fx, which cannot be changed.
     """
     if not isinstance(model, fx.GraphModule):
         return model

@@ -14,7 +14,17 @@ from dwswap.passes.channel_shuffle import shuffle_input
 from dwswap.passes.count_calls import does_nothing
 from dwswap.passes.norm_call import norm_call
 
-__all__ = ["CONSTANT", "IMAGE", "LAST", "PLAIN", "SAME", "LayoutKinds", "name_of", "root_of"]
+__all__ = [
+    "CONSTANT",
+    "IMAGE",
+    "LAST",
+    "PLAIN",
+    "SAME",
+    "SLICE",
+    "LayoutKinds",
+    "name_of",
+    "root_of",
+]
 
 IMAGE = "image"
 """Dense, in the layout of the images that the graph is given."""
@@ -45,7 +55,7 @@ _VIEWS = {
 }
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten)
 # Of what is contiguous; expanded, to a convolution.
-_STAY_CONTIGUOUS = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten"}
+_STAY_CONTIGUOUS = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "mean"}
 _STAY_CONTIGUOUS |= {"expand", "expand_as"}
 _MATRICES = {"mm", "addmm"}  # these return
 _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
@@ -89,6 +99,8 @@ class LayoutKinds:
         if self._is_elementwise(node, name):
             if is_in_place(self.graph_module, node):
                 return self.kinds.get(changed_operand(node))
+            if not self._follows_images(node, name):
+                return None
             images = {self._of_image(n) for n in node.all_input_nodes if self.kinds[n] != CONSTANT}
             return images.pop() if len(images) == 1 else None
         input = node.args[0] if node.args else None
@@ -111,6 +123,8 @@ class LayoutKinds:
             return SAME if kept is False else image if kept is True else None
         module = self._module(node)
         if name == "flatten" or type(module) is nn.Flatten:
+            if self._is_slice(input):
+                return None  # a view with the strides of all channels, or a copy
             dims = node.args[1:] if module is None else (module.start_dim, module.end_dim)
             return SAME if dims in ((1,), (1, -1)) and not node.kwargs else None
         return None
@@ -129,17 +143,39 @@ class LayoutKinds:
             return tensor is not None and tensor.is_contiguous()
         name = name_of(value)
         call = affine_call(self.graph_module, value)
-        if (call is not None and call.spatial == 0) or name in _MATRICES or name == "mean":
+        if (call is not None and call.spatial == 0) or name in _MATRICES:
             return True
+        given = value.all_input_nodes
         if name in _STAY_CONTIGUOUS or type(self._module(value)) in _VIEW_MODULES:
-            viewed = value.all_input_nodes[0]  # an image if it is flattened
-            return self._of_image(viewed) is not None or self._is_contiguous(viewed)
+            # An image if it is flattened or its pixels are averaged.
+            return self._of_image(given[0]) is not None or self._is_contiguous(given[0])
         if self._is_elementwise(value, name) or does_nothing(self.graph_module, value):
-            return all(
-                self._is_contiguous(n) or (self.kinds[n] == CONSTANT and n.op != "get_attr")
-                for n in value.all_input_nodes
-            )
+            return all(self._is_contiguous(n) or self._is_number(n) for n in given)
         return False
+
+    def _is_number(self, node: fx.Node) -> bool:
+        """Whether it is a number for certain, and no tensor."""
+        if name_of(node) in _NUMBERS or (node.target is getattr and node.args[1] in _NUMBERS):
+            return True
+        given = node.all_input_nodes
+        return self.kinds[node] == CONSTANT and bool(given) and all(map(self._is_number, given))
+
+    def _follows_images(self, node: fx.Node, name: str) -> bool:
+        """Whether no constant has a say in the strides of an elementwise result.
+
+        They are those of the first operand that has several dimensions, of a concatenation
+        channels_last where all are.
+        """
+        for operand in node.all_input_nodes:
+            if self.kinds[operand] != CONSTANT:
+                if name != "cat":
+                    return True
+            elif not self._is_number(operand):
+                value = value_of(self.graph_module, operand)
+                flat = value is not None and sum(size > 1 for size in value.shape) <= 1
+                if name == "cat" or not flat:
+                    return False
+        return True
 
     def _is_slice(self, value: object) -> bool:
         kind = self.kinds.get(value) if isinstance(value, fx.Node) else None

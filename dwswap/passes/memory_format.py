@@ -31,6 +31,7 @@ from dwswap.passes.layout_kinds import (
     LAST,
     PLAIN,
     SAME,
+    SLICE,
     LayoutKinds,
     name_of,
     root_of,
@@ -89,11 +90,13 @@ def set_memory_format(graph_module: fx.GraphModule, context: Context) -> None:
     if refusal is not None:
         context.layout = f"preserve ({refusal})"
         return
+    outputs = {n: kind for n, kind in outputs.items() if kind in _DENSE and n not in images}
+    sources = {node: _sources(node, kinds, images) for node in outputs}
     if layout is CHANNELS_LAST:
         replaced = keep_layout(graph_module)
         outputs = {replaced.get(node, node): kind for node, kind in outputs.items()}
-    outputs = {n: kind for n, kind in outputs.items() if kind in _DENSE and n not in images}
-    _restore(graph_module.graph, outputs, images)
+        sources = {replaced.get(node, node): given for node, given in sources.items()}
+    _restore(graph_module.graph, outputs, sources)
     _convert(graph_module, images, layout)
     for node in filter(_is_view, graph_module.graph.nodes):
         node.target = _RESHAPES[node.target]
@@ -174,11 +177,24 @@ def _refusal(graph_module: fx.GraphModule, images: set[fx.Node]) -> str | None:
     return None
 
 
-def _restore(graph: fx.Graph, outputs: dict[fx.Node, str | None], images: set[fx.Node]) -> None:
+def _sources(
+    node: fx.Node, kinds: dict[fx.Node, str | None], images: set[fx.Node]
+) -> list[fx.Node]:
+    """The images whose layout ``node`` has, in the order of the graph's inputs."""
+    pending, seen = [node], {node}
+    while pending:
+        given = {n for n in pending.pop().all_input_nodes if kinds[n] in (IMAGE, IMAGE + SLICE)}
+        pending += given - seen
+        seen |= given
+    return [n for n in node.graph.nodes if n in seen and n in images]
+
+
+def _restore(
+    graph: fx.Graph, outputs: dict[fx.Node, str | None], sources: dict[fx.Node, list[fx.Node]]
+) -> None:
     returning = [node for node in graph.nodes if node.op == "output" or _is_container(node)]
-    order = [node for node in graph.nodes if node in images]
     for node, kind in outputs.items():
-        given = (kind == LAST, *(order if kind == IMAGE else ()))
+        given = (kind == LAST, *(sources[node] if kind == IMAGE else ()))
         with graph.inserting_before(next(user for user in returning if user in node.users)):
             new = graph.call_function(restored, (node, *given))
         new.meta["is_wrapped"] = True
