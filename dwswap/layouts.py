@@ -75,7 +75,7 @@ def restored(output: Tensor, channels_last_weights: bool, *inputs: Any) -> Tenso
     """
     if output.dim() not in (3, 4) or _is_batched(output):
         return output
-    if output.dim() == 3 and any(isinstance(x, Tensor) and x.dim() == 4 for x in inputs):
+    if output.dim() == 3 and _with_batch(inputs):
         return output
     layout = restored_layout(channels_last_weights, *inputs)
     if output.dim() == 3:
@@ -98,10 +98,13 @@ def _is_batched(value: Tensor) -> bool:
 
 def restored_layout(channels_last_weights: bool, *inputs: Any) -> torch.memory_format:
     """In which layout :func:`restored` returns an output."""
-    images = (value for value in inputs if isinstance(value, Tensor) and value.dim() == 4)
-    if channels_last_weights or any(map(_suggests_channels_last, images)):
+    if channels_last_weights or any(map(_suggests_channels_last, _with_batch(inputs))):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def _with_batch(values: Sequence[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor) and value.dim() == 4]
 
 
 def _suggests_channels_last(tensor: Tensor) -> bool:

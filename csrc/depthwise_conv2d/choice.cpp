@@ -93,7 +93,7 @@ bool suits_plane_strips(const DepthwiseConv2dParams& p) {
   };
   if (taps <= 9 && is_float) return strided ? from(45000, 27000) : from(45000, 9500);
   if (taps <= 9) return from(15000, 7000);
-  if (taps <= 25 && strided) return is_float ? from(12000, 4500) : from(3500, 3500);
+  if (taps <= 25 && strided) return is_float ? from(12000, 4500) : outputs >= 3500;
   if (taps <= 25) return is_float ? from(20000, 5000) : from(13000, 3200);
   return outputs >= (is_float ? 2000 : 1000);
 }

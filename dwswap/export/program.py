@@ -85,16 +85,17 @@ def to_aten(program: ExportedProgram) -> ExportedProgram:
 
 def changed_buffers(program: ExportedProgram) -> list[str]:
     """The names of the buffers that ``program`` changes and that its outputs depend on."""
+    if not program.graph_signature.inputs_to_buffers:
+        return []
     with torch.no_grad():
         program = program.run_decompositions({})  # in-place calls become new values of buffers
     signature = program.graph_signature
-    changed = set(signature.buffers_to_mutate.values())
-    outputs = set(signature.user_outputs)
-    return [
-        signature.inputs_to_buffers[node.name]
-        for node in program.graph.nodes
-        if signature.inputs_to_buffers.get(node.name) in changed and _reaches(node, outputs)
-    ]
+    needed: set[fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        if node.name in signature.user_outputs or not needed.isdisjoint(node.users):
+            needed.add(node)
+    names = {signature.inputs_to_buffers.get(node.name) for node in needed}
+    return [name for name in signature.buffers_to_mutate.values() if name in names]
 
 
 def program_device(program: ExportedProgram) -> torch.device:
@@ -102,18 +103,6 @@ def program_device(program: ExportedProgram) -> torch.device:
     inputs = program.example_inputs or ()
     leaves = (*program.state_dict.values(), *pytree.tree_leaves(inputs))
     return next((t.device for t in leaves if _is_tensor(t)), torch.device("cpu"))
-
-
-def _reaches(node: fx.Node, names: set[str]) -> bool:
-    """Whether a node of one of ``names`` is computed from ``node``."""
-    pending, seen = [node], {node}
-    while pending:
-        node = pending.pop()
-        if node.name in names:
-            return True
-        pending += [user for user in node.users if user not in seen]
-        seen.update(node.users)
-    return False
 
 
 def _check_model(model: Any) -> None:

@@ -80,7 +80,7 @@ class LayoutKinds:
 
     def _kind(self, node: fx.Node) -> str | None:
         name = name_of(node)
-        if name in _NUMBERS or (node.target is getattr and node.args[1] in _NUMBERS):
+        if _asks_number(node):
             return CONSTANT
         given = {self.kinds[n] for n in node.all_input_nodes}
         call = affine_call(self.graph_module, node)
@@ -155,7 +155,7 @@ class LayoutKinds:
 
     def _is_number(self, node: fx.Node) -> bool:
         """Whether it is a number for certain, and no tensor."""
-        if name_of(node) in _NUMBERS or (node.target is getattr and node.args[1] in _NUMBERS):
+        if _asks_number(node):
             return True
         given = node.all_input_nodes
         return self.kinds[node] == CONSTANT and bool(given) and all(map(self._is_number, given))
@@ -194,6 +194,12 @@ class LayoutKinds:
         if node.op != "call_module":
             return None
         return self.graph_module.get_submodule(str(node.target))
+
+
+def _asks_number(node: fx.Node) -> bool:
+    """Whether it asks a tensor for what is no tensor."""
+    asked = node.args[1] if node.target is getattr else name_of(node)
+    return asked in _NUMBERS
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

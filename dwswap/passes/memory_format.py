@@ -181,12 +181,12 @@ def _sources(
     node: fx.Node, kinds: dict[fx.Node, str | None], images: set[fx.Node]
 ) -> list[fx.Node]:
     """The images whose layout ``node`` has, in the order of the graph's inputs."""
-    pending, seen = [node], {node}
-    while pending:
-        given = {n for n in pending.pop().all_input_nodes if kinds[n] in (IMAGE, IMAGE + SLICE)}
-        pending += given - seen
-        seen |= given
-    return [n for n in node.graph.nodes if n in seen and n in images]
+    followed = {node}
+    for user in reversed(node.graph.nodes):
+        if user in followed:
+            followed |= {n for n in user.all_input_nodes if kinds[n] in (IMAGE, IMAGE + SLICE)}
+    followed &= images
+    return [n for n in node.graph.nodes if n in followed]
 
 
 def _restore(
