@@ -4,7 +4,7 @@
 | ------------------------- | ---------------------------------------------------------------- |
 | CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library     |
 | CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again |
-| Autograd                  | none: :func:`batch_norm` records                                 |
+| Autograd                  | none: ``_batch_norm_recorded`` of ``csrc/autograd/`` records      |
 
 Only plain calls come here: whatever is traced, compiled or transformed is aten's alone, and so is a
 backward that is transformed.
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dwswap import build
 from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
-from dwswap.backward import without_autocast
-from dwswap.plain import has_kernels, is_batched, is_plain_but_for_autocast, needs_gradient
+from dwswap.plain import has_kernels, is_plain_but_for_autocast
 from dwswap.schema import batch_norm as operator
 from dwswap.schema import batch_norm_backward as backward_operator
+from dwswap.schema import batch_norm_recorded as recorded
 from dwswap.schema import library
 
 __all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm"]
@@ -113,67 +113,48 @@ def batch_norm(
     Raises:
         RuntimeError: of the CUDA operator, naming the argument, the rule and the value.
     """
-    index = PAIRS["none", activation]
     counted = batches
     if batches is not None and not (
         batches.dtype is torch.int64 and batches.device == input.device
     ):
         batches.add_(1)  # old checkpoints have none, and PyTorch makes one on the CPU
         counted = None
-    arguments = (running_mean, running_var, counted, momentum, eps, index)
-    if needs_gradient(input, weight, bias):
-        output = _BatchNorm.apply(input, weight, bias, *arguments)
-    else:
-        output, _ = operator(input, weight, bias, *arguments)
-    # Of the three aten changes only the counter in a way that autograd notices.
-    if counted is not None and not counted.is_inference():
-        torch.autograd.graph.increment_version(counted)
-    return output
+    return recorded(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        counted,
+        momentum,
+        eps,
+        PAIRS["none", activation],
+    )
 
 
-class _BatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Any
-    ) -> Tensor:
-        """``others``: the arguments of the operator behind these."""
-        ctx.eps, ctx.activation = others[-2:]
-        output, stats = operator(input, weight, bias, *others)
-        ctx.save_for_backward(input, weight, stats)
-        # aten's backward does not need it, so it may change; a second one here does.
-        ctx.bias, ctx.bias_version = bias, None if bias is None else bias._version
-        return output
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, stats = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        grads: Sequence[Tensor | None]
-        if torch.is_grad_enabled():
-            if ctx.bias is not None and ctx.bias._version != ctx.bias_version:
-                raise RuntimeError(
-                    "the bias of a BatchNorm must stay as it was for gradients of its gradients, "
-                    f"got one that was changed {ctx.bias._version - ctx.bias_version} times"
-                )
-            grads = _differentiable_backward(
-                grad_output, input, weight, ctx.bias, ctx.eps, ctx.activation, wanted
+def _backward_transformed(
+    grad_output: Tensor,
+    input: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    bias_version: int,
+    eps: float,
+    activation: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``bias_version``: that of ``bias`` in the forward."""
+    if torch.is_grad_enabled():
+        if bias is not None and bias._version != bias_version:
+            raise RuntimeError(
+                "the bias of a BatchNorm must stay as it was for gradients of its gradients, "
+                f"got one that was changed {bias._version - bias_version} times"
             )
-        elif is_batched(grad_output):
-            grads = _backward_aten(grad_output, input, stats, weight, ctx.activation, wanted)
-        else:
-            last = input.is_contiguous(memory_format=torch.channels_last)
-            layout = torch.channels_last if last else torch.contiguous_format
-            grads = backward_operator(
-                grad_output.contiguous(memory_format=layout),
-                input,
-                stats,
-                weight,
-                ctx.activation,
-                wanted,
-            )
-        kept = (grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
-        return *kept, None, None, None, None, None, None
+        return _differentiable_backward(
+            grad_output, input, weight, bias, eps, activation, output_mask
+        )
+    # Mapped by vmap, for which the kernel has no rule.
+    return _backward_aten(grad_output, input, stats, weight, activation, output_mask)
 
 
 def _differentiable_backward(
@@ -184,7 +165,7 @@ def _differentiable_backward(
     eps: float,
     activation: int,
     wanted: Sequence[bool],
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The same gradients as a graph of aten's operators, for double backward."""
     # Aliases, as one of the three may have been computed from another, or be it.
     tensors = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
@@ -194,7 +175,8 @@ def _differentiable_backward(
     output = ACTIVATIONS[pair_of(activation)[1]].forward(normalized)
     of: list[Any] = [tensor for tensor, needed in zip(tensors, wanted, strict=True) if needed]
     found = iter(torch.autograd.grad(output, of, grad_output, create_graph=True))
-    return [next(found) if needed else None for needed in wanted]
+    first, second, third = (next(found) if needed else None for needed in wanted)
+    return first, second, third
 
 
 # --- on every device --------------------------------------------------------------------------
@@ -263,5 +245,6 @@ def _backward_aten(
 
 library.impl("_batch_norm", _forward, "CompositeExplicitAutograd")
 library.impl("_batch_norm_backward", _backward, "CompositeExplicitAutograd")
+library.impl("_batch_norm_backward_transformed", _backward_transformed, "CompositeImplicitAutograd")
 for _name in ("_batch_norm", "_batch_norm_backward"):
     library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

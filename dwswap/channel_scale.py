@@ -4,7 +4,8 @@
 | ------------------------- | ------------------------------------------------------------------ |
 | CUDA                      | ``csrc/``, registered when ``build.load()`` loads the library       |
 | CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again   |
-| Autograd                  | none: :func:`squeeze` and :func:`excite` record                    |
+| Autograd                  | none: ``_squeeze_recorded`` and ``_excite_recorded`` of            |
+|                           | ``csrc/autograd/`` record                                          |
 
 The gradient of the image has two parts: that of the product, and that of the means, which is known
 only when the layers between the two have had their backward. One pass computes both at once, so
@@ -18,6 +19,7 @@ backward that is transformed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +27,8 @@ from torch import Tensor
 
 from dwswap import build
 from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
-from dwswap.backward import without_autocast
-from dwswap.plain import has_kernels, is_batched, is_plain_but_for_autocast, needs_gradient
-from dwswap.schema import channel_means, library
+from dwswap.plain import has_kernels, is_plain_but_for_autocast, needs_gradient
+from dwswap.schema import channel_means, excite_recorded, library, squeeze_recorded
 from dwswap.schema import channel_scale as operator
 from dwswap.schema import channel_scale_backward as backward_operator
 
@@ -72,7 +73,7 @@ class Squeezed(NamedTuple):
 
     means: Tensor
     input: Tensor
-    carriers: tuple[Tensor, Tensor] | None
+    carriers: tuple[Tensor | None, ...]
 
 
 def squeeze(input: Tensor, activation: str) -> Squeezed:
@@ -82,10 +83,9 @@ def squeeze(input: Tensor, activation: str) -> Squeezed:
         input: ``(N, C, H, W)``, see :func:`has_channel_scale`, which is to be asked first.
         activation: of the gates, one of :data:`GATES`.
     """
-    carriers = None
+    carriers: Sequence[Tensor | None] = (None, None)
     if needs_gradient(input):
-        means, *others = _Squeeze.apply(input, PAIRS["none", activation])
-        carriers = tuple(others)
+        means, *carriers = squeeze_recorded(input, PAIRS["none", activation])
     else:
         means = channel_means(input, None, 0)
     batch, channels = means.shape
@@ -94,7 +94,7 @@ def squeeze(input: Tensor, activation: str) -> Squeezed:
         image = means.view(batch, channels, 1, 1)
     else:
         image = means.view(batch, 1, 1, channels).permute(0, 3, 1, 2)
-    return Squeezed(image, input, carriers)
+    return Squeezed(image, input, tuple(carriers))
 
 
 def takes_gates(squeezed: Squeezed, gates: Tensor) -> bool:
@@ -133,80 +133,7 @@ def excite(squeezed: Squeezed, gates: Tensor, activation: str) -> Tensor:
     Raises:
         RuntimeError: of the CUDA operator, naming the argument, the rule and the value.
     """
-    index, input = PAIRS["none", activation], squeezed.input
-    if not needs_gradient(input, gates):
-        return operator(input, gates, None, index)
-    return _Excite.apply(*(squeezed.carriers or (None, None)), gates, (input,), index)
-
-
-class _Squeeze(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, activation: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The means ``(N, C)``, and the carriers, of the shapes of the image and of the gates."""
-        ctx.set_materialize_grads(False)
-        ctx.shape, ctx.activation = input.shape, activation
-        return channel_means(input, None, 0), input, input.new_empty((*input.shape[:2], 1, 1))
-
-    @staticmethod
-    @without_autocast
-    def backward(
-        ctx: Any, grad_means: Tensor | None, grad_output: Tensor | None, gates: Tensor | None
-    ) -> tuple[Tensor | None, None]:
-        if (
-            grad_output is None or gates is None
-        ):  # the image was not scaled, or that has no gradient
-            if grad_means is None:
-                return None, None
-            batch, channels, height, width = ctx.shape
-            each = grad_means.reshape(batch, channels, 1, 1).expand(ctx.shape)
-            return each / (height * width), None  # dense
-        apart = torch.is_grad_enabled() or any(
-            grad is not None and is_batched(grad) for grad in (grad_means, grad_output, gates)
-        )
-        if apart:
-            return _forward_aten(grad_output, gates, grad_means, ctx.activation), None
-        spread = None if grad_means is None else grad_means.contiguous()
-        return operator(grad_output, gates, spread, ctx.activation), None
-
-
-class _Excite(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor | None,
-        carrier: Tensor | None,
-        gates: Tensor,
-        inputs: tuple[Tensor],
-        activation: int,
-    ) -> Tensor:
-        """``image`` and ``carrier``: those of :class:`_Squeeze`, None where it did not record.
-
-        ``inputs``: the input, in a tuple as its gradient is not for this node to give. It is what
-        is saved, and not its image, so that gradients of gradients find its own graph.
-        """
-        (input,) = inputs
-        last = input.is_contiguous(memory_format=torch.channels_last)
-        ctx.layout = torch.channels_last if last else torch.contiguous_format
-        ctx.activation = activation
-        ctx.save_for_backward(input if ctx.needs_input_grad[2] else None, gates)
-        return operator(input, gates, None, activation)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, gates = ctx.saved_tensors
-        needs_image, _, needs_gates, _, _ = ctx.needs_input_grad
-        grad_gates = None
-        if torch.is_grad_enabled() or is_batched(grad_output):
-            if needs_gates:
-                grad_gates = _backward_aten(grad_output, input, gates, ctx.activation)
-        else:
-            grad_output = grad_output.contiguous(memory_format=ctx.layout)
-            if needs_gates:
-                grad_gates = backward_operator(grad_output, input, gates, ctx.activation)
-        if not needs_image:
-            return None, None, grad_gates, None, None
-        return grad_output, gates.to(grad_output.dtype), grad_gates, None, None
+    return excite_recorded(*squeezed.carriers, gates, squeezed.input, PAIRS["none", activation])
 
 
 # --- on every device --------------------------------------------------------------------------
@@ -240,5 +167,7 @@ def _backward_aten(grad_output: Tensor, input: Tensor, gates: Tensor, activation
 
 library.impl("_channel_scale", _forward, "CompositeExplicitAutograd")
 library.impl("_channel_scale_backward", _backward, "CompositeExplicitAutograd")
+library.impl("_channel_scale_aten", _forward_aten, "CompositeImplicitAutograd")
+library.impl("_channel_scale_backward_aten", _backward_aten, "CompositeImplicitAutograd")
 for _name in ("_channel_scale", "_channel_scale_backward"):
     library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

@@ -31,6 +31,8 @@ NINJA_STATUS = "@dwswap %f %t@ "
 TAIL_LINES = 30
 # The file that makes a library serve processes without Python, where it is linked in.
 STANDALONE_SOURCE = "standalone.cpp"
+# What records graphs of autograd, for Python alone.
+AUTOGRAD_FOLDER = "autograd"
 TORCH_LIBRARIES = ("-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10")
 
 
@@ -269,12 +271,18 @@ def _ninja_file(
     ]
     objects: list[str] = []
     schema: list[str] = []
+    autograd: list[str] = []
     for file in files:
         name = file.relative_to(sources).as_posix()
         target = _path(f"{name}.o")
         lines += [f"build {target}: nvcc {_path(str(file))}", f"  label = {_text(name)}"]
-        (schema if file.name == STANDALONE_SOURCE else objects).append(target)
-    for output, inputs in ((library, objects), (standalone, objects + schema)):
+        if file.name == STANDALONE_SOURCE:
+            schema.append(target)
+        elif file.parent.name == AUTOGRAD_FOLDER:
+            autograd.append(target)
+        else:
+            objects.append(target)
+    for output, inputs in ((library, objects + autograd), (standalone, objects + schema)):
         lines += [f"build {_path(str(output))}: link {' '.join(inputs)}", "  label = link"]
     return "\n".join(lines) + "\n"
 

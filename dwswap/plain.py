@@ -12,7 +12,6 @@ __all__ = [
     "any_autocast",
     "differentiated_elsewhere",
     "has_kernels",
-    "is_batched",
     "is_plain",
     "is_plain_but_for_autocast",
     "is_watched",
@@ -67,12 +66,6 @@ def differentiated_elsewhere() -> bool:
 def has_kernels(tensor: Tensor) -> bool:
     """Whether the kernels around convolutions, which aten stands in for, take ones like it."""
     return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
-
-
-def is_batched(grad: Tensor) -> bool:
-    """By ``torch.func.vmap`` around a backward, or by ``is_grads_batched`` of ``autograd.grad``."""
-    functorch = torch._C._functorch
-    return torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(grad)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

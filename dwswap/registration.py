@@ -26,7 +26,13 @@ from dwswap.backward import backward_aten, backward_autograd, backward_composite
 from dwswap.checks import check_arguments, check_dense, geometry, output_size, raise_typed
 from dwswap.layouts import empty_image, laid_out, output_memory_format
 from dwswap.plain import any_autocast, differentiated_elsewhere, needs_gradient
-from dwswap.schema import depthwise_conv2d, depthwise_conv2d_backward, direct, library
+from dwswap.schema import (
+    depthwise_conv2d,
+    depthwise_conv2d_backward,
+    depthwise_conv2d_recorded,
+    direct,
+    library,
+)
 from dwswap.transforms import AUTOCAST_KEYS, autocast_kernel, forward_vmap
 
 __all__ = ["apply", "decomposed", "depthwise_conv2d", "depthwise_conv2d_backward", "kernel_family"]
@@ -196,13 +202,22 @@ def _forward_autograd(
     return _below_autograd(*args)
 
 
+_NOTHING = [None, "none", "none"]
+
+
 def _apply_plain(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
     """``args``: the other six of the operator, in its order."""
     if not needs_gradient(input, weight, bias, args[3]):
         return _at_once(input, weight, bias, *args)
-    if not input.is_complex():
+    if input.is_complex():
+        return depthwise_conv2d(input, weight, bias, *args)
+    stride, padding, dilation, *absorbed = args
+    if absorbed != _NOTHING or not (input.is_cuda and build.status().loaded):
         return recorded(_at_once, input, weight, bias, *args)
-    return depthwise_conv2d(input, weight, bias, *args)
+    try:
+        return depthwise_conv2d_recorded(input, weight, bias, *stride, *padding, *dilation)
+    except RuntimeError as error:
+        raise_typed(error)
 
 
 # Device type -> what its Autocast key calls, past that key and those below.

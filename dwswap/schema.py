@@ -7,13 +7,16 @@ import torch
 __all__ = [
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_recorded",
     "channel_means",
     "channel_norm",
     "channel_scale",
     "channel_scale_backward",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
+    "depthwise_conv2d_recorded",
     "direct",
+    "excite_recorded",
     "interleave_channels",
     "library",
     "pointwise_product",
@@ -21,6 +24,7 @@ __all__ = [
     "pooled_linear",
     "separable_conv2d",
     "squeeze_excitation",
+    "squeeze_recorded",
     "stem_conv2d",
 ]
 
@@ -55,6 +59,11 @@ library.define(
     "_depthwise_conv2d_direct(Tensor input, Tensor weight, Tensor? bias, int stride_h, "
     "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, "
     "Tensor? input_bias, int activations) -> Tensor"
+)
+# The convolution alone as part of a graph of autograd, in C++; for plain calls as well.
+library.define(
+    "_depthwise_conv2d_recorded(Tensor input, Tensor weight, Tensor? bias, int stride_h, "
+    "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) -> Tensor"
 )
 library.define(f"_depthwise_conv2d_family{_FORWARD_ARGUMENTS} -> str", tags=_tags)
 _BACKWARD_ARGUMENTS = (
@@ -117,24 +126,38 @@ for _name in ("_pointwise_product", "_pointwise_product_aten"):
 # Batch normalization in training. activation: as above, of none and of the one behind it. The
 # second result are the statistics that the backward takes: rows of mean, 1 / deviation, that times
 # weight, and bias.
-library.define(
-    "_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor(c!)? batches, float momentum, float eps, int activation) "
-    "-> (Tensor, Tensor)"
+_BATCH_NORM_ARGUMENTS = (
+    "(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? batches, float momentum, float eps, int activation)"
 )
+library.define(f"_batch_norm{_BATCH_NORM_ARGUMENTS} -> (Tensor, Tensor)")
 library.define(
     "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor stats, Tensor? weight, "
     "int activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
 )
+# The first as part of a graph of autograd, in C++; the second is its backward where that is
+# differentiated or mapped itself.
+library.define(f"_batch_norm_recorded{_BATCH_NORM_ARGUMENTS} -> Tensor")
+library.define(
+    "_batch_norm_backward_transformed(Tensor grad_output, Tensor input, Tensor stats, "
+    "Tensor? weight, Tensor? bias, int bias_version, float eps, int activation, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
+)
 
 # The channels of an image times gates, (N, C) or (N, C, 1, 1), whose activation is `activation`, as
 # above of none and of it; plus `spread`, of as many values, spread evenly over the pixels. And the
-# gradient of the gates.
+# gradient of the gates. What is differentiated or mapped itself is computed by the second of each.
+for _name in ("_channel_scale", "_channel_scale_aten"):
+    library.define(f"{_name}(Tensor input, Tensor gates, Tensor? spread, int activation) -> Tensor")
+for _name in ("_channel_scale_backward", "_channel_scale_backward_aten"):
+    library.define(
+        f"{_name}(Tensor grad_output, Tensor input, Tensor gates, int activation) -> Tensor"
+    )
+# The means of the channels, and that scale with gates made of them, as parts of a graph of
+# autograd, in C++: the second takes two outputs of the first, image and carrier.
+library.define("_squeeze_recorded(Tensor input, int activation) -> (Tensor, Tensor, Tensor)")
 library.define(
-    "_channel_scale(Tensor input, Tensor gates, Tensor? spread, int activation) -> Tensor"
-)
-library.define(
-    "_channel_scale_backward(Tensor grad_output, Tensor input, Tensor gates, int activation) "
+    "_excite_recorded(Tensor? image, Tensor? carrier, Tensor gates, Tensor input, int activation) "
     "-> Tensor"
 )
 
@@ -144,17 +167,21 @@ library.define("_pointwise_residual_(Tensor input, Tensor weight, Tensor(a!) res
 
 batch_norm = torch.ops.dwswap._batch_norm.default
 batch_norm_backward = torch.ops.dwswap._batch_norm_backward.default
+batch_norm_recorded = torch.ops.dwswap._batch_norm_recorded.default
 channel_means = torch.ops.dwswap._channel_means.default
 channel_norm = torch.ops.dwswap._channel_norm.default
 channel_scale = torch.ops.dwswap._channel_scale.default
 channel_scale_backward = torch.ops.dwswap._channel_scale_backward.default
 depthwise_conv2d = torch.ops.dwswap.depthwise_conv2d.default
 depthwise_conv2d_backward = torch.ops.dwswap._depthwise_conv2d_backward.default
+depthwise_conv2d_recorded = torch.ops.dwswap._depthwise_conv2d_recorded.default
 direct = torch.ops.dwswap._depthwise_conv2d_direct.default
+excite_recorded = torch.ops.dwswap._excite_recorded.default
 interleave_channels = torch.ops.dwswap._interleave_channels.default
 pointwise_product = torch.ops.dwswap._pointwise_product.default
 pointwise_residual_ = torch.ops.dwswap._pointwise_residual_.default
 pooled_linear = torch.ops.dwswap._pooled_linear.default
 separable_conv2d = torch.ops.dwswap._separable_conv2d.default
 squeeze_excitation = torch.ops.dwswap.squeeze_excitation.default
+squeeze_recorded = torch.ops.dwswap._squeeze_recorded.default
 stem_conv2d = torch.ops.dwswap._stem_conv2d.default

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from autograd_nodes import compile_nodes
 from cuts_program import Cuts, Problem, compile_cuts, run_cuts
+from filelock import FileLock
 
+from dwswap import build
 from dwswap.toolkit import BuildError
 
 CUDA = torch.cuda.is_available()
@@ -78,8 +82,26 @@ def products(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.suits", lambda tensor: True)
 
 
+@pytest.fixture(scope="session")
+def autograd_nodes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The nodes of autograd in C++, which come with the kernels where there is a GPU."""
+    if build.load():
+        return
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "autograd_nodes"
+    shared.mkdir(exist_ok=True)
+    with FileLock(shared / "lock"):  # one of the processes that test side by side compiles them
+        library = shared / "libnodes.so"
+        if not library.exists():
+            try:
+                compile_nodes(shared)
+            except BuildError as error:
+                pytest.skip(str(error))
+    torch.ops.load_library(str(library))
+
+
 @pytest.fixture
-def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def norm_calls(autograd_nodes: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """BatchNorm in training runs the operator on the CPU, by aten; with which activations."""
     return _runs_on_cpu(
         monkeypatch, "dwswap.batch_norm", "batch_norm", "dwswap.training_modules", 8
@@ -87,7 +109,7 @@ def norm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def excitation_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def excitation_calls(autograd_nodes: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Squeeze-and-excitation in training runs its operators on the CPU; with which gates."""
     return _runs_on_cpu(
         monkeypatch, "dwswap.channel_scale", "excite", "dwswap.excitation_modules", 2

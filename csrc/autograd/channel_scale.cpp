@@ -1,0 +1,117 @@
+// torch.ops.dwswap._squeeze_recorded and _excite_recorded: the two ends of squeeze-and-excitation
+// as parts of a graph of autograd, and what they hand each other.
+// Schema: dwswap/schema.py. Who calls them, and when: dwswap/channel_scale.py.
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "autograd/node.h"
+
+namespace dwswap::autograd {
+namespace {
+
+using Scale = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
+using ScaleBackward = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t);
+
+Tensor scale(const Tensor& input, const Tensor& gates, const OptionalTensor& spread,
+             int64_t activation) {
+  static const auto op = find_operator<Scale>("dwswap::_channel_scale");
+  return op.call(input, gates, spread, activation);
+}
+
+struct Squeeze : Function<Squeeze> {
+  static constexpr bool is_traceable = true;
+
+  // The means, (N, C), and the carriers, of the shapes of the image and of the gates.
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, int64_t activation) {
+    using Means = Tensor(const Tensor&, const OptionalTensor&, int64_t);
+    static const auto op = find_operator<Means>("dwswap::_channel_means");
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["sizes"] = input.sizes();
+    ctx->saved_data["activation"] = activation;
+    return {op.call(input, std::nullopt, 0), input,
+            input.new_empty({input.size(0), input.size(1), 1, 1})};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const WithoutAutocast guard;
+    const Tensor &means = grads[0], &output = grads[1], &gates = grads[2];
+    const int64_t activation = ctx->saved_data["activation"].toInt();
+    if (!output.defined() || !gates.defined()) {  // the image was not scaled, or without gradient
+      if (!means.defined()) return {Tensor(), Tensor()};
+      const std::vector<int64_t> sizes = ctx->saved_data["sizes"].toIntVector();
+      const Tensor each = means.reshape({sizes[0], sizes[1], 1, 1}).expand(sizes);
+      return {each.div(sizes[2] * sizes[3]), Tensor()};  // dense
+    }
+    if (is_transformed(output) || is_transformed(gates) ||
+        (means.defined() && is_transformed(means))) {
+      static const auto op = find_operator<Scale>("dwswap::_channel_scale_aten");
+      return {op.call(output, gates, optional(means), activation), Tensor()};
+    }
+    const Tensor spread = means.defined() ? means.contiguous() : means;
+    return {scale(output, gates, optional(spread), activation), Tensor()};
+  }
+};
+
+// The input in a struct, as its gradient is not for this node to give. It is what is saved, and
+// not its image, so that gradients of gradients find its own graph.
+struct Scaled {
+  const Tensor& input;
+  int64_t activation;
+};
+
+struct Excite : Function<Excite> {
+  static constexpr bool is_traceable = true;
+
+  // Image and carrier: those of Squeeze, neither where it did not record.
+  static Tensor forward(AutogradContext* ctx, const OptionalTensor& image,
+                        const OptionalTensor& /* carrier */, const Tensor& gates,
+                        const Scaled& scaled) {
+    ctx->saved_data["has_image"] = image.has_value();
+    ctx->saved_data["channels_last"] = scaled.input.is_contiguous(at::MemoryFormat::ChannelsLast);
+    ctx->saved_data["activation"] = scaled.activation;
+    ctx->save_for_backward({gates.requires_grad() ? scaled.input : Tensor(), gates});
+    return scale(scaled.input, gates, std::nullopt, scaled.activation);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const WithoutAutocast guard;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &gates = saved[1];
+    const int64_t activation = ctx->saved_data["activation"].toInt();
+    const bool has_image = ctx->saved_data["has_image"].toBool();
+    const bool needs_gates = ctx->needs_input_grad(has_image ? 2 : 0);
+    Tensor grad_output = grads[0], grad_gates;
+    if (is_transformed(grad_output)) {
+      static const auto op = find_operator<ScaleBackward>("dwswap::_channel_scale_backward_aten");
+      if (needs_gates) grad_gates = op.call(grad_output, input, gates, activation);
+    } else {
+      static const auto op = find_operator<ScaleBackward>("dwswap::_channel_scale_backward");
+      const bool last = ctx->saved_data["channels_last"].toBool();
+      grad_output = grad_output.contiguous(last ? at::MemoryFormat::ChannelsLast
+                                                : at::MemoryFormat::Contiguous);
+      if (needs_gates) grad_gates = op.call(grad_output, input, gates, activation);
+    }
+    if (!has_image || !ctx->needs_input_grad(0)) return {Tensor(), Tensor(), grad_gates, Tensor()};
+    return {grad_output, gates.to(grad_output.scalar_type()), grad_gates, Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> squeeze_recorded(const Tensor& input, int64_t activation) {
+  const variable_list outputs = Squeeze::apply(input, activation);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+Tensor excite_recorded(const OptionalTensor& image, const OptionalTensor& carrier,
+                       const Tensor& gates, const Tensor& input, int64_t activation) {
+  return Excite::apply(image, carrier, gates, Scaled{input, activation});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dwswap, CompositeImplicitAutograd, m) {
+  m.impl("_squeeze_recorded", &squeeze_recorded);
+  m.impl("_excite_recorded", &excite_recorded);
+}
+
+}  // namespace dwswap::autograd

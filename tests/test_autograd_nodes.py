@@ -1,0 +1,235 @@
+"""The nodes of autograd in C++, on the CPU: plain calls on a GPU are recorded by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import ACTIVATIONS
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dwswap.batch_norm import NORM_ACTIVATIONS, batch_norm
+from dwswap.channel_scale import GATES, excite, squeeze
+from dwswap.schema import depthwise_conv2d_recorded
+
+Function = Callable[..., Tensor]
+
+pytestmark = pytest.mark.usefixtures("autograd_nodes")
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def leaves(*shapes: Sequence[int]) -> list[Tensor]:
+    return [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+def norm(activation: str) -> Function:
+    def ours(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return batch_norm(x, weight, bias, None, None, None, 0.1, 1e-5, activation)
+
+    return ours
+
+
+def norm_of_aten(activation: str) -> Function:
+    def theirs(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return ACTIVATIONS[activation](F.batch_norm(x, None, None, weight, bias, True))
+
+    return theirs
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return depthwise_conv2d_recorded(x, weight, bias, 2, 1, 1, 0, 1, 2)
+
+
+def convolution_of_aten(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.conv2d(x, weight, bias, (2, 1), (1, 0), (1, 2), x.shape[-3])
+
+
+def excitation(gate: str, both: bool = False) -> Function:
+    """``both``: the means are used by more than the gates."""
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        squeezed = squeeze(x, gate)
+        output = excite(squeezed, torch.conv2d(squeezed.means, weight), gate)
+        return output + squeezed.means if both else output
+
+    return ours
+
+
+def excitation_of_aten(gate: str, both: bool = False) -> Function:
+    def theirs(x: Tensor, weight: Tensor) -> Tensor:
+        means = x.mean((2, 3), keepdim=True)
+        output = x * ACTIVATIONS[gate](torch.conv2d(means, weight))
+        return output + means if both else output
+
+    return theirs
+
+
+IMAGE, VECTOR = (3, 4, 7, 5), (4,)
+CASES: dict[str, tuple[Function, Function, tuple[Sequence[int], ...]]] = {
+    "depthwise": (convolution, convolution_of_aten, (IMAGE, (4, 1, 3, 2))),
+    "depthwise, bias": (convolution, convolution_of_aten, (IMAGE, (8, 1, 3, 2), (8,))),
+    "depthwise, no batch": (convolution, convolution_of_aten, (IMAGE[1:], (4, 1, 3, 2))),
+    "batch norm, no weight": (norm("silu"), norm_of_aten("silu"), (IMAGE,)),
+    "excitation, means": (
+        excitation("sigmoid", both=True),
+        excitation_of_aten("sigmoid", both=True),
+        (IMAGE, (4, 4, 1, 1)),
+    ),
+}
+for _name in sorted(NORM_ACTIVATIONS):
+    _shapes: tuple[Sequence[int], ...] = (IMAGE, VECTOR, VECTOR)
+    CASES[f"batch norm, {_name}"] = (norm(_name), norm_of_aten(_name), _shapes)
+for _name in sorted(GATES):
+    CASES[f"excitation, {_name}"] = (
+        excitation(_name),
+        excitation_of_aten(_name),
+        (IMAGE, (4, 4, 1, 1)),
+    )
+# aten has no derivative of that of hardsigmoid.
+FIRST_ORDER = {"excitation, hardsigmoid"}
+EACH = pytest.mark.parametrize("name", CASES)
+
+
+def some(count: int) -> list[list[int]]:
+    """All of ``count`` arguments, and each alone."""
+    alone = [[i] for i in range(count)]
+    return alone if count == 1 else [list(range(count)), *alone]
+
+
+@EACH
+def test_gradients_and_theirs(name: str) -> None:
+    ours, theirs, shapes = CASES[name]
+    for wanted in some(len(shapes)):
+        inputs = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+        for i in wanted:
+            inputs[i].requires_grad_()
+        outputs = [function(*inputs) for function in (ours, theirs)]
+        torch.testing.assert_close(*outputs)
+        gradient = draw(*outputs[0].shape, seed=9)
+        of = [inputs[i] for i in wanted]
+        expected = torch.autograd.grad(outputs[1], of, gradient, retain_graph=True)
+        found = torch.autograd.grad(outputs[0], of, gradient, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+        assert not any(grad.requires_grad for grad in found)
+        if name not in FIRST_ORDER:
+            torch.testing.assert_close(*(second(output, of, gradient) for output in outputs))
+
+
+def second(output: Tensor, inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
+    """Gradients of gradients, and the latter."""
+    first = torch.autograd.grad(output, inputs, gradient, create_graph=True)
+    total = sum((x * grad.pow(2)).sum() for x, grad in zip(inputs, first, strict=True))
+    return [*first, *torch.autograd.grad(total, inputs)]
+
+
+@EACH
+def test_gradients_mapped_over_vectors(name: str) -> None:
+    ours, theirs, shapes = CASES[name]
+    inputs = leaves(*shapes)
+    outputs = [function(*inputs) for function in (ours, theirs)]
+    vectors = draw(5, *outputs[0].shape, seed=9)
+    found = [torch.autograd.grad(o, inputs, vectors, is_grads_batched=True) for o in outputs]
+    torch.testing.assert_close(*found)
+
+
+@EACH
+def test_nothing_is_recorded_without_gradients(name: str) -> None:
+    ours, theirs, shapes = CASES[name]
+    inputs = leaves(*shapes)
+    with torch.no_grad():
+        output = ours(*inputs)
+    assert output.grad_fn is None
+    assert not output.requires_grad
+    frozen = [tensor.detach() for tensor in inputs]
+    assert not ours(*frozen).requires_grad
+    torch.testing.assert_close(output, theirs(*frozen))
+
+
+@EACH
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_and_saved_tensors_elsewhere(name: str, reentrant: bool) -> None:
+    ours, theirs, shapes = CASES[name]
+    inputs = leaves(*shapes)
+    expected = torch.autograd.grad(theirs(*inputs).pow(2).sum(), inputs)
+    checkpoint(ours, *inputs, use_reentrant=reentrant).pow(2).sum().backward()
+    torch.testing.assert_close([tensor.grad for tensor in inputs], list(expected))
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = ours(*inputs)
+    assert packed
+    torch.testing.assert_close(torch.autograd.grad(output.pow(2).sum(), inputs), expected)
+
+
+@EACH
+def test_a_backward_under_autocast_keeps_the_dtypes_of_the_forward(name: str) -> None:
+    ours, theirs, shapes = CASES[name]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in leaves(*shapes)]
+    expected = torch.autograd.grad(theirs(*inputs).sum(), inputs)
+    output = ours(*inputs).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(output, inputs)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["depthwise", "batch norm, relu", "excitation, sigmoid"])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_what_a_backward_needs_must_not_change(name: str, changed: int) -> None:
+    ours, theirs, shapes = CASES[name]
+    for function in (ours, theirs):
+        inputs = leaves(*shapes)
+        images = inputs[0] * 1  # no leaf, which could not be changed
+        weights = inputs[1] * 1
+        output = function(images, weights, *inputs[2:])
+        (images, weights)[changed].detach().mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+def test_the_bias_of_a_batch_norm_may_change_before_the_backward() -> None:
+    x, weight, bias = leaves(IMAGE, VECTOR, VECTOR)
+    output = norm("none")(x, weight, bias)
+    expected = torch.autograd.grad(norm_of_aten("none")(x, weight, bias).pow(2).sum(), x)
+    total = output.pow(2).sum()
+    with torch.no_grad():
+        bias.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(total, x, retain_graph=True), expected)
+    with pytest.raises(RuntimeError, match="one that was changed 1 times"):
+        torch.autograd.grad(total, x, create_graph=True)
+
+
+def test_running_statistics_and_the_count_of_batches() -> None:
+    x, weight, bias = leaves(IMAGE, VECTOR, VECTOR)
+    mean, var, batches = draw(4), draw(4).abs(), torch.tensor(6)
+    expected = mean.clone(), var.clone()
+    F.batch_norm(x, *expected, weight, bias, True, 0.25)
+    version = batches._version
+    batch_norm(x, weight, bias, mean, var, batches, 0.25, 1e-5, "relu")
+    torch.testing.assert_close((mean, var), expected)
+    assert int(batches) == 7
+    assert batches._version > version
+
+
+def test_a_graph_is_freed_by_its_backward() -> None:
+    for ours, _, shapes in CASES.values():
+        output = ours(*leaves(*shapes)).sum()
+        output.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            output.backward()
+
+
+def test_errors_of_the_operator_reach_the_caller() -> None:
+    x, weight = leaves(IMAGE, (5, 1, 3, 2))
+    with pytest.raises((RuntimeError, ValueError), match="weight"):
+        convolution(x, weight)
