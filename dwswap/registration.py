@@ -202,18 +202,46 @@ def _forward_autograd(
     return _below_autograd(*args)
 
 
-_NOTHING = [None, "none", "none"]
-
-
 def _apply_plain(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
     """``args``: the other six of the operator, in its order."""
     if not needs_gradient(input, weight, bias, args[3]):
         return _at_once(input, weight, bias, *args)
-    if input.is_complex():
-        return depthwise_conv2d(input, weight, bias, *args)
-    stride, padding, dilation, *absorbed = args
-    if absorbed != _NOTHING or not (input.is_cuda and build.status().loaded):
+    if _has_node(input, *args):
+        return _recorded_by_node(input, weight, bias, *args)
+    if not input.is_complex():
         return recorded(_at_once, input, weight, bias, *args)
+    return depthwise_conv2d(input, weight, bias, *args)
+
+
+def _has_node(
+    input: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    input_bias: Tensor | None,
+    input_activation: str,
+    activation: str,
+) -> bool:
+    """Whether a call is recorded in C++: on CUDA, with nothing absorbed."""
+    return (
+        input.is_cuda
+        and input_bias is None
+        and input_activation == activation == "none"
+        and build.status().loaded
+        and not input.is_complex()
+    )
+
+
+def _recorded_by_node(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    *nothing: Any,
+) -> Tensor:
+    """See :func:`_has_node`; under autocast the node casts."""
     try:
         return depthwise_conv2d_recorded(input, weight, bias, *stride, *padding, *dilation)
     except RuntimeError as error:
@@ -241,6 +269,8 @@ def apply(plain: bool, input: Tensor, weight: Tensor, bias: Tensor | None, *args
         if any_autocast():
             device_type = input.device.type
             if device_type in _PLAIN_AUTOCAST and torch.is_autocast_enabled(device_type):
+                if needs_gradient(input, weight, bias) and _has_node(input, *args):
+                    return _recorded_by_node(input, weight, bias, *args)
                 return _PLAIN_AUTOCAST[device_type](input, weight, bias, *args)
         return _apply_plain(input, weight, bias, *args)
     if (

@@ -183,6 +183,38 @@ def test_a_backward_under_autocast_keeps_the_dtypes_of_the_forward(name: str) ->
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["depthwise", "depthwise, bias"])
+def test_autocast_casts_as_aten_does(name: str) -> None:
+    ours, theirs, shapes = CASES[name]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in leaves(*shapes)]
+    results = []
+    for function in (theirs, ours):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = [function(*inputs), function(*inputs)]
+            again = function(outputs[0], *inputs[1:]) if name == "depthwise" else outputs[1]
+        assert {output.dtype for output in (*outputs, again)} == {torch.bfloat16}
+        gradients = torch.autograd.grad(again.float().pow(2).sum() + outputs[0].sum(), inputs)
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        results.append((again, *gradients))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(
+            found, expected, atol=0.02 * float(expected.detach().abs().max()), rtol=0
+        )
+    wide = [tensor.detach().double() for tensor in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(*wide).dtype is torch.float64
+
+
+def test_autocast_casts_a_weight_once_in_a_region() -> None:
+    x, weight = leaves(IMAGE, (4, 1, 3, 2))
+    x, leaf = x.detach().bfloat16(), weight.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second = convolution(x, leaf), convolution(x, leaf)
+    casts = [output.grad_fn.next_functions[1][0] for output in (first, second)]
+    assert casts[0] is casts[1]
+    assert casts[0].name() == "ToCopyBackward0"
+
+
 @pytest.mark.parametrize("name", ["depthwise", "batch norm, relu", "excitation, sigmoid"])
 @pytest.mark.parametrize("changed", [0, 1])
 def test_what_a_backward_needs_must_not_change(name: str, changed: int) -> None:

@@ -58,9 +58,16 @@ Tensor depthwise_conv2d_recorded(const Tensor& input, const Tensor& weight,
                                  const OptionalTensor& bias, int64_t stride_h, int64_t stride_w,
                                  int64_t padding_h, int64_t padding_w, int64_t dilation_h,
                                  int64_t dilation_w) {
-  return DepthwiseConv2d::apply(
-      input, weight, bias,
-      Geometry{stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
+  const Geometry geometry{stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+  const c10::DeviceType device = input.device().type();
+  if (!at::autocast::is_autocast_enabled(device))
+    return DepthwiseConv2d::apply(input, weight, bias, geometry);
+  // As aten casts for conv2d, weights once for all of a region.
+  const WithoutAutocast guard;
+  const auto cast = [device, dtype = at::autocast::get_autocast_dtype(device)](const auto& tensor) {
+    return at::autocast::cached_cast(dtype, tensor, device);
+  };
+  return DepthwiseConv2d::apply(cast(input), cast(weight), cast(bias), geometry);
 }
 
 }  // namespace

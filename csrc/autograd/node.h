@@ -4,6 +4,7 @@
 #pragma once
 
 #undef TORCH_TARGET_VERSION
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
