@@ -1,4 +1,4 @@
-"""Argument checks of the operator: the Python half of what ``csrc`` checks on CUDA tensors."""
+"""Argument checks; those of the operator are the Python half of what ``csrc`` checks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_choice",
     "check_dense",
     "check_extents",
+    "check_flags",
     "check_rank",
     "check_same",
     "check_vector",
@@ -114,6 +115,17 @@ def output_size(
         for i in range(2)
     ]
     return [*shape[:-3], kernel[0], *spatial]
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse what is no bool: a string such as "no" would count as True.
+
+    Raises:
+        TypeError: naming the first one.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
 def check_dense(*tensors: Tensor | None, op: str = NAME, names: Sequence[str] = NAMES) -> None:

@@ -43,8 +43,8 @@ def out_of_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy.
 
-    Non-leaf tensors kept as attributes (the weight that ``weight_norm`` computes, say), which
-    deepcopy refuses, are copied by value.
+    Non-leaf tensors kept as attributes (the weight that ``weight_norm`` computes, say) or in dicts,
+    lists and tuples there (what a forward caches), which deepcopy refuses, are copied by value.
 
     Raises:
         ValueError: the model holds something that cannot be copied, or is not.
@@ -193,9 +193,17 @@ def _check_apart(model: nn.Module, copied: nn.Module) -> None:
 
 def _non_leaf_tensors(model: nn.Module) -> dict[int, Any]:
     memo: dict[int, Any] = {}
+    seen: set[int] = set()
     for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                with torch.no_grad():
-                    memo[id(value)] = value.detach().clone()
+        _add_non_leaf_tensors(module.__dict__, memo, seen)
     return memo
+
+
+def _add_non_leaf_tensors(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
+    if isinstance(value, Tensor) and not value.is_leaf:
+        with torch.no_grad():
+            memo[id(value)] = value.detach().clone()
+    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))  # it may hold itself
+        for item in value.values() if isinstance(value, dict) else value:
+            _add_non_leaf_tensors(item, memo, seen)

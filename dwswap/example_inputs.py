@@ -49,8 +49,13 @@ class Arguments:
         try:
             signature.bind(*result.args, **result.kwargs)
         except TypeError as error:
+            hint = ""
+            if isinstance(example_inputs, dict):
+                hint = (
+                    " (a dict is keyword arguments; a tuple, (batch,), passes one that is a dict)"
+                )
             raise ValueError(
-                f"example_inputs must fit the forward of {type(model).__name__}: {error}"
+                f"example_inputs must fit the forward of {type(model).__name__}: {error}{hint}"
             ) from error
         return result
 

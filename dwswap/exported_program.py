@@ -28,6 +28,7 @@ from dwswap.example_inputs import Arguments
 from dwswap.fake_values import fake_mode_of, update_fake_values
 from dwswap.inference_graph import EXPORTED
 from dwswap.lowering import lower
+from dwswap.program_inputs import check_inputs
 
 __all__ = ["flat_inputs", "lift", "unlift"]
 
@@ -145,7 +146,7 @@ def flat_inputs(program: ExportedProgram, arguments: Arguments) -> Arguments:
     """``arguments`` of ``program`` as its graph takes them.
 
     Raises:
-        ValueError: they have another structure.
+        ValueError: they have another structure, or are none that ``program`` takes.
     """
     expected = program.call_spec.in_spec
     kwargs = arguments.kwargs
@@ -157,7 +158,9 @@ def flat_inputs(program: ExportedProgram, arguments: Arguments) -> Arguments:
             given = pytree.tree_structure((arguments.args, kwargs))
     if given != expected:
         raise ValueError(f"example_inputs must be as the program's own, {expected}, got {given}")
-    return Arguments(tuple(pytree.tree_leaves((arguments.args, kwargs))))
+    leaves = tuple(pytree.tree_leaves((arguments.args, kwargs)))
+    check_inputs(program, leaves)
+    return Arguments(leaves)
 
 
 def _set_tensor(root: nn.Module, path: str, tensor: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
+from dwswap.checks import check_flags
 from dwswap.classifiers import pooled_linear
 from dwswap.copying import (
     commit,
@@ -24,7 +26,7 @@ from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.report import detach, has_report
 from dwswap.shuffling import interleaved
 from dwswap.tracing import one_at_a_time
-from dwswap.training_modules import base_of
+from dwswap.training_modules import StandIn, base_of
 
 __all__ = ["restore"]
 
@@ -46,14 +48,16 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             itself cannot become another object; use the return value.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is no ``nn.Module``, ``inplace`` no bool.
         ValueError: a graph was fused: BatchNorm is folded into other weights, a call has absorbed
             its neighbours and has no ``torch.conv2d`` to go back to, squeeze-and-excitation became
-            one call, or a channel shuffle or a mean absorbed what is before it. ``model`` is then
-            as it was.
+            one call, or a channel shuffle or a mean absorbed what is before it. Or a layer was
+            parametrized after :func:`dwswap.optimize`. ``model`` is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_flags(inplace=inplace)
+    _check_parametrized(model)
     if not has_report(model) and not _has_swaps(model):
         return model
     if not inplace:
@@ -73,6 +77,22 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     disable_cuda_graphs(model)
     detach(model)
     return model
+
+
+def _check_parametrized(model: nn.Module) -> None:
+    """Refuse layers of ours whose class has become the base of one that PyTorch made of it."""
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        and (type(module).__bases__[0] is DepthwiseConv2d or isinstance(module, StandIn))
+    ]
+    if paths:
+        raise ValueError(
+            "model must have no layers that were parametrized after dwswap.optimize, got "
+            f"{', '.join(map(repr, paths))}: call torch.nn.utils.parametrize."
+            "remove_parametrizations first, and parametrize the result anew"
+        )
 
 
 def _has_swaps(model: nn.Module) -> bool:

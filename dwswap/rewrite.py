@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from dwswap.checks import check_flags
 from dwswap.copying import (
     commit,
     copy_model,
@@ -142,9 +143,7 @@ def optimize(
             'memory_format must be "auto", "preserve", "channels_last" or "contiguous", '
             f"got {memory_format!r}"
         )
-    for name, flag in (("inplace", inplace), ("fuse", fuse), ("verify", verify)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    check_flags(inplace=inplace, fuse=fuse, verify=verify)
     options = CudaGraphOptions.parse(cuda_graph)
     register_flops()
     subject, arguments = _check(model, example_inputs)
@@ -199,6 +198,7 @@ def explain(
 
     Arguments and errors are those of :func:`optimize`. Models on the meta device are fine.
     """
+    check_flags(fuse=fuse)
     subject, arguments = _check(model, example_inputs)
     result, report, contexts = _rewrite(subject, shell_model(subject), arguments, fuse, skip)
     report.kernels = kernels_in_use(_tensors(subject), load=False)

@@ -15,6 +15,7 @@ import torch
 from tiny_models import MODES, Block, ControlFlow, depthwise, image, optimized, snapshot
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 import dwswap
 from dwswap import DepthwiseConv2d, build, depthwise_conv2d, inner_graphs, rewrite
@@ -365,7 +366,7 @@ def test_example_inputs_leave_buffers_that_a_forward_changes() -> None:
         (lambda: (torch.compile(Block()),), TypeError, "must not be compiled"),
         (lambda: (Block(), [image()]), TypeError, "example_inputs must be .* got list"),
         (lambda: (Block(), (image(), image())), ValueError, "must fit the forward of Block"),
-        (lambda: (Block(), {"y": image()}), ValueError, "must fit the forward of Block"),
+        (lambda: (Block(), {"y": image()}), ValueError, r"must fit .* of Block: .*\(a dict is key"),
         (lambda: (Block(), image(5)), ValueError, "that Block accepts; it fails on them"),
         (lambda: (Block().eval(), image(5)), ValueError, "accepts; it fails on them"),
     ],
@@ -384,6 +385,8 @@ def test_wrong_options() -> None:
     for name in ("inplace", "fuse", "verify"):
         with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
             dwswap.optimize(Block(), **{name: "no"})
+    with pytest.raises(TypeError, match="fuse must be True or False, got None"):
+        dwswap.explain(Block(), fuse=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="verify=True needs example_inputs"):
         dwswap.optimize(Block(), verify=True)
 
@@ -396,6 +399,42 @@ def test_model_that_cannot_be_copied() -> None:
     dwswap.optimize(model, inplace=True)
     assert isinstance(model.block, fx.GraphModule)
     assert next(model.stream) == 0
+
+
+class _Caching(nn.Module):
+    """As the attention of LeViT, whose eval forward keeps what it computed with its weights."""
+
+    def __init__(self, kept_in: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.scale = depthwise(), nn.Parameter(torch.rand(8, 1, 1))
+        self.kept_in, self.cache = kept_in, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache = self.kept_in(self.scale * 2)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    "kept_in",
+    [
+        lambda y: y,
+        lambda y: {"a": y},
+        lambda y: [y, y],
+        lambda y: {"b": [(y, 1), None]},
+    ],
+)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_model_that_keeps_what_it_computed(kept_in: Callable[[Tensor], Any], fuse: bool) -> None:
+    model, x = _Caching(kept_in).eval(), image(8)
+    expected = model(x)
+    (kept, *_) = tensors = [t for t in pytree.tree_leaves(model.cache) if isinstance(t, Tensor)]
+    assert not kept.is_leaf
+    fast = dwswap.optimize(model, x, fuse=fuse, verify=True)
+    assert dwswap.report(fast).swapped
+    torch.testing.assert_close(fast(x), expected)
+    assert [id(t) for t in pytree.tree_leaves(model.cache) if isinstance(t, Tensor)] == [
+        id(t) for t in tensors
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import Block, ControlFlow, Functional, depthwise, image
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrizations, parametrize
 
 import dwswap
 from dwswap import DepthwiseConv2d, depthwise_conv2d
@@ -98,6 +99,32 @@ def test_subclass_is_not_ours_to_restore() -> None:
     assert [layer.reason for layer in dwswap.explain(model).layers] == ["subclass"]
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_layers_parametrized_after_optimize(inplace: bool) -> None:
+    model = nn.Sequential(depthwise(), nn.BatchNorm2d(8), depthwise()).train()
+    fast = dwswap.optimize(model)
+    for module in fast[:2]:
+        parametrizations.weight_norm(module)
+    kinds = [type(module) for module in fast]
+    with pytest.raises(ValueError, match=r"parametrized after .*, got '0', '1': call torch\."):
+        dwswap.restore(fast, inplace=inplace)
+    assert [type(module) for module in fast] == kinds
+    assert dwswap.report(fast).swapped
+
+    for module in fast[:2]:
+        parametrize.remove_parametrizations(module, "weight")
+    restored = dwswap.restore(fast, inplace=inplace)
+    assert [type(m) for m in restored] == [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]
+
+
+def test_layers_that_were_parametrized_before_stay() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(depthwise()), depthwise()).train()
+    restored = dwswap.restore(dwswap.optimize(model))
+    assert type(restored[1]) is nn.Conv2d
+    assert isinstance(restored[0], nn.Conv2d)
+    assert parametrize.is_parametrized(restored[0], "weight")
+
+
 def test_root() -> None:
     fast = dwswap.optimize(depthwise())
     restored = dwswap.restore(fast, inplace=True)
@@ -145,3 +172,7 @@ def test_folded_weights_cannot_be_restored(inplace: bool) -> None:
 def test_wrong_argument() -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         dwswap.restore(3)  # type: ignore[arg-type]
+    fast = dwswap.optimize(Block(), fuse=False)
+    with pytest.raises(TypeError, match="inplace must be True or False, got 'no'"):
+        dwswap.restore(fast, inplace="no")  # type: ignore[arg-type]
+    assert has_swaps(fast)

@@ -47,7 +47,7 @@ from dwswap.cli.bench_common import (
     say,
     start_or_resume,
 )
-from dwswap.cli.common import CliError, console, positive
+from dwswap.cli.common import CliError, console, pixels, positive
 from dwswap.cli.models import construct, find
 from dwswap.precision import precision
 
@@ -133,7 +133,7 @@ def add_parser(targets: Any) -> None:
         "--layout", nargs="+", choices=LAYOUTS, help="of the user's model; default: see above"
     )
     parser.add_argument(
-        "--size", type=positive, default=SIZE, metavar="PIXELS", help="default: %(default)s"
+        "--size", type=pixels, default=SIZE, metavar="PIXELS", help="default: %(default)s"
     )
     parser.add_argument(
         "--select",

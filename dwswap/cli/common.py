@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import sys
 from pathlib import Path
@@ -19,15 +20,19 @@ __all__ = [
     "chosen_device",
     "console",
     "device_text",
+    "file_path",
     "input_shape",
     "missing_extra",
     "output_folder",
+    "pixels",
     "positive",
     "save_json",
     "say",
 ]
 
 PIPE_WIDTH = 160
+MOST_ELEMENTS = 1 << 28
+"""Of one input: a gigabyte in float32, some 9,000 x 9,000 pixels; a model needs a multiple."""
 
 
 class CliError(Exception):
@@ -86,6 +91,13 @@ def save_json(path: str | os.PathLike[str], value: Any) -> Path:
         raise CliError(f"cannot write {os.fspath(path)}: {error.strerror}") from error
 
 
+def file_path(text: str) -> str:
+    """The path of a file that a command line argument gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the path of a file, got ''")
+    return text
+
+
 def positive(text: str) -> int:
     """The integer of at least 1 that a command line argument gives."""
     if not text.isdecimal() or int(text) < 1:
@@ -104,10 +116,21 @@ def input_shape(text: str) -> tuple[int, ...]:
     if min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"sizes must be at least 1, got {text!r}")
     if len(sizes) == 1:
-        return (1, 3, *sizes, *sizes)
-    if len(sizes) == 2:
-        return (1, 3, *sizes)
-    return sizes
+        sizes *= 2
+    shape = (1, 3, *sizes) if len(sizes) == 2 else sizes
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise argparse.ArgumentTypeError(
+            f"sizes must make an input of at most {MOST_ELEMENTS:,} elements, got {text!r}: "
+            f"{math.prod(shape):,}"
+        )
+    return shape
+
+
+def pixels(text: str) -> int:
+    """The side of a square picture that a command line argument gives."""
+    side = positive(text)
+    input_shape(text)  # which is limited
+    return side
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -19,7 +19,7 @@ from rich.table import Table
 import dwswap
 from dwswap import build
 from dwswap.bench.records import record
-from dwswap.cli.common import console, save_json
+from dwswap.cli.common import console, file_path, save_json
 from dwswap.compilation import csrc_dir, source_files
 from dwswap.environment import environment
 from dwswap.toolkit import (
@@ -61,7 +61,9 @@ def add_parser(commands: Any) -> None:
         "is missing. On a machine with a GPU this builds the kernels, if that has not been done. "
         "Exit code 1 where something that is needed does not work.",
     )
-    parser.add_argument("--json", metavar="FILE", help="also save the checks as JSON")
+    parser.add_argument(
+        "--json", type=file_path, metavar="FILE", help="also save the checks as JSON"
+    )
     parser.set_defaults(run=run)
 
 

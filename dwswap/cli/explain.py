@@ -9,7 +9,7 @@ import torch
 
 import dwswap
 from dwswap.bench.records import record
-from dwswap.cli.common import CliError, console, input_shape, save_json
+from dwswap.cli.common import CliError, console, file_path, input_shape, save_json
 from dwswap.cli.models import construct, find
 
 __all__ = ["add_parser"]
@@ -37,7 +37,9 @@ def add_parser(commands: Any) -> None:
         help="run shapes through the model, to report those of the layers: 224, 224x320, or a "
         "whole shape such as 1x3x16x112x112",
     )
-    parser.add_argument("--json", metavar="FILE", help="also save the report as JSON")
+    parser.add_argument(
+        "--json", type=file_path, metavar="FILE", help="also save the report as JSON"
+    )
     parser.set_defaults(run=run)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dwswap.atomic_file import replacing
+from dwswap.checks import check_flags
 from dwswap.export.aoti import load_compiled, save_compiled
 from dwswap.export.errors import ExportError, summary
 from dwswap.export.onnx import OnnxModel, check_packages, save_onnx
@@ -73,8 +74,7 @@ def save(
         ExportError: the model cannot be exported; its cause says why.
     """
     target = check_target(path, format)
-    if not isinstance(dynamic_batch, bool):
-        raise TypeError(f"dynamic_batch must be True or False, got {dynamic_batch!r}")
+    check_flags(dynamic_batch=dynamic_batch)
     # Before the work, which may take minutes: a place that cannot be written shows at once.
     with replacing(target) as partial:
         program = to_program(model, example_inputs, dynamic_batch, dynamic_shapes)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import AdditionalInputs, Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from dwswap import excitation_registration, registration
-from dwswap.example_inputs import Arguments
+from dwswap.example_inputs import Arguments, observe_shapes
 from dwswap.export.errors import ExportError, summary
 from dwswap.schema import depthwise_conv2d, squeeze_excitation
 from dwswap.tracing import NotTraceable, check_not_compiled, is_training
@@ -55,6 +55,8 @@ def to_program(
     if dynamic_batch:
         arguments = _traceable_batch(arguments, tensors)
         dynamic_shapes = _batch_shapes(model, arguments)
+    elif dynamic_shapes is not None:
+        _check_dynamic_shapes(model, arguments, dynamic_shapes)
     try:
         with torch.no_grad():
             program = torch.export.export(
@@ -64,6 +66,7 @@ def to_program(
                 dynamic_shapes=dynamic_shapes,
             )
     except Exception as error:  # whatever a user's model, or a trace of it, raises
+        observe_shapes(model, arguments)  # which says so where the inputs are wrong
         raise ExportError(
             f"torch.export cannot export {type(model).__name__}: {summary(error)}"
         ) from error
@@ -194,6 +197,30 @@ def _batch_shapes(model: nn.Module, arguments: Arguments) -> dict[str, Any]:
         name: pytree.tree_map(lambda leaf: {0: batch} if _is_tensor(leaf) else None, value)
         for name, value in bound.arguments.items()
     }
+
+
+def _check_dynamic_shapes(model: nn.Module, arguments: Arguments, shapes: Any) -> None:
+    """Refuse what torch.export fails on without a word of it."""
+    if isinstance(shapes, (ShapesCollection, AdditionalInputs)):
+        return
+    if not isinstance(shapes, (dict, tuple, list)):
+        raise TypeError(
+            "dynamic_shapes must be a dict by names of arguments or a tuple in their order, as "
+            f"torch.export.export takes it, got {shapes!r}"
+        )
+    bound = inspect.signature(model.forward).bind(*arguments.args, **arguments.kwargs).arguments
+    if not isinstance(shapes, dict):
+        shapes = dict(zip(bound, shapes, strict=False))
+    for name, sizes in shapes.items():
+        value = bound.get(name)
+        if not isinstance(sizes, dict) or not isinstance(value, Tensor):
+            continue
+        for dim in sizes:
+            if dim not in range(value.dim()):
+                raise ValueError(
+                    f"dynamic_shapes must name dimensions from 0 to {value.dim() - 1} of {name}, "
+                    f"which has shape {list(value.shape)}, got {dim!r}"
+                )
 
 
 def _is_tensor(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,13 +39,23 @@ def load_program(path: Path) -> Callable[..., Any]:
     module = program.module()
     if program.example_inputs is not None:
         kinds = {path: type(leaf) for path, leaf in leaves_by_path(*program.example_inputs).items()}
+        names = list(inspect.signature(module.forward).parameters)[: len(program.example_inputs[0])]
+        check = partial(_check, kinds, ", ".join(f"args[{i}] is {n}" for i, n in enumerate(names)))
         # Before the checks of torch.export, which name neither the argument nor what it is.
-        module.register_forward_pre_hook(partial(_check, kinds), with_kwargs=True, prepend=True)
+        module.register_forward_pre_hook(check, with_kwargs=True, prepend=True)
     return module
 
 
 def _check(
-    kinds: dict[str, type], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    kinds: dict[str, type],
+    names: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    try:
         check_kinds(kinds, leaves_by_path(args, kwargs))
+    except TypeError as error:
+        raise TypeError(f"{error} ({names})" if names else str(error)) from None
