@@ -181,6 +181,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     if drew:
         raise NotTraceable("its forward draws random numbers, which a graph would freeze")
     check_arguments(graph, functions, helpers)
+    _check_order(graph)
     for (name, _), variable in around.items():
         if variable.is_changed:
             raise NotTraceable(f"its forward changes {name}")
@@ -199,6 +200,20 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     if computed or listed or weights.found or weights.are_among(constants.values()):
         raise NotTraceable("its forward computes with parameters, which a graph would freeze")
     return graph, constants
+
+
+def _check_order(graph: fx.Graph) -> None:
+    """Refuse what the code of a graph, which has no ``*``, cannot say."""
+    defaulted: str | None = None
+    for node in graph.nodes:
+        if node.op != "placeholder" or str(node.target).startswith("*"):
+            continue
+        if node.args:
+            defaulted = str(node.target)
+        elif defaulted is not None:
+            raise NotTraceable(
+                f"its forward has {node.target} without a default behind {defaulted} with one"
+            )
 
 
 def build_graph_module(model: nn.Module) -> InferenceGraph:

@@ -517,6 +517,21 @@ def test_what_a_graph_would_do_differently_is_not_traced(cls: type[Block], reaso
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
+class KeywordBehindDefault(Block):
+    def forward(self, x: Tensor, scale: float = 1.0, *, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * scale + shift
+
+
+def test_a_keyword_without_a_default_behind_one_rules_out_a_graph() -> None:
+    model, x, shift = KeywordBehindDefault().eval(), image(), torch.ones(1)
+    for subject in (model, nn.ModuleDict({"inner": model}).eval()):
+        fast = dwswap.optimize(subject)
+        assert len(dwswap.report(fast).swapped) == 1
+    reason = "shift without a default behind scale with one"
+    assert reason in str(dwswap.report(dwswap.optimize(model)).not_traced)
+    torch.testing.assert_close(dwswap.optimize(model)(x, shift=shift), model(x, shift=shift))
+
+
 def test_hooks_on_the_state_rule_out_a_graph() -> None:
     for register in (
         "register_state_dict_pre_hook",
