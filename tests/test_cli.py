@@ -243,6 +243,16 @@ def test_the_size_of_models_to_bench_is_limited(capsys):
     assert "--size: sizes must make an input of at most" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", [("export", "mobilenet_v2", "-o", "m.pt2"), ("demo",), ("bench", "models")]
+)
+def test_batches_are_limited(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--batch", "10000000"])
+    assert exit.value.code == 2
+    assert "--batch: must be at most 16,384, got '10000000'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [("explain", "mobilenet_v2"), ("doctor",)])
 def test_a_file_without_a_name(command, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -47,7 +47,7 @@ from dwswap.cli.bench_common import (
     say,
     start_or_resume,
 )
-from dwswap.cli.common import CliError, console, pixels, positive
+from dwswap.cli.common import CliError, batch_size, console, pixels, positive
 from dwswap.cli.models import construct, find
 from dwswap.precision import precision
 
@@ -122,7 +122,7 @@ def add_parser(targets: Any) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=positive,
+        type=batch_size,
         nargs="+",
         metavar="N",
         help="default: 1, 32 and 256 on a GPU, 1 on the CPU; to train "

@@ -17,6 +17,7 @@ from dwswap.bench.records import write_json
 
 __all__ = [
     "CliError",
+    "batch_size",
     "chosen_device",
     "console",
     "device_text",
@@ -33,6 +34,9 @@ __all__ = [
 PIPE_WIDTH = 160
 MOST_ELEMENTS = 1 << 28
 """Of one input: a gigabyte in float32, some 9,000 x 9,000 pixels; a model needs a multiple."""
+
+MOST_PICTURES = 1 << 14
+"""Of a batch: ten gigabytes of 224 x 224 pixels in float32, which the processor makes first."""
 
 
 class CliError(Exception):
@@ -124,6 +128,14 @@ def input_shape(text: str) -> tuple[int, ...]:
             f"{math.prod(shape):,}"
         )
     return shape
+
+
+def batch_size(text: str) -> int:
+    """The number of pictures that a command line argument gives."""
+    count = positive(text)
+    if count > MOST_PICTURES:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_PICTURES:,}, got {text!r}")
+    return count
 
 
 def pixels(text: str) -> int:

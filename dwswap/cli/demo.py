@@ -18,12 +18,12 @@ from dwswap import build, demo
 from dwswap.bench.records import record
 from dwswap.cli.common import (
     CliError,
+    batch_size,
     chosen_device,
     console,
     device_text,
     missing_extra,
     output_folder,
-    positive,
     save_json,
     say,
 )
@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=positive,
+        type=batch_size,
         nargs="+",
         metavar="N",
         help="batch sizes to time (default: 1 and 32 on a GPU, 1 and 4 on the CPU)",

@@ -18,11 +18,11 @@ import dwswap
 from dwswap import build, demo
 from dwswap.cli.common import (
     CliError,
+    batch_size,
     chosen_device,
     console,
     device_text,
     input_shape,
-    positive,
     say,
 )
 from dwswap.cli.models import construct, find, load_checkpoint
@@ -65,7 +65,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
-        "--batch", type=positive, metavar="N", help="fix the batch size (default: any size)"
+        "--batch", type=batch_size, metavar="N", help="fix the batch size (default: any size)"
     )
     parser.add_argument(
         "--size",
