@@ -42,7 +42,8 @@ def preactivated(input: Tensor, input_bias: Tensor | None, input_activation: str
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
-    """The convolution alone, as a model has it that was not fused."""
+    """The convolution alone, as a model has it that was not fused: on the CPU, or where a call is
+    not plain. Plain calls on CUDA have a node in C++."""
 
     @staticmethod
     def forward(

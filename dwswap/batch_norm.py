@@ -112,6 +112,7 @@ def batch_norm(
 
     Raises:
         RuntimeError: of the CUDA operator, naming the argument, the rule and the value.
+        NotImplementedError: there is no library, as :func:`has_batch_norm` would have said.
     """
     counted = batches
     if batches is not None and not (
@@ -145,7 +146,7 @@ def _backward_transformed(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``bias_version``: that of ``bias`` in the forward."""
     if torch.is_grad_enabled():
-        if bias is not None and bias._version != bias_version:
+        if bias is not None and not bias.is_inference() and bias._version != bias_version:
             raise RuntimeError(
                 "the bias of a BatchNorm must stay as it was for gradients of its gradients, "
                 f"got one that was changed {bias._version - bias_version} times"
@@ -153,7 +154,7 @@ def _backward_transformed(
         return _differentiable_backward(
             grad_output, input, weight, bias, eps, activation, output_mask
         )
-    # Mapped by vmap, for which the kernel has no rule.
+    # Mapped by vmap, or under forward AD: the kernel has no rule for these.
     return _backward_aten(grad_output, input, stats, weight, activation, output_mask)
 
 

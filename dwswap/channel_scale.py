@@ -132,6 +132,7 @@ def excite(squeezed: Squeezed, gates: Tensor, activation: str) -> Tensor:
 
     Raises:
         RuntimeError: of the CUDA operator, naming the argument, the rule and the value.
+        NotImplementedError: there is no library, as :func:`has_channel_scale` would have said.
     """
     return excite_recorded(*squeezed.carriers, gates, squeezed.input, PAIRS["none", activation])
 

@@ -8,6 +8,9 @@
 | Autograd                  | autograd; aten where forward AD or functorch's grad is active    |
 | Autocast                  | the user's autocast dtype, with aten's rules for ``conv2d``      |
 | FuncTorchBatched (vmap)   | the batch folded into N, or into C where weights are batched     |
+
+A plain call (``plain.py``) comes past these keys: with gradients, on CUDA, to a node of autograd in
+C++ (``csrc/autograd/``).
 """
 
 from __future__ import annotations
@@ -242,10 +245,7 @@ def _recorded_by_node(
     *nothing: Any,
 ) -> Tensor:
     """See :func:`_has_node`; under autocast the node casts."""
-    try:
-        return depthwise_conv2d_recorded(input, weight, bias, *stride, *padding, *dilation)
-    except RuntimeError as error:
-        raise_typed(error)
+    return depthwise_conv2d_recorded(input, weight, bias, *stride, *padding, *dilation)
 
 
 # Device type -> what its Autocast key calls, past that key and those below.

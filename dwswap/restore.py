@@ -26,7 +26,7 @@ from dwswap.passes.unswap_calls import swapped_calls, unswap_call
 from dwswap.report import detach, has_report
 from dwswap.shuffling import interleaved
 from dwswap.tracing import one_at_a_time
-from dwswap.training_modules import StandIn, base_of
+from dwswap.training_modules import base_of
 
 __all__ = ["restore"]
 
@@ -51,8 +51,8 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         TypeError: ``model`` is no ``nn.Module``, ``inplace`` no bool.
         ValueError: a graph was fused: BatchNorm is folded into other weights, a call has absorbed
             its neighbours and has no ``torch.conv2d`` to go back to, squeeze-and-excitation became
-            one call, or a channel shuffle or a mean absorbed what is before it. Or a layer was
-            parametrized after :func:`dwswap.optimize`. ``model`` is then as it was.
+            one call, or a channel shuffle or a mean absorbed what is before it. Or a swapped
+            layer was parametrized after :func:`dwswap.optimize`. ``model`` is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -80,12 +80,11 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def _check_parametrized(model: nn.Module) -> None:
-    """Refuse layers of ours whose class has become the base of one that PyTorch made of it."""
+    """Refuse swapped layers whose class has become the base of one that PyTorch made of it."""
     paths = [
         path
         for path, module in model.named_modules()
-        if parametrize.is_parametrized(module)
-        and (type(module).__bases__[0] is DepthwiseConv2d or isinstance(module, StandIn))
+        if parametrize.is_parametrized(module) and type(module).__bases__[0] is DepthwiseConv2d
     ]
     if paths:
         raise ValueError(

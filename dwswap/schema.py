@@ -53,8 +53,8 @@ except RuntimeError as error:
     ) from error
 # What the CUDA kernels do not cover (integer and complex dtypes) they send here.
 library.define(f"_depthwise_conv2d_aten{_FORWARD_ARGUMENTS} -> Tensor", tags=_tags)
-# depthwise_conv2d for plain calls without a gradient: lists, strings and a kernel of autograd cost
-# microseconds. activations: the index of input_activation, times 16, and that of activation.
+# depthwise_conv2d for plain calls: lists, strings and a kernel of autograd cost microseconds.
+# activations: the index of input_activation, times 16, and that of activation.
 library.define(
     "_depthwise_conv2d_direct(Tensor input, Tensor weight, Tensor? bias, int stride_h, "
     "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, "

@@ -28,11 +28,12 @@ echo object > "$output"
 """
 
 FAKE_LINKER = """#!/bin/sh
+arguments="$*"
 while [ $# -gt 1 ]; do
   [ "$1" = "-o" ] && output="$2"
   shift
 done
-echo "a shared library of $$" > "$output"
+echo "a shared library of $$: $arguments" > "$output"
 """
 
 CODES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_120")

@@ -188,6 +188,18 @@ def test_the_library_for_processes_without_python(machine):
     assert len(machine.toolkit.compiled) == 4
 
 
+def test_nodes_of_autograd_are_for_python_alone(machine):
+    for name in ("autograd/node.cpp", "part/first.cpp", "standalone.cpp"):
+        path = machine.sources / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("// host\n")
+    library, standalone = (build(["9.0"], standalone=alone).read_text() for alone in (False, True))
+    assert "part/first.cpp.o" in library
+    assert "part/first.cpp.o" in standalone
+    assert ("autograd/node.cpp.o" in library, "standalone.cpp.o" in library) == (True, False)
+    assert ("autograd/node.cpp.o" in standalone, "standalone.cpp.o" in standalone) == (False, True)
+
+
 def test_build_is_for_the_gpus_at_hand(machine):
     machine.gpus((8, 0), (9, 0))
     assert "-sm80_sm90-" in str(build())

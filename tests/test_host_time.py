@@ -139,6 +139,10 @@ def test_a_plain_call_on_cuda_is_one_operator(device):
             ours(x)
     names = {event.key for event in profile.key_averages() if event.key.startswith("dwswap::")}
     assert names == {"dwswap::_depthwise_conv2d_direct"}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours(x)
+    names = {event.key for event in profile.key_averages() if event.key.startswith("dwswap::")}
+    assert names == {"dwswap::_depthwise_conv2d_recorded", "dwswap::_depthwise_conv2d_direct"}
 
 
 class Seen(TorchDispatchMode):

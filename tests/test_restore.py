@@ -103,16 +103,14 @@ def test_subclass_is_not_ours_to_restore() -> None:
 def test_layers_parametrized_after_optimize(inplace: bool) -> None:
     model = nn.Sequential(depthwise(), nn.BatchNorm2d(8), depthwise()).train()
     fast = dwswap.optimize(model)
-    for module in fast[:2]:
-        parametrizations.weight_norm(module)
+    parametrizations.weight_norm(fast[0])
     kinds = [type(module) for module in fast]
-    with pytest.raises(ValueError, match=r"parametrized after .*, got '0', '1': call torch\."):
+    with pytest.raises(ValueError, match=r"parametrized after .*, got '0': call torch\."):
         dwswap.restore(fast, inplace=inplace)
     assert [type(module) for module in fast] == kinds
     assert dwswap.report(fast).swapped
 
-    for module in fast[:2]:
-        parametrize.remove_parametrizations(module, "weight")
+    parametrize.remove_parametrizations(fast[0], "weight")
     restored = dwswap.restore(fast, inplace=inplace)
     assert [type(m) for m in restored] == [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]
 

@@ -7,7 +7,6 @@
 #include "autograd/node.h"
 
 namespace dwswap::autograd {
-namespace {
 
 // The arguments of the forward that have no gradients.
 struct Others {
@@ -26,19 +25,19 @@ struct BatchNorm : Function<BatchNorm> {
         const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, double, double, int64_t);
     static const auto op = find_operator<Forward>("dwswap::_batch_norm");
-    auto [output, stats] = op.call(input, weight, bias, others.running_mean, others.running_var,
-                                   others.batches, others.momentum, others.eps, others.activation);
+    auto [output, stats] = call(op, input, weight, bias, others.running_mean, others.running_var,
+                                others.batches, others.momentum, others.eps, others.activation);
     ctx->save_for_backward({input, weight.value_or(Tensor()), stats});
     // aten's backward does not need it, so it may change; a second one here does.
     ctx->saved_data["bias"] = bias;
-    ctx->saved_data["bias_version"] = bias.has_value() ? int64_t{bias->_version()} : 0;
+    const bool has_version = bias.has_value() && !bias->is_inference();
+    ctx->saved_data["bias_version"] = has_version ? int64_t{bias->_version()} : 0;
     ctx->saved_data["eps"] = others.eps;
     ctx->saved_data["activation"] = others.activation;
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const WithoutAutocast guard;
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &grad_output = grads[0], &input = saved[0], &stats = saved[2];
     const OptionalTensor weight = optional(saved[1]);
@@ -53,9 +52,9 @@ struct BatchNorm : Function<BatchNorm> {
                     const OptionalTensor&, int64_t, double, int64_t, std::array<bool, 3>);
       static const auto op = find_operator<Transformed>("dwswap::_batch_norm_backward_transformed");
       const auto [grad_input, grad_weight, grad_bias] =
-          op.call(grad_output, input, stats, weight, ctx->saved_data["bias"].toOptional<Tensor>(),
-                  ctx->saved_data["bias_version"].toInt(), ctx->saved_data["eps"].toDouble(),
-                  activation, wanted);
+          call(op, grad_output, input, stats, weight, ctx->saved_data["bias"].toOptional<Tensor>(),
+               ctx->saved_data["bias_version"].toInt(), ctx->saved_data["eps"].toDouble(),
+               activation, wanted);
       return {grad_input, grad_weight, grad_bias, Tensor()};
     }
     using Backward = Gradients(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
@@ -64,10 +63,12 @@ struct BatchNorm : Function<BatchNorm> {
     const bool last = input.is_contiguous(at::MemoryFormat::ChannelsLast);
     const auto layout = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
     const auto [grad_input, grad_weight, grad_bias] =
-        op.call(grad_output.contiguous(layout), input, stats, weight, activation, wanted);
+        call(op, grad_output.contiguous(layout), input, stats, weight, activation, wanted);
     return {grad_input, grad_weight, grad_bias, Tensor()};
   }
 };
+
+namespace {
 
 Tensor batch_norm_recorded(const Tensor& input, const OptionalTensor& weight,
                            const OptionalTensor& bias, const OptionalTensor& running_mean,

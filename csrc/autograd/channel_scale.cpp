@@ -8,15 +8,14 @@
 #include "autograd/node.h"
 
 namespace dwswap::autograd {
-namespace {
 
 using Scale = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
 using ScaleBackward = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t);
 
-Tensor scale(const Tensor& input, const Tensor& gates, const OptionalTensor& spread,
-             int64_t activation) {
+inline Tensor scale(const Tensor& input, const Tensor& gates, const OptionalTensor& spread,
+                    int64_t activation) {
   static const auto op = find_operator<Scale>("dwswap::_channel_scale");
-  return op.call(input, gates, spread, activation);
+  return call(op, input, gates, spread, activation);
 }
 
 struct Squeeze : Function<Squeeze> {
@@ -29,12 +28,11 @@ struct Squeeze : Function<Squeeze> {
     ctx->set_materialize_grads(false);
     ctx->saved_data["sizes"] = input.sizes();
     ctx->saved_data["activation"] = activation;
-    return {op.call(input, std::nullopt, 0), input,
+    return {call(op, input, std::nullopt, 0), input,
             input.new_empty({input.size(0), input.size(1), 1, 1})};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const WithoutAutocast guard;
     const Tensor &means = grads[0], &output = grads[1], &gates = grads[2];
     const int64_t activation = ctx->saved_data["activation"].toInt();
     if (!output.defined() || !gates.defined()) {  // the image was not scaled, or without gradient
@@ -46,7 +44,7 @@ struct Squeeze : Function<Squeeze> {
     if (is_transformed(output) || is_transformed(gates) ||
         (means.defined() && is_transformed(means))) {
       static const auto op = find_operator<Scale>("dwswap::_channel_scale_aten");
-      return {op.call(output, gates, optional(means), activation), Tensor()};
+      return {call(op, output, gates, optional(means), activation), Tensor()};
     }
     const Tensor spread = means.defined() ? means.contiguous() : means;
     return {scale(output, gates, optional(spread), activation), Tensor()};
@@ -75,7 +73,6 @@ struct Excite : Function<Excite> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const WithoutAutocast guard;
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &gates = saved[1];
     const int64_t activation = ctx->saved_data["activation"].toInt();
@@ -84,18 +81,20 @@ struct Excite : Function<Excite> {
     Tensor grad_output = grads[0], grad_gates;
     if (is_transformed(grad_output)) {
       static const auto op = find_operator<ScaleBackward>("dwswap::_channel_scale_backward_aten");
-      if (needs_gates) grad_gates = op.call(grad_output, input, gates, activation);
+      if (needs_gates) grad_gates = call(op, grad_output, input, gates, activation);
     } else {
       static const auto op = find_operator<ScaleBackward>("dwswap::_channel_scale_backward");
       const bool last = ctx->saved_data["channels_last"].toBool();
       grad_output = grad_output.contiguous(last ? at::MemoryFormat::ChannelsLast
                                                 : at::MemoryFormat::Contiguous);
-      if (needs_gates) grad_gates = op.call(grad_output, input, gates, activation);
+      if (needs_gates) grad_gates = call(op, grad_output, input, gates, activation);
     }
     if (!has_image || !ctx->needs_input_grad(0)) return {Tensor(), Tensor(), grad_gates, Tensor()};
     return {grad_output, gates.to(grad_output.scalar_type()), grad_gates, Tensor()};
   }
 };
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> squeeze_recorded(const Tensor& input, int64_t activation) {
   const variable_list outputs = Squeeze::apply(input, activation);

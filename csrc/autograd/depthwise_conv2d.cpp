@@ -8,7 +8,6 @@
 #include "autograd/node.h"
 
 namespace dwswap::autograd {
-namespace {
 
 // Stride, padding and dilation, each of height and width.
 using Geometry = std::array<int64_t, 6>;
@@ -25,12 +24,11 @@ struct DepthwiseConv2d : Function<DepthwiseConv2d> {
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["geometry"] = std::vector<int64_t>(geometry.begin(), geometry.end());
     const auto [stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w] = geometry;
-    return op.call(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h,
-                   dilation_w, std::nullopt, 0);
+    return call(op, input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h,
+                dilation_w, std::nullopt, 0);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const WithoutAutocast guard;
     using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                         c10::SymIntArrayRef, c10::SymIntArrayRef,
                                                         c10::SymIntArrayRef, std::array<bool, 3>);
@@ -45,7 +43,7 @@ struct DepthwiseConv2d : Function<DepthwiseConv2d> {
         ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
     const auto run = [&] {
       const auto [grad_input, grad_weight, grad_bias] =
-          op.call(grads[0], saved[0], saved[1], pair(0), pair(2), pair(4), wanted);
+          call(op, grads[0], saved[0], saved[1], pair(0), pair(2), pair(4), wanted);
       return variable_list{grad_input, grad_weight, grad_bias, Tensor()};
     };
     if (is_transformed(grads[0])) return run();
@@ -53,6 +51,8 @@ struct DepthwiseConv2d : Function<DepthwiseConv2d> {
     return run();
   }
 };
+
+namespace {
 
 Tensor depthwise_conv2d_recorded(const Tensor& input, const Tensor& weight,
                                  const OptionalTensor& bias, int64_t stride_h, int64_t stride_w,
@@ -62,12 +62,15 @@ Tensor depthwise_conv2d_recorded(const Tensor& input, const Tensor& weight,
   const c10::DeviceType device = input.device().type();
   if (!at::autocast::is_autocast_enabled(device))
     return DepthwiseConv2d::apply(input, weight, bias, geometry);
-  // As aten casts for conv2d, weights once for all of a region.
-  const WithoutAutocast guard;
-  const auto cast = [device, dtype = at::autocast::get_autocast_dtype(device)](const auto& tensor) {
-    return at::autocast::cached_cast(dtype, tensor, device);
+  // As aten casts for conv2d, but for its cache, of which weights that change in a region, and
+  // regions of another dtype inside of it, get what is old.
+  const auto cast = [device,
+                     dtype = at::autocast::get_autocast_dtype(device)](const Tensor& given) {
+    return at::autocast::is_eligible(given, device) ? given.to(dtype) : given;
   };
-  return DepthwiseConv2d::apply(cast(input), cast(weight), cast(bias), geometry);
+  return DepthwiseConv2d::apply(cast(input), cast(weight),
+                                bias.has_value() ? OptionalTensor(cast(*bias)) : std::nullopt,
+                                geometry);
 }
 
 }  // namespace

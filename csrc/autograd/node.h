@@ -14,7 +14,10 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <exception>
 #include <optional>
+#include <string_view>
+#include <utility>
 
 namespace dwswap::autograd {
 
@@ -34,19 +37,29 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
 }
 
-// The dtypes of a backward are those of its forward, whatever region it is called in.
-class WithoutAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
-};
+// What `op` returns. Errors of kernels are texts behind the stable ABI: running out of memory gets
+// its type back, as raise_typed of dwswap/checks.py gives it.
+template <typename Operator, typename... Arguments>
+auto call(const Operator& op, Arguments&&... arguments) {
+  try {
+    return op.call(std::forward<Arguments>(arguments)...);
+  } catch (const c10::Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    const std::string_view text = error.what();
+    TORCH_CHECK_WITH(OutOfMemoryError, text.find("CUDA out of memory.") == text.npos, text);
+    throw;
+  }
+}
 
 // Whether a backward with `grad` is differentiated or mapped itself, for which kernels have no
-// rules: by create_graph, a transform of functorch, or is_grads_batched.
+// rules: by create_graph, a transform of functorch, forward AD, or is_grads_batched.
 inline bool is_transformed(const Tensor& grad) {
   const c10::DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
   return at::GradMode::is_enabled() ||
          active.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          active.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         grad.key_set().has(c10::DispatchKey::Batched);
+         grad.key_set().has(c10::DispatchKey::Batched) || grad._fw_grad(/*level=*/0).defined();
 }
 
 }  // namespace dwswap::autograd
