@@ -24,8 +24,7 @@ from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
 from dwswap.plain import has_kernels, is_plain_but_for_autocast
 from dwswap.schema import batch_norm as operator
 from dwswap.schema import batch_norm_backward as backward_operator
-from dwswap.schema import batch_norm_recorded as recorded
-from dwswap.schema import library
+from dwswap.schema import batch_norm_recorded, library
 
 __all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm"]
 
@@ -120,7 +119,7 @@ def batch_norm(
     ):
         batches.add_(1)  # old checkpoints have none, and PyTorch makes one on the CPU
         counted = None
-    return recorded(
+    return batch_norm_recorded(
         input,
         weight,
         bias,
@@ -144,7 +143,14 @@ def _backward_transformed(
     activation: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``bias_version``: that of ``bias`` in the forward."""
+    """The gradients by aten, where the backward is differentiated or mapped itself.
+
+    Args:
+        bias_version: the version of ``bias`` in the forward.
+
+    Raises:
+        RuntimeError: ``bias`` has changed since, and gradients of gradients are wanted.
+    """
     if torch.is_grad_enabled():
         if bias is not None and not bias.is_inference() and bias._version != bias_version:
             raise RuntimeError(
@@ -154,7 +160,6 @@ def _backward_transformed(
         return _differentiable_backward(
             grad_output, input, weight, bias, eps, activation, output_mask
         )
-    # Mapped by vmap, or under forward AD: the kernel has no rule for these.
     return _backward_aten(grad_output, input, stats, weight, activation, output_mask)
 
 
@@ -176,8 +181,8 @@ def _differentiable_backward(
     output = ACTIVATIONS[pair_of(activation)[1]].forward(normalized)
     of: list[Any] = [tensor for tensor, needed in zip(tensors, wanted, strict=True) if needed]
     found = iter(torch.autograd.grad(output, of, grad_output, create_graph=True))
-    first, second, third = (next(found) if needed else None for needed in wanted)
-    return first, second, third
+    grad_input, grad_weight, grad_bias = (next(found) if needed else None for needed in wanted)
+    return grad_input, grad_weight, grad_bias
 
 
 # --- on every device --------------------------------------------------------------------------

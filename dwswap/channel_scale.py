@@ -19,7 +19,6 @@ backward that is transformed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +67,12 @@ class Squeezed(NamedTuple):
     Attributes:
         means: of the channels, ``(N, C, 1, 1)``, differentiable like any other.
         input: the image itself.
-        carriers: what :func:`excite` alone may use.
+        carriers: what :func:`excite` alone may use; both None where no gradient is recorded.
     """
 
     means: Tensor
     input: Tensor
-    carriers: tuple[Tensor | None, ...]
+    carriers: tuple[Tensor | None, Tensor | None]
 
 
 def squeeze(input: Tensor, activation: str) -> Squeezed:
@@ -82,19 +81,22 @@ def squeeze(input: Tensor, activation: str) -> Squeezed:
     Args:
         input: ``(N, C, H, W)``, see :func:`has_channel_scale`, which is to be asked first.
         activation: of the gates, one of :data:`GATES`.
+
+    Raises:
+        NotImplementedError: there is no library, as :func:`has_channel_scale` would have said.
     """
-    carriers: Sequence[Tensor | None] = (None, None)
+    image = carrier = None
     if needs_gradient(input):
-        means, *carriers = squeeze_recorded(input, PAIRS["none", activation])
+        means, image, carrier = squeeze_recorded(input, PAIRS["none", activation])
     else:
         means = channel_means(input, None, 0)
     batch, channels = means.shape
     # As the pooling of aten has it, an image in the layout of the input.
     if input.is_contiguous():
-        image = means.view(batch, channels, 1, 1)
+        squeezed = means.view(batch, channels, 1, 1)
     else:
-        image = means.view(batch, 1, 1, channels).permute(0, 3, 1, 2)
-    return Squeezed(image, input, tuple(carriers))
+        squeezed = means.view(batch, 1, 1, channels).permute(0, 3, 1, 2)
+    return Squeezed(squeezed, input, (image, carrier))
 
 
 def takes_gates(squeezed: Squeezed, gates: Tensor) -> bool:

@@ -76,8 +76,8 @@ def compile_flags() -> tuple[str, ...]:
         "--expt-relaxed-constexpr",
         # gcc 12 takes the value of an empty std::optional for one that is used.
         "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-maybe-uninitialized",
-        # The oldest libtorch whose stable ABI may be used, which is all that the standalone library
-        # uses: 2.10.
+        # The oldest libtorch whose stable ABI the sources may use: 2.10. csrc/autograd undefines
+        # the macro.
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DUSE_CUDA",
         *shlex.split(os.environ.get("DWSWAP_NVCC_FLAGS", "")),

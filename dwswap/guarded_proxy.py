@@ -22,7 +22,7 @@ from torch.fx.proxy import Attribute
 from dwswap.forward_code import codes, package_of
 from dwswap.identity_tests import reads_local, tests_of_locals, tests_result_for_none
 
-__all__ = ["GuardedProxy", "GuardingTracer", "NotTraceable", "check_arguments"]
+__all__ = ["GuardedProxy", "GuardingTracer", "NotTraceable", "check_arguments", "check_order"]
 
 _TRUSTED = {"torch", "dwswap", "copy", "inspect"}
 # Functions here test types for their caller: torch.is_tensor, torch.jit.isinstance.
@@ -228,6 +228,26 @@ def check_arguments(
                 raise NotTraceable(
                     f"{helper.__name__} may compare {name} with `is`, which a graph omits"
                 )
+
+
+def check_order(graph: fx.Graph) -> None:
+    """Refuse a required keyword-only argument behind one with a default.
+
+    The code of a graph writes all inputs without ``*``, where Python does not allow that order.
+
+    Raises:
+        NotTraceable: there is such an argument.
+    """
+    defaulted: str | None = None
+    for node in graph.nodes:
+        if node.op != "placeholder" or str(node.target).startswith("*"):
+            continue
+        if node.args:
+            defaulted = str(node.target)
+        elif defaulted is not None:
+            raise NotTraceable(
+                f"its forward has {node.target} without a default behind {defaulted} with one"
+            )
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:

@@ -55,7 +55,12 @@ def _check_tensor(name: str, expected: Tensor, found: Any) -> None:
 
 
 def _check_sizes(sizes: Sequence[tuple[str, Any, int]], ranges: Mapping[Any, Any]) -> None:
-    """Names, what sizes must be (numbers, symbols or expressions of these), and what they are."""
+    """Refuse a size other than expected.
+
+    Args:
+        sizes: name, expected size (a number, a symbol or an expression of symbols), size found.
+        ranges: of symbols and expressions, as ``ExportedProgram.range_constraints`` has them.
+    """
     symbols: dict[Any, int] = {}
     for _, size, found in sizes:
         if not isinstance(size, int) and size.is_Symbol:
@@ -70,7 +75,8 @@ def _check_sizes(sizes: Sequence[tuple[str, Any, int]], ranges: Mapping[Any, Any
 
 
 def _check_range(name: str, values: Any, found: int) -> None:
-    # A trace holds 0 and 1 for special and says 2; what it makes is right for them too.
+    # torch.export gives a dimension that varies a lower limit of 2 where the user gave none; 0 and
+    # 1 are right for the program too.
     if values.lower > 2 and found < values.lower:
         raise _refusal(name, f"at least {values.lower}", str(found))
     if found > values.upper:

@@ -225,7 +225,8 @@ def _has_node(
     input_activation: str,
     activation: str,
 ) -> bool:
-    """Whether a call is recorded in C++: on CUDA, with nothing absorbed."""
+    """Whether a node in C++ can record the call: on CUDA, the kernels loaded, the dtype real, and
+    neither an input_bias nor an activation, which the node has no arguments for."""
     return (
         input.is_cuda
         and input_bias is None
@@ -242,7 +243,7 @@ def _recorded_by_node(
     stride: Ints,
     padding: Ints,
     dilation: Ints,
-    *nothing: Any,
+    *absorbed: Any,  # none of it, see _has_node
 ) -> Tensor:
     """See :func:`_has_node`; under autocast the node casts."""
     return depthwise_conv2d_recorded(input, weight, bias, *stride, *padding, *dilation)

@@ -131,10 +131,10 @@ def optimize(
     Raises:
         TypeError: ``model``, ``example_inputs``, ``skip``, ``cuda_graph`` or a flag is of the wrong
             kind.
-        ValueError: the model fails on ``example_inputs`` or cannot be copied; ``verify`` without
-            or ``select="measured"`` without ``example_inputs``; an unknown ``select`` or
-            ``memory_format``; ``cuda_graph`` for a program. ``model`` is unchanged whatever is
-            raised.
+        ValueError: the model fails on ``example_inputs``, a program does not take them, or the
+            model cannot be copied; ``verify`` or ``select="measured"`` without ``example_inputs``;
+            an unknown ``select`` or ``memory_format``; ``cuda_graph`` for a program. ``model`` is
+            unchanged whatever is raised.
     """
     if select not in get_args(Select):
         raise ValueError(f'select must be "always" or "measured", got {select!r}')

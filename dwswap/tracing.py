@@ -36,7 +36,7 @@ from dwswap.forward_code import (
     package_of,
 )
 from dwswap.frozen_norm import is_frozen_norm
-from dwswap.guarded_proxy import GuardingTracer, NotTraceable, check_arguments
+from dwswap.guarded_proxy import GuardingTracer, NotTraceable, check_arguments, check_order
 from dwswap.inference_graph import EXPORTED, FOLDED, InferenceGraph, name_taken
 from dwswap.ops import depthwise_conv2d
 from dwswap.passes.aliasing import changed_tensors
@@ -181,7 +181,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     if drew:
         raise NotTraceable("its forward draws random numbers, which a graph would freeze")
     check_arguments(graph, functions, helpers)
-    _check_order(graph)
+    check_order(graph)
     for (name, _), variable in around.items():
         if variable.is_changed:
             raise NotTraceable(f"its forward changes {name}")
@@ -200,20 +200,6 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     if computed or listed or weights.found or weights.are_among(constants.values()):
         raise NotTraceable("its forward computes with parameters, which a graph would freeze")
     return graph, constants
-
-
-def _check_order(graph: fx.Graph) -> None:
-    """Refuse what the code of a graph, which has no ``*``, cannot say."""
-    defaulted: str | None = None
-    for node in graph.nodes:
-        if node.op != "placeholder" or str(node.target).startswith("*"):
-            continue
-        if node.args:
-            defaulted = str(node.target)
-        elif defaulted is not None:
-            raise NotTraceable(
-                f"its forward has {node.target} without a default behind {defaulted} with one"
-            )
 
 
 def build_graph_module(model: nn.Module) -> InferenceGraph:

@@ -139,6 +139,13 @@ def test_a_plain_call_on_cuda_is_one_operator(device):
             ours(x)
     names = {event.key for event in profile.key_averages() if event.key.startswith("dwswap::")}
     assert names == {"dwswap::_depthwise_conv2d_direct"}
+
+
+def test_a_plain_call_that_is_recorded_on_cuda_is_one_node(device):
+    if device == "cpu":
+        pytest.skip("needs a CUDA GPU: elsewhere the node is Python")
+    ours, x = DepthwiseConv2d.from_conv2d(depthwise().to(device)), image(8).to(device)
+    ours(x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ours(x)
     names = {event.key for event in profile.key_averages() if event.key.startswith("dwswap::")}

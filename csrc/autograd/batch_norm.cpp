@@ -9,7 +9,7 @@
 namespace dwswap::autograd {
 
 // The arguments of the forward that have no gradients.
-struct Others {
+struct BatchNormArguments {
   const OptionalTensor &running_mean, &running_var, &batches;
   double momentum, eps;
   int64_t activation;
@@ -20,7 +20,7 @@ struct BatchNorm : Function<BatchNorm> {
 
   // Weight and bias are both there or neither.
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const Others& others) {
+                        const OptionalTensor& bias, const BatchNormArguments& others) {
     using Forward = std::tuple<Tensor, Tensor>(
         const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, double, double, int64_t);
@@ -74,7 +74,7 @@ Tensor batch_norm_recorded(const Tensor& input, const OptionalTensor& weight,
                            const OptionalTensor& bias, const OptionalTensor& running_mean,
                            const OptionalTensor& running_var, const OptionalTensor& batches,
                            double momentum, double eps, int64_t activation) {
-  const Others others{running_mean, running_var, batches, momentum, eps, activation};
+  const BatchNormArguments others{running_mean, running_var, batches, momentum, eps, activation};
   Tensor output = BatchNorm::apply(input, weight, bias, others);
   // Of the three aten changes only the counter in a way that autograd notices.
   if (batches.has_value() && !batches->is_inference())

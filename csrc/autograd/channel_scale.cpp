@@ -9,12 +9,12 @@
 
 namespace dwswap::autograd {
 
-using Scale = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
-using ScaleBackward = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t);
+using ScaleSignature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
+using ScaleBackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t);
 
 inline Tensor scale(const Tensor& input, const Tensor& gates, const OptionalTensor& spread,
                     int64_t activation) {
-  static const auto op = find_operator<Scale>("dwswap::_channel_scale");
+  static const auto op = find_operator<ScaleSignature>("dwswap::_channel_scale");
   return call(op, input, gates, spread, activation);
 }
 
@@ -33,27 +33,29 @@ struct Squeeze : Function<Squeeze> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Tensor &means = grads[0], &output = grads[1], &gates = grads[2];
+    // The carriers bring no gradients of theirs: that of the output, and the gates (see Excite).
+    const Tensor &grad_means = grads[0], &grad_output = grads[1], &gates = grads[2];
     const int64_t activation = ctx->saved_data["activation"].toInt();
-    if (!output.defined() || !gates.defined()) {  // the image was not scaled, or without gradient
-      if (!means.defined()) return {Tensor(), Tensor()};
+    if (!grad_output.defined() ||
+        !gates.defined()) {  // the image was not scaled, or without gradient
+      if (!grad_means.defined()) return {Tensor(), Tensor()};
       const std::vector<int64_t> sizes = ctx->saved_data["sizes"].toIntVector();
-      const Tensor each = means.reshape({sizes[0], sizes[1], 1, 1}).expand(sizes);
+      const Tensor each = grad_means.reshape({sizes[0], sizes[1], 1, 1}).expand(sizes);
       return {each.div(sizes[2] * sizes[3]), Tensor()};  // dense
     }
-    if (is_transformed(output) || is_transformed(gates) ||
-        (means.defined() && is_transformed(means))) {
-      static const auto op = find_operator<Scale>("dwswap::_channel_scale_aten");
-      return {call(op, output, gates, optional(means), activation), Tensor()};
+    if (is_transformed(grad_output) || is_transformed(gates) ||
+        (grad_means.defined() && is_transformed(grad_means))) {
+      static const auto op = find_operator<ScaleSignature>("dwswap::_channel_scale_aten");
+      return {call(op, grad_output, gates, optional(grad_means), activation), Tensor()};
     }
-    const Tensor spread = means.defined() ? means.contiguous() : means;
-    return {scale(output, gates, optional(spread), activation), Tensor()};
+    const Tensor spread = grad_means.defined() ? grad_means.contiguous() : grad_means;
+    return {scale(grad_output, gates, optional(spread), activation), Tensor()};
   }
 };
 
 // The input in a struct, as its gradient is not for this node to give. It is what is saved, and
 // not its image, so that gradients of gradients find its own graph.
-struct Scaled {
+struct ExciteArguments {
   const Tensor& input;
   int64_t activation;
 };
@@ -64,12 +66,13 @@ struct Excite : Function<Excite> {
   // Image and carrier: those of Squeeze, neither where it did not record.
   static Tensor forward(AutogradContext* ctx, const OptionalTensor& image,
                         const OptionalTensor& /* carrier */, const Tensor& gates,
-                        const Scaled& scaled) {
+                        const ExciteArguments& arguments) {
     ctx->saved_data["has_image"] = image.has_value();
-    ctx->saved_data["channels_last"] = scaled.input.is_contiguous(at::MemoryFormat::ChannelsLast);
-    ctx->saved_data["activation"] = scaled.activation;
-    ctx->save_for_backward({gates.requires_grad() ? scaled.input : Tensor(), gates});
-    return scale(scaled.input, gates, std::nullopt, scaled.activation);
+    ctx->saved_data["channels_last"] =
+        arguments.input.is_contiguous(at::MemoryFormat::ChannelsLast);
+    ctx->saved_data["activation"] = arguments.activation;
+    ctx->save_for_backward({gates.requires_grad() ? arguments.input : Tensor(), gates});
+    return scale(arguments.input, gates, std::nullopt, arguments.activation);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -77,13 +80,16 @@ struct Excite : Function<Excite> {
     const Tensor &input = saved[0], &gates = saved[1];
     const int64_t activation = ctx->saved_data["activation"].toInt();
     const bool has_image = ctx->saved_data["has_image"].toBool();
+    // The tensors that were given are counted: without image and carrier the gates are first.
     const bool needs_gates = ctx->needs_input_grad(has_image ? 2 : 0);
     Tensor grad_output = grads[0], grad_gates;
     if (is_transformed(grad_output)) {
-      static const auto op = find_operator<ScaleBackward>("dwswap::_channel_scale_backward_aten");
+      static const auto op =
+          find_operator<ScaleBackwardSignature>("dwswap::_channel_scale_backward_aten");
       if (needs_gates) grad_gates = call(op, grad_output, input, gates, activation);
     } else {
-      static const auto op = find_operator<ScaleBackward>("dwswap::_channel_scale_backward");
+      static const auto op =
+          find_operator<ScaleBackwardSignature>("dwswap::_channel_scale_backward");
       const bool last = ctx->saved_data["channels_last"].toBool();
       grad_output = grad_output.contiguous(last ? at::MemoryFormat::ChannelsLast
                                                 : at::MemoryFormat::Contiguous);
@@ -103,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> squeeze_recorded(const Tensor& input, int64_t
 
 Tensor excite_recorded(const OptionalTensor& image, const OptionalTensor& carrier,
                        const Tensor& gates, const Tensor& input, int64_t activation) {
-  return Excite::apply(image, carrier, gates, Scaled{input, activation});
+  return Excite::apply(image, carrier, gates, ExciteArguments{input, activation});
 }
 
 }  // namespace

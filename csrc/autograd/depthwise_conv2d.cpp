@@ -47,7 +47,7 @@ struct DepthwiseConv2d : Function<DepthwiseConv2d> {
       return variable_list{grad_input, grad_weight, grad_bias, Tensor()};
     };
     if (is_transformed(grads[0])) return run();
-    const at::AutoDispatchBelowAutograd below;  // whose kernel is Python
+    const at::AutoDispatchBelowAutograd below;  // past the kernel of Autograd, which is Python
     return run();
   }
 };
@@ -62,8 +62,8 @@ Tensor depthwise_conv2d_recorded(const Tensor& input, const Tensor& weight,
   const c10::DeviceType device = input.device().type();
   if (!at::autocast::is_autocast_enabled(device))
     return DepthwiseConv2d::apply(input, weight, bias, geometry);
-  // As aten casts for conv2d, but for its cache, of which weights that change in a region, and
-  // regions of another dtype inside of it, get what is old.
+  // As aten's autocast casts for conv2d, but without its cache of cast weights: that is stale where
+  // a weight changes inside a region, and of the wrong dtype in a region inside another.
   const auto cast = [device,
                      dtype = at::autocast::get_autocast_dtype(device)](const Tensor& given) {
     return at::autocast::is_eligible(given, device) ? given.to(dtype) : given;

@@ -37,7 +37,7 @@ from dwswap.cli.bench_common import (
     say,
     start_or_resume,
 )
-from dwswap.cli.common import CliError, console, positive
+from dwswap.cli.common import CliError, batch_size, console, positive
 
 __all__ = ["add_parser"]
 
@@ -58,7 +58,7 @@ def add_parser(targets: Any) -> None:
     )
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default: both")
     parser.add_argument(
-        "--batch", type=positive, metavar="N", help="default: 64 on a GPU, 1 on the CPU"
+        "--batch", type=batch_size, metavar="N", help="default: 64 on a GPU, 1 on the CPU"
     )
     parser.add_argument(
         "--select",

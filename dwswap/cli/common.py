@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 PIPE_WIDTH = 160
-MOST_ELEMENTS = 1 << 28
+MOST_INPUT_ELEMENTS = 1 << 28
 """Of one input: a gigabyte in float32, some 9,000 x 9,000 pixels; a model needs a multiple."""
 
-MOST_PICTURES = 1 << 14
-"""Of a batch: ten gigabytes of 224 x 224 pixels in float32, which the processor makes first."""
+MOST_IMAGES = 1 << 14
+"""Of a batch: ten gigabytes of 224 x 224 pixels in float32, which the CPU makes first."""
 
 
 class CliError(Exception):
@@ -122,19 +122,19 @@ def input_shape(text: str) -> tuple[int, ...]:
     if len(sizes) == 1:
         sizes *= 2
     shape = (1, 3, *sizes) if len(sizes) == 2 else sizes
-    if math.prod(shape) > MOST_ELEMENTS:
+    if math.prod(shape) > MOST_INPUT_ELEMENTS:
         raise argparse.ArgumentTypeError(
-            f"sizes must make an input of at most {MOST_ELEMENTS:,} elements, got {text!r}: "
+            f"sizes must make an input of at most {MOST_INPUT_ELEMENTS:,} elements, got {text!r}: "
             f"{math.prod(shape):,}"
         )
     return shape
 
 
 def batch_size(text: str) -> int:
-    """The number of pictures that a command line argument gives."""
+    """The number of images of a batch that a command line argument gives."""
     count = positive(text)
-    if count > MOST_PICTURES:
-        raise argparse.ArgumentTypeError(f"must be at most {MOST_PICTURES:,}, got {text!r}")
+    if count > MOST_IMAGES:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_IMAGES:,}, got {text!r}")
     return count
 
 

@@ -117,11 +117,10 @@ def run(args: argparse.Namespace) -> int:
         return _failed(f"{error}{hint}")
     except OSError as error:
         raise CliError(f"cannot write {args.output}: {error.strerror or error}") from error
-    except ModuleNotFoundError as error:
-        raise CliError(str(error)) from error
-    except ValueError as error:
+    except (ModuleNotFoundError, ValueError) as error:
         shape = "x".join(map(str, (1, *example.shape[1:])))
-        raise CliError(f"--size {shape}: {error}") from error
+        about_inputs = str(error).startswith("example_inputs")
+        raise CliError(f"--size {shape}: {error}" if about_inputs else str(error)) from error
     size, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
     say(out, "saved", f"{path}, {size:.1f} MB as {format} after {seconds:.1f} s")
     try:

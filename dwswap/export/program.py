@@ -66,7 +66,11 @@ def to_program(
                 dynamic_shapes=dynamic_shapes,
             )
     except Exception as error:  # whatever a user's model, or a trace of it, raises
-        observe_shapes(model, arguments)  # which says so where the inputs are wrong
+        try:
+            observe_shapes(model, arguments)
+        except ValueError as refused:
+            if str(refused).startswith("example_inputs"):  # not that the model cannot be copied
+                raise
         raise ExportError(
             f"torch.export cannot export {type(model).__name__}: {summary(error)}"
         ) from error
@@ -200,7 +204,12 @@ def _batch_shapes(model: nn.Module, arguments: Arguments) -> dict[str, Any]:
 
 
 def _check_dynamic_shapes(model: nn.Module, arguments: Arguments, shapes: Any) -> None:
-    """Refuse what torch.export fails on without a word of it."""
+    """Refuse ``dynamic_shapes`` that torch.export fails on without naming them.
+
+    Raises:
+        TypeError: it is no dict, tuple or list.
+        ValueError: a dimension that the tensor does not have.
+    """
     if isinstance(shapes, (ShapesCollection, AdditionalInputs)):
         return
     if not isinstance(shapes, (dict, tuple, list)):
