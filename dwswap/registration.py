@@ -209,21 +209,15 @@ def _apply_plain(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any)
     """``args``: the other six of the operator, in its order."""
     if not needs_gradient(input, weight, bias, args[3]):
         return _at_once(input, weight, bias, *args)
-    if _has_node(input, *args):
-        return _recorded_by_node(input, weight, bias, *args)
+    if _has_node(input, *args[3:]):
+        return _recorded_by_node(input, weight, bias, *args[:3])
     if not input.is_complex():
         return recorded(_at_once, input, weight, bias, *args)
     return depthwise_conv2d(input, weight, bias, *args)
 
 
 def _has_node(
-    input: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    input_bias: Tensor | None,
-    input_activation: str,
-    activation: str,
+    input: Tensor, input_bias: Tensor | None, input_activation: str, activation: str
 ) -> bool:
     """Whether a node in C++ can record the call: on CUDA, the kernels loaded, the dtype real, and
     neither an input_bias nor an activation, which the node has no arguments for."""
@@ -237,13 +231,7 @@ def _has_node(
 
 
 def _recorded_by_node(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    *absorbed: Any,  # none of it, see _has_node
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints
 ) -> Tensor:
     """See :func:`_has_node`; under autocast the node casts."""
     return depthwise_conv2d_recorded(input, weight, bias, *stride, *padding, *dilation)
@@ -270,8 +258,8 @@ def apply(plain: bool, input: Tensor, weight: Tensor, bias: Tensor | None, *args
         if any_autocast():
             device_type = input.device.type
             if device_type in _PLAIN_AUTOCAST and torch.is_autocast_enabled(device_type):
-                if needs_gradient(input, weight, bias) and _has_node(input, *args):
-                    return _recorded_by_node(input, weight, bias, *args)
+                if needs_gradient(input, weight, bias) and _has_node(input, *args[3:]):
+                    return _recorded_by_node(input, weight, bias, *args[:3])
                 return _PLAIN_AUTOCAST[device_type](input, weight, bias, *args)
         return _apply_plain(input, weight, bias, *args)
     if (

@@ -60,10 +60,8 @@ struct BatchNorm : Function<BatchNorm> {
     using Backward = Gradients(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                int64_t, std::array<bool, 3>);
     static const auto op = find_operator<Backward>("dwswap::_batch_norm_backward");
-    const bool last = input.is_contiguous(at::MemoryFormat::ChannelsLast);
-    const auto layout = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    const auto [grad_input, grad_weight, grad_bias] =
-        call(op, grad_output.contiguous(layout), input, stats, weight, activation, wanted);
+    const auto [grad_input, grad_weight, grad_bias] = call(
+        op, grad_output.contiguous(layout_of(input)), input, stats, weight, activation, wanted);
     return {grad_input, grad_weight, grad_bias, Tensor()};
   }
 };

@@ -36,8 +36,8 @@ struct Squeeze : Function<Squeeze> {
     // The carriers bring no gradients of theirs: that of the output, and the gates (see Excite).
     const Tensor &grad_means = grads[0], &grad_output = grads[1], &gates = grads[2];
     const int64_t activation = ctx->saved_data["activation"].toInt();
-    if (!grad_output.defined() ||
-        !gates.defined()) {  // the image was not scaled, or without gradient
+    // The image was not scaled, or without gradient.
+    if (!grad_output.defined() || !gates.defined()) {
       if (!grad_means.defined()) return {Tensor(), Tensor()};
       const std::vector<int64_t> sizes = ctx->saved_data["sizes"].toIntVector();
       const Tensor each = grad_means.reshape({sizes[0], sizes[1], 1, 1}).expand(sizes);
@@ -68,8 +68,7 @@ struct Excite : Function<Excite> {
                         const OptionalTensor& /* carrier */, const Tensor& gates,
                         const ExciteArguments& arguments) {
     ctx->saved_data["has_image"] = image.has_value();
-    ctx->saved_data["channels_last"] =
-        arguments.input.is_contiguous(at::MemoryFormat::ChannelsLast);
+    ctx->saved_data["layout"] = static_cast<int64_t>(layout_of(arguments.input));
     ctx->saved_data["activation"] = arguments.activation;
     ctx->save_for_backward({gates.requires_grad() ? arguments.input : Tensor(), gates});
     return scale(arguments.input, gates, std::nullopt, arguments.activation);
@@ -90,9 +89,8 @@ struct Excite : Function<Excite> {
     } else {
       static const auto op =
           find_operator<ScaleBackwardSignature>("dwswap::_channel_scale_backward");
-      const bool last = ctx->saved_data["channels_last"].toBool();
-      grad_output = grad_output.contiguous(last ? at::MemoryFormat::ChannelsLast
-                                                : at::MemoryFormat::Contiguous);
+      const auto layout = static_cast<at::MemoryFormat>(ctx->saved_data["layout"].toInt());
+      grad_output = grad_output.contiguous(layout);
       if (needs_gates) grad_gates = call(op, grad_output, input, gates, activation);
     }
     if (!has_image || !ctx->needs_input_grad(0)) return {Tensor(), Tensor(), grad_gates, Tensor()};

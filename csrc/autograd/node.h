@@ -31,6 +31,12 @@ inline OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
+// That of a dense image.
+inline at::MemoryFormat layout_of(const Tensor& image) {
+  return image.is_contiguous(at::MemoryFormat::ChannelsLast) ? at::MemoryFormat::ChannelsLast
+                                                             : at::MemoryFormat::Contiguous;
+}
+
 // The operator of that name; the lookup takes a lock.
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
