@@ -331,6 +331,19 @@ ROWS = {
     "plane strips, 7 columns are a row": replace(
         PAIRED_STRIPS, kernels=SQUARES, dtypes=FAST, sizes=((7, 7), (3, 7))
     ),
+    # Threads that hold their rows, those of pairs in large problems alone.
+    "plane strips, many taps": replace(
+        PAIRED_STRIPS,
+        kernels=SQUARES[1:],
+        dtypes=FAST,
+        sizes=((14, 28), (12, 20), (30, 56), (12, 300), (112, 28), (112, 156), (9, 9), (9, 230)),
+    ),
+    "plane strips, large": replace(
+        PAIRED_STRIPS,
+        channels=(57,),
+        sizes=((21, 56), (14, 300), (56, 230), (42, 156), (7, 18)),
+        least_outputs=17_000_000,
+    ),
     # Even rows, whose windows begin at other places.
     "plane strips, pairs without padding": replace(
         PAIRED_STRIPS, extra_padding=(-1, -1), sizes=((20, 32), (9, 16), (9, 9), (57, 152))

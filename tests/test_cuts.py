@@ -38,8 +38,13 @@ def test_plane_strips_can_always_be_launched(cuts):
     ]
     runs = list(itertools.product(problems, DEVICES))
     for (problem, device), cut in zip(runs, cuts("plane_strips", runs), strict=True):
-        columns, planes, rows, lanes, groups, stages, buffers, in_bytes, out_bytes, shared, _ = cut
+        columns, holds, planes, rows, lanes, groups, *memory, _ = cut
+        stages, buffers, in_bytes, out_bytes, shared = memory
         what = f"{problem} on {device}: {cut}"
+        if holds:
+            assert (columns > 1, problem.stride) == (True, 1), what
+            assert -(-rows // groups) <= 7, what
+            assert problem.kernel_h > 3 or (problem.element_bytes == 2 and columns != 6), what
         if columns not in (1, 7):
             assert columns in (6, 8, 10, 14), what
             assert problem.element_bytes == 2, what
@@ -62,13 +67,13 @@ def test_kernel_cases_have_every_thread_of_plane_strips(cuts):
     """On an H200; small problems have threads of one column."""
     found = set()
     names = {f"{columns} columns": columns for columns in (6, 8, 10, 14)}
-    for name, columns in {**names, "7 columns are a row": 7, "stride 2": 7}.items():
+    for name, columns in {**names, "stride 2": 7}.items():
         problems = [
             Problem(case.batch or 1, *case.input_shape[-3:], *case.kernel, case.stride[0], 2)
             for case in kernel_problems(ROWS[f"plane strips, {name}"], torch.float16)
         ]
         chosen = cuts("plane_strips", [(problem, DEVICES[0]) for problem in problems])
-        for problem, (picked, planes, rows, *_) in zip(problems, chosen, strict=True):
+        for problem, (picked, _, planes, rows, *_) in zip(problems, chosen, strict=True):
             assert picked == columns, problem
             assert problem.stride == 1 or problem.width % 2 == 0, problem
             ragged_row = problem.out_w % columns != 0
@@ -79,10 +84,38 @@ def test_kernel_cases_have_every_thread_of_plane_strips(cuts):
         *((6, 1, last, several, strips) for last in both for several, strips in UNITS),
         *((8, 1, False, *unit) for unit in UNITS),
         *((10, 1, last, *unit) for last in both for unit in UNITS),
-        (7, 1, False, True, False),
         *((7, 2, last, *unit) for last in both for unit in UNITS),
         (14, 1, False, True, False),
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kernel_cases_have_threads_of_plane_strips_that_hold_their_rows(cuts, dtype):
+    """On an H200: and where they may, such that walk."""
+    found, half = set(), dtype == torch.float16
+    for name in ("7 columns are a row", "many taps", *(["large"] if half else [])):
+        problems = [
+            Problem(case.batch or 1, *case.input_shape[-3:], *case.kernel, 1, dtype.itemsize)
+            for case in kernel_problems(ROWS[f"plane strips, {name}"], dtype)
+        ]
+        chosen = cuts("plane_strips", [(problem, DEVICES[0]) for problem in problems])
+        for problem, (columns, holds, planes, rows, *_) in zip(problems, chosen, strict=True):
+            whole = problem.height == problem.width == columns
+            unit = (planes > 1, rows < problem.out_h)
+            found.add((problem.kernel_h, columns, whole, bool(holds), *unit))
+    # Kernel; columns, and whether a thread has a plane of them; whether it holds; units.
+    assert found >= {
+        *((kernel, 7, True, True, True, False) for kernel in (5, 7)),
+        *((kernel, 7, False, True, *unit) for kernel in (5, 7) for unit in UNITS),
+        (3, 7, True, half, True, False),
+    }
+    assert {kernel for kernel, columns, _, holds, *_ in found if columns == 7 and not holds} >= {
+        5,
+        7,
+    }
+    if half:
+        pairs = {(8, True, False), (10, True, False), (10, False, False), (10, False, True)}
+        assert found >= {(3, columns, False, True, *unit) for columns, *unit in pairs}
 
 
 def test_kernel_cases_have_four_columns_of_channel_direct(cuts):
@@ -270,7 +303,7 @@ def test_the_search_is_short_on_tall_images(cuts, height):
 def test_a_row_that_fills_a_stage(cuts):
     problem = Problem(2, 3, 1000, 16000, 1, 3, 1, 2)
     assert fits(problem)
-    ((_, planes, rows, *_),) = cuts("plane_strips", [(problem, DEVICES[2])])
+    ((_, _, planes, rows, *_),) = cuts("plane_strips", [(problem, DEVICES[2])])
     assert (planes, rows) == (1, 1)
 
 

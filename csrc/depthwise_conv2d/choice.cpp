@@ -9,6 +9,7 @@
 #include "common/integer.h"
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/plane_bands_cut.h"
+#include "depthwise_conv2d/plane_strips_cut.h"
 
 namespace dwswap {
 namespace {
@@ -125,7 +126,8 @@ bool suits_diagonal(const DepthwiseConv2dParams& p) {
 
 // It computes whole tiles of columns, and a small problem is over before the bands are loaded; that
 // of few images all the more, as the walks of a product are short pieces of them. Long rows with
-// stride 2 were faster in plane_strips, and 9 columns, of which the second tile has one.
+// stride 2 were faster in plane_strips, 9 columns, of which the second tile has one, and planes
+// that its threads hold.
 bool suits_plane_bands(const DepthwiseConv2dParams& p) {
   constexpr int64_t kTile = plane_bands::kTile, kLongRow = 64;
   const bool few_taps = p.kernel_w == 5 && p.stride_w == 1;
@@ -133,6 +135,7 @@ bool suits_plane_bands(const DepthwiseConv2dParams& p) {
       few_taps ? limit_by_images(p, 15000, 3000) : limit_by_images(p, 10000, 2500);
   if (outputs_per_multiprocessor(p) < enough) return false;
   if (p.stride_w == 2 && p.out_w > kLongRow) return false;
+  if (p.stride_w == 1 && plane_strips::holds_plane(plane_strips::kWideColumns, p, 2)) return false;
   const int64_t least = p.kernel_w == 7 ? kTile - 1 : kTile;
   return std::min(p.out_h, p.out_w) >= least && p.out_w != kTile + 1;
 }

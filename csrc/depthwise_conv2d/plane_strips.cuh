@@ -6,8 +6,8 @@
 // sm_90 and by asynchronous copies of 16 bytes elsewhere: rows of 7 or 14 elements are not aligned,
 // but a piece is, once it is rounded outwards. Its outputs, one piece as well, leave the same way.
 //
-// A thread owns some neighbouring columns and walks down their rows: an input row is read once per
-// thread and used by every output whose window holds it. What lies beside the image is masked.
+// A thread owns some neighbouring columns and reads each of their rows once, for every output whose
+// window holds it. What lies beside the image is masked.
 #pragma once
 
 #include <algorithm>
@@ -138,6 +138,13 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   };
   const auto buffer_at = [&](int i) { return reinterpret_cast<T*>(buffers + i * a.out_bytes); };
   __shared__ uint64_t arrived[kMaxStages];
+  // A row outside the image for hold(), in which accesses are as aligned as in those inside.
+  constexpr int STEP = Traits::kInputTogether, EDGE = Traits::kMaxPaddingW;
+  constexpr int ZEROS = Traits::kHolds ? Traits::kInputColumns + STEP : 1;
+  __shared__ __align__(kVectorBytes) T row_of_zeros[ZEROS];
+  static_assert(sizeof(arrived) + sizeof(row_of_zeros) <= kStaticBytes);
+  if (threadIdx.x < ZEROS) row_of_zeros[threadIdx.x] = narrow<T>(0.0f);
+  const T* const zeros = row_of_zeros + (STEP - EDGE % STEP) % STEP;
 
   // This block's share of the list: at most one unit more or less than another's.
   const auto block = static_cast<int>(blockIdx.x);
@@ -230,7 +237,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
       w.row = plane + w.ih * a.in_w + iw;
       w.out = buffer_at(buffer) + misalignment(target) + (p * unit.rows + own_row) * a.out_w + ow;
       w.skipped = own - ow;
-      walk<Traits>(w, taps, bias, input_bias, a);
+      if constexpr (Traits::kHolds) {
+        hold<Traits>(w, taps, bias, input_bias, zeros, a);
+      } else {
+        walk<Traits>(w, taps, bias, input_bias, a);
+      }
       if (column_step >= a.out_w) break;  // all columns at once, as a rule
       move_to(own + column_step);
     }
@@ -321,12 +332,20 @@ cudaError_t launch_columns(const DepthwiseConv2dParams& p, const Cut& cut, const
     status = visit_form(form_of(p), [&]<Form FORM>(std::integral_constant<Form, FORM>) {
       constexpr Form FOUND = relu_as_clamp(FORM);
       constexpr Form COMPILED = has_form(FOUND, KH, KW, N) ? FOUND : Form::kAny;
-      return launch<Traits<T, KH, KW, S, N, ROWS, COMPILED>>(p, cut, device, bulk, stream);
+      // The code of all activations behind every row of an unrolled loop would be 100 KB.
+      if constexpr (has_holding(KH, KW, S, N, ROWS, sizeof(T)) && COMPILED != Form::kAny) {
+        if (cut.holds)
+          return launch<Traits<T, KH, KW, S, N, ROWS, true, COMPILED>>(p, cut, device, bulk,
+                                                                       stream);
+      }
+      return launch<Traits<T, KH, KW, S, N, ROWS, false, COMPILED>>(p, cut, device, bulk, stream);
     });
   };
   const auto launch_if = [&]<int N>() {
     if (cut.columns != N) return;
-    const Rows rows = rows_of(N, p, sizeof(T));
+    Rows rows = rows_of(N, p, sizeof(T));
+    // Planes of other heights have rows beyond that are there.
+    if (cut.holds && !holds_plane(N, p, sizeof(T))) rows = Rows::kAny;
     if constexpr (has_whole_rows(KH, KW, S, N)) {
       if (rows == Rows::kWhole) return launch_as.template operator()<N, Rows::kWhole>();
     }

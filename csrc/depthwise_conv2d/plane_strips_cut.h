@@ -11,7 +11,7 @@ namespace plane_strips {
 
 constexpr int kMaxStages = 2;
 constexpr int kStageBytes = 32 * 1024;
-constexpr int kStaticBytes = 64;  // of shared memory: the barriers
+constexpr int kStaticBytes = 128;  // of shared memory: the barriers and a row of zeros
 static_assert(kMaxStages == 2, "wait_for_groups and the cuts count on it");
 // Behind and in front of every piece, for what a thread reads beside its rows and masks.
 constexpr int kMargin = 16;
@@ -61,10 +61,16 @@ constexpr int resident_blocks(int kernel_h, int kernel_w, int stride, int column
 // One stage and one buffer fit every GPU, so a problem that is covered has a cut.
 static_assert(2 * (kStageBytes + 3 * kVectorBytes) + kStaticBytes <= Device{}.shared_per_block);
 
+// Rows of output whose sums a thread holds at once, at most; one that does not hold walks down as
+// many rows as there are, with the sums of those that its last row of input has not completed.
+constexpr int kHeldRows = 7;
+static_assert(kHeldRows == kWideColumns, "a thread of so many columns holds a plane");
+
 // How a problem is cut: into units of whole planes, or of a strip of rows of one plane; and a unit
 // into threads.
 struct Cut {
   int columns;          // of output, per thread
+  bool holds;           // its rows
   int planes, rows;     // of output, per unit
   int lanes;            // threads along a row
   int groups;           // threads along the rows
@@ -97,6 +103,11 @@ inline bool is_compiled(const DepthwiseConv2dParams& p) {
   return false;
 }
 
+// 5 x 5 and 7 x 7: half of the time that all sizes take to compile.
+constexpr bool has_many_taps(int64_t kernel_h, int64_t kernel_w) {
+  return kernel_h * kernel_w > 21;
+}
+
 // The sizes with paired columns.
 constexpr bool has_pairs(int64_t kernel_h, int64_t kernel_w, int64_t stride) {
   return kernel_h == 3 && kernel_w == 3 && stride == 1;
@@ -127,6 +138,22 @@ inline Rows rows_of(int columns, const DepthwiseConv2dParams& p, int element_byt
   return even && has_even_rows(kh, kw, stride, columns, element_bytes) ? Rows::kEven : Rows::kAny;
 }
 
+// The sizes with threads that hold their rows. Of 3 x 3 in half precision those of many pairs, and
+// those that have a whole plane; the others are faster on their way down (benchmarks/NOTES.md).
+constexpr bool has_holding(int64_t kernel_h, int64_t kernel_w, int64_t stride, int columns,
+                           Rows rows, int element_bytes) {
+  if (stride != 1 || kernel_h != kernel_w || columns == 1) return false;
+  if (has_many_taps(kernel_h, kernel_w)) return true;
+  const bool many_pairs = columns == kVectorColumns || columns == 10;
+  return element_bytes == 2 && (many_pairs || (columns == kWideColumns && rows == Rows::kWhole));
+}
+
+// Whether a thread that holds its rows has a plane.
+inline bool holds_plane(int columns, const DepthwiseConv2dParams& p, int element_bytes) {
+  return rows_of(columns, p, element_bytes) == Rows::kWhole && p.in_h == kHeldRows &&
+         p.out_h == kHeldRows;
+}
+
 // Whether threads of so many columns can have a problem: of pairs and vectors, each finds its own
 // in whole words.
 inline bool allows(int columns, const DepthwiseConv2dParams& p, int element_bytes) {
@@ -135,11 +162,6 @@ inline bool allows(int columns, const DepthwiseConv2dParams& p, int element_byte
   if (element_bytes != 2 || !has_pairs(p.kernel_h, p.kernel_w, p.stride_h)) return false;
   if (columns == kWholeColumns) return rows_of(columns, p, element_bytes) == Rows::kWhole;
   return p.padding_w == p.kernel_w / 2 && p.in_w % together_of(columns) == 0;
-}
-
-// 5 x 5 and 7 x 7: half of the time that all sizes take to compile.
-constexpr bool has_many_taps(int64_t kernel_h, int64_t kernel_w) {
-  return kernel_h * kernel_w > 21;
 }
 
 // Compiled by a file per element type and kind of thread; of those that take long, by one for few

@@ -1,4 +1,5 @@
-// What a thread of plane_strips does of a unit: it walks down the rows of its columns.
+// What a thread of plane_strips does of a unit: it walks down the rows of its columns, or holds the
+// sums of a few.
 #pragma once
 
 #include "common/numeric.cuh"
@@ -18,7 +19,8 @@ constexpr bool has_form(Form form, int kernel_h, int kernel_w, int columns) {
   return kernel_h == kernel_w && kernel_h <= 5 && columns > 1;
 }
 
-template <typename T_, int KH_, int KW_, int STRIDE_, int COLUMNS_, Rows ROWS_, Form FORM_>
+template <typename T_, int KH_, int KW_, int STRIDE_, int COLUMNS_, Rows ROWS_, bool HOLDS_,
+          Form FORM_>
 struct Traits {
   using T = T_;
   static constexpr Form kForm = FORM_;
@@ -38,6 +40,12 @@ struct Traits {
     return kWhole && (column < kMaxPaddingW || column >= kMaxPaddingW + COLUMNS_);
   }
   static constexpr int kOpenRows = open_rows(KH_, STRIDE_);
+  static constexpr bool kHolds = HOLDS_;
+  // A thread holds a plane: of the rows of input that its outputs see, these are not there.
+  static constexpr bool kWholePlane = kHolds && kWhole;
+  static constexpr bool is_beyond(int row) {
+    return kWholePlane && (row < KH_ / 2 || row >= KH_ / 2 + kHeldRows);
+  }
   static constexpr int kMaxThreads = max_threads(KH_, KW_, STRIDE_, COLUMNS_);
   static constexpr int kMinBlocks = resident_blocks(KH_, KW_, STRIDE_, COLUMNS_);
 };
@@ -111,18 +119,72 @@ __device__ __forceinline__ void store_row(typename Traits::T* out,
   }
 }
 
+// The elements that a thread sees of a row as the taps see them: activated, and zero where they lie
+// beside the image, or above or below it: where `inside` is not.
+template <typename Traits>
+__device__ __forceinline__ void transform_row(float (&x)[Traits::kInputColumns], bool inside,
+                                              int iw, float input_bias, const Arguments& a) {
+  constexpr Form FORM = Traits::kForm;
+  constexpr int N = Traits::kInputColumns;
+  const float low = low_of(a.input_activation), high = high_of(a.input_activation);
+#pragma unroll
+  for (int c = 0; c < N; ++c) {
+    if (Traits::is_outside(c)) continue;
+    if constexpr (FORM == Form::kClamp) x[c] = inside ? clamp(x[c] + input_bias, low, high) : 0.0f;
+    if constexpr (FORM == Form::kHardswish) x[c] = inside ? hardswish_of(x[c] + input_bias) : 0.0f;
+    if constexpr (FORM == Form::kSilu) x[c] = inside ? silu_of(x[c] + input_bias) : 0.0f;
+  }
+#pragma unroll
+  for (int c = 0; c < Traits::kMaxPaddingW && !Traits::kWhole; ++c) {
+    if (iw + c < 0) x[c] = 0.0f;
+    if (iw + N - 1 - c >= a.in_w) x[N - 1 - c] = 0.0f;
+  }
+}
+
+// sums += one row of taps, the one with `first_tap`.
+template <typename Traits>
+__device__ __forceinline__ void add_row(float (&sums)[Traits::kColumns],
+                                        const float (&x)[Traits::kInputColumns],
+                                        const float (&taps)[Traits::kKernelH * Traits::kKernelW],
+                                        int first_tap) {
+  constexpr int S = Traits::kStride;
+#pragma unroll
+  for (int kw = 0; kw < Traits::kKernelW; ++kw) {
+#pragma unroll
+    for (int i = 0; i < Traits::kColumns; ++i) {
+      if (!Traits::is_outside(i * S + kw)) sums[i] += x[i * S + kw] * taps[first_tap + kw];
+    }
+  }
+}
+
+// A row of output that is complete.
+template <typename Traits>
+__device__ __forceinline__ void finish_row(float (&sums)[Traits::kColumns],
+                                           Walk<typename Traits::T>& w, const Arguments& a) {
+  constexpr Form FORM = Traits::kForm;
+  const float low = low_of(a.activation), high = high_of(a.activation);
+  if constexpr (FORM == Form::kAny) activate(sums, a.activation);
+#pragma unroll
+  for (int i = 0; i < Traits::kColumns; ++i) {
+    if constexpr (FORM == Form::kClamp) sums[i] = clamp(sums[i], low, high);
+    if constexpr (FORM == Form::kHardswish) sums[i] = hardswish_of(sums[i]);
+    if constexpr (FORM == Form::kSilu) sums[i] = silu_of(sums[i]);
+  }
+  if (a.ragged) {
+    store_row<Traits>(w.out, sums, true, w.skipped);
+  } else {
+    store_row<Traits>(w.out, sums, false, 0);
+  }
+  w.out += a.out_w;
+}
+
 template <typename Traits>
 __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
                                      const float (&taps)[Traits::kKernelH * Traits::kKernelW],
                                      float bias, float input_bias, const Arguments& a) {
-  using T = typename Traits::T;
-  constexpr Form FORM = Traits::kForm;
   constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, S = Traits::kStride;
-  constexpr int COLUMNS = Traits::kColumns, IN_COLUMNS = Traits::kInputColumns;
-  constexpr int EDGE = Traits::kMaxPaddingW, OPEN = Traits::kOpenRows;
-  constexpr int UNROLL = FORM == Form::kAny ? 1 : unrolled_rows(KH, KW, S);
-  const float in_low = low_of(a.input_activation), in_high = high_of(a.input_activation);
-  const float low = low_of(a.activation), high = high_of(a.activation);
+  constexpr int COLUMNS = Traits::kColumns, OPEN = Traits::kOpenRows;
+  constexpr int UNROLL = Traits::kForm == Form::kAny ? 1 : unrolled_rows(KH, KW, S);
 
   // sums[q] is the row of output whose window began q steps ago; a step takes S rows of input.
   float sums[OPEN][COLUMNS];
@@ -132,32 +194,13 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
     for (int i = 0; i < COLUMNS; ++i) sums[q][i] = bias;
   }
   const auto take_row = [&](int j, int oldest) {
-    float x[IN_COLUMNS];
+    float x[Traits::kInputColumns];
     load_row<Traits>(w.row, x);
-#pragma unroll
-    for (int c = 0; c < IN_COLUMNS; ++c) {
-      if (Traits::is_outside(c)) continue;
-      if constexpr (FORM == Form::kClamp) x[c] = clamp(x[c] + input_bias, in_low, in_high);
-      if constexpr (FORM == Form::kHardswish) x[c] = hardswish_of(x[c] + input_bias);
-      if constexpr (FORM == Form::kSilu) x[c] = silu_of(x[c] + input_bias);
-    }
-#pragma unroll
-    for (int c = 0; c < EDGE && !Traits::kWhole; ++c) {
-      constexpr int LAST = IN_COLUMNS - 1;
-      if (w.iw + c < 0) x[c] = 0.0f;
-      if (w.iw + LAST - c >= a.in_w) x[LAST - c] = 0.0f;
-    }
+    transform_row<Traits>(x, true, w.iw, input_bias, a);
 #pragma unroll
     for (int q = 0; q < OPEN; ++q) {
       const int kh = S * q + j;
-      if (q > oldest || kh >= KH) continue;
-#pragma unroll
-      for (int kw = 0; kw < KW; ++kw) {
-#pragma unroll
-        for (int i = 0; i < COLUMNS; ++i) {
-          if (!Traits::is_outside(i * S + kw)) sums[q][i] += x[i * S + kw] * taps[kh * KW + kw];
-        }
-      }
+      if (q <= oldest && kh < KH) add_row<Traits>(sums[q], x, taps, kh * KW);
     }
   };
   const auto next_row = [&] { ++w.ih, w.row += a.in_w; };
@@ -174,26 +217,7 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
     for (int i = 0; i < COLUMNS; ++i) sums[0][i] = bias;
   };
   const auto finish = [&] {
-    auto& finished = sums[OPEN - 1];
-    if constexpr (FORM == Form::kAny) activate(finished, a.activation);
-    if constexpr (FORM == Form::kClamp) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) finished[i] = clamp(finished[i], low, high);
-    }
-    if constexpr (FORM == Form::kHardswish) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) finished[i] = hardswish_of(finished[i]);
-    }
-    if constexpr (FORM == Form::kSilu) {
-#pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) finished[i] = silu_of(finished[i]);
-    }
-    if (a.ragged) {
-      store_row<Traits>(w.out, finished, true, w.skipped);
-    } else {
-      store_row<Traits>(w.out, finished, false, 0);
-    }
-    w.out += a.out_w;
+    finish_row<Traits>(sums[OPEN - 1], w, a);
     next_sums();
   };
 
@@ -223,6 +247,40 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
       if (inside()) take_row(j, OPEN - 1);
     }
     finish();
+  }
+}
+
+// At most kHeldRows rows, without a loop or a branch: a row of input that is not in the piece is
+// the one of `zeros`, so the loads of a row come before the multiply-adds of those above.
+template <typename Traits>
+__device__ __forceinline__ void hold(Walk<typename Traits::T> w,
+                                     const float (&taps)[Traits::kKernelH * Traits::kKernelW],
+                                     float bias, float input_bias, const typename Traits::T* zeros,
+                                     const Arguments& a) {
+  constexpr int KH = Traits::kKernelH, KW = Traits::kKernelW, ROWS = kHeldRows;
+  static_assert(Traits::kStride == 1);
+  float sums[ROWS][Traits::kColumns];
+#pragma unroll
+  for (int i = 0; i < ROWS + KH - 1; ++i, ++w.ih, w.row += a.in_w) {
+    float x[Traits::kInputColumns];
+    if (!Traits::is_beyond(i)) {
+      const bool inside =
+          Traits::kWholePlane || static_cast<unsigned>(w.ih) < static_cast<unsigned>(w.in_rows);
+      load_row<Traits>(inside ? w.row : zeros, x);
+      transform_row<Traits>(x, inside, w.iw, input_bias, a);
+    }
+    if (i < ROWS) {
+#pragma unroll
+      for (float& sum : sums[i]) sum = bias;
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (r <= i && i < r + KH && !Traits::is_beyond(i))
+        add_row<Traits>(sums[r], x, taps, (i - r) * KW);
+    }
+    if (i < KH - 1) continue;
+    if (!Traits::kWholePlane && i - (KH - 1) >= w.rows) return;
+    finish_row<Traits>(sums[i - (KH - 1)], w, a);
   }
 }
 

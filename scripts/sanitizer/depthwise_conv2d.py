@@ -98,6 +98,15 @@ def problems() -> Iterator[Problem]:
         for height, width in ((9, 14), (9, 22), (112, 46), (9, 8), (112, 64), (3, 18), (57, 156)):
             shape = (2_000_000 // (96 * height * width), 96, height, width)
             yield large._replace(shape=shape)
+        # Threads that hold their rows: a plane, those of many taps, and of pairs in large problems.
+        if size == (3, 3):
+            yield large._replace(shape=(240, 57, 21, 56))
+            yield large._replace(shape=(23, 57, 56, 230))
+        else:
+            for height, width in ((14, 28), (12, 20), (30, 56), (12, 300), (112, 156)):
+                shape = (1_700_000 // (96 * height * width), 96, height, width)
+                yield large._replace(shape=shape)
+                yield large._replace(shape=shape, dtype=torch.float32)
         # plane_strips: stride 2, rows in words. rolling_rows: some and many outputs of a thread.
         for portable in (False, True):
             even = large._replace(stride=2, portable=portable)
