@@ -117,19 +117,59 @@ struct Costs {
   double overlap;                 // exponent of the norm of what goes on at once
   double scale;                   // of all of it, next to that of the others
   // Where the code is longer than the instruction cache, by the square of its length in thousands:
-  double lone_warp;   // in a block of its own: others run the same code a little later
-  double crowd;       // per 8 warps of a multiprocessor beyond 8
-  double read_twice;  // what a unit reads beyond what it writes, over that
+  double lone_warp = 0.0;   // in a block of its own: others run the same code a little later
+  double crowd = 0.0;       // per 8 warps of a multiprocessor beyond 8
+  double read_twice = 0.0;  // what a unit reads beyond what it writes, over that
 };
 
 // Fitted on an H200, batch 64. Of the cuts measured of a problem, the one of the least estimate
 // takes 2 % longer than the best where threads walk (27,000 measurements of 1070 problems) or have
 // a plane, 3 % where they hold their rows (9,000 of 310).
-constexpr Costs kWalking{180, 660, 50, 1.0, 180, 0.33, 3.3, 0.68, 0.57, 0.45, 3.0, 1.0, 0, 0, 0};
-constexpr Costs kHoldingFewTaps{893,  941,  82,  1.18,  381, 0.077, 3.67, 0.31,
-                                0.95, 1.99, 6.5, 0.783, 0,   0,     0};
-constexpr Costs kHoldingManyTaps{640,   103,   8.17, 0.231, 125,  0.02,  4.0, 1.4,
-                                 0.957, 0.021, 6.25, 0.95,  0.01, 0.033, 1.93};
+constexpr Costs kWalking{
+    .unit_instructions = 180,
+    .latency = 660,
+    .copy_bytes_per_clock = 50,
+    .second_stage = 1.0,
+    .buffer_clocks = 180,
+    .clocks_per_instruction = 0.33,
+    .instructions_per_clock = 3.3,
+    .uneven = 0.68,
+    .shared_clocks = 0.57,
+    .first = 0.45,
+    .overlap = 3.0,
+    .scale = 1.0,
+};
+constexpr Costs kHoldingFewTaps{
+    .unit_instructions = 893,
+    .latency = 941,
+    .copy_bytes_per_clock = 82,
+    .second_stage = 1.18,
+    .buffer_clocks = 381,
+    .clocks_per_instruction = 0.077,
+    .instructions_per_clock = 3.67,
+    .uneven = 0.31,
+    .shared_clocks = 0.95,
+    .first = 1.99,
+    .overlap = 6.5,
+    .scale = 0.783,
+};
+constexpr Costs kHoldingManyTaps{
+    .unit_instructions = 640,
+    .latency = 103,
+    .copy_bytes_per_clock = 8.17,
+    .second_stage = 0.231,
+    .buffer_clocks = 125,
+    .clocks_per_instruction = 0.02,
+    .instructions_per_clock = 4.0,
+    .uneven = 1.4,
+    .shared_clocks = 0.957,
+    .first = 0.021,
+    .overlap = 6.25,
+    .scale = 0.95,
+    .lone_warp = 0.01,
+    .crowd = 0.033,
+    .read_twice = 1.93,
+};
 
 const Costs& costs_of(const DepthwiseConv2dParams& p, const Cut& cut, bool plane) {
   if (plane || !cut.holds) return kWalking;
