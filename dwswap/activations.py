@@ -23,10 +23,12 @@ class Activation:
 
     Attributes:
         forward: ``x -> activation(x)``, the aten form; the meaning of the name.
+        in_place: the same, with ``x`` changed and returned: for temporaries of our own.
         backward: ``(grad_output, x) -> grad_x``, made of differentiable aten operators.
     """
 
     forward: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,26 +41,31 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "none": Activation(lambda x: x, lambda grad, x: grad),
-    "relu": Activation(aten.relu, lambda grad, x: aten.threshold_backward(grad, x, 0)),
+    "none": Activation(lambda x: x, lambda x: x, lambda grad, x: grad),
+    "relu": Activation(aten.relu, aten.relu_, lambda grad, x: aten.threshold_backward(grad, x, 0)),
     "relu6": Activation(
         lambda x: aten.hardtanh(x, 0.0, 6.0),
+        lambda x: aten.hardtanh_(x, 0.0, 6.0),
         lambda grad, x: aten.hardtanh_backward(grad, x, 0.0, 6.0),
     ),
-    "hardswish": Activation(aten.hardswish, aten.hardswish_backward),
-    "silu": Activation(aten.silu, _silu_backward),
-    "gelu": Activation(aten.gelu, aten.gelu_backward),
+    "hardswish": Activation(aten.hardswish, aten.hardswish_, aten.hardswish_backward),
+    "silu": Activation(aten.silu, aten.silu_, _silu_backward),
+    "gelu": Activation(aten.gelu, aten.gelu_, aten.gelu_backward),
     "gelu_tanh": Activation(
         lambda x: aten.gelu(x, approximate="tanh"),
+        lambda x: aten.gelu_(x, approximate="tanh"),
         lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
     ),
     "hardsigmoid": Activation(
         # hardsigmoid_backward has no derivative in aten; torch.where has.
         aten.hardsigmoid,
+        aten.hardsigmoid_,
         lambda grad, x: torch.where((x > -3) & (x < 3), grad / 6, 0.0),
     ),
     "sigmoid": Activation(
-        aten.sigmoid, lambda grad, x: aten.sigmoid_backward(grad, aten.sigmoid(x))
+        aten.sigmoid,
+        aten.sigmoid_,
+        lambda grad, x: aten.sigmoid_backward(grad, aten.sigmoid(x)),
     ),
 }
 

@@ -67,8 +67,29 @@ def decomposed(
     return ACTIVATIONS[activation].forward(output)
 
 
-def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    return laid_out(decomposed(input, weight, *args), output_memory_format(input, weight))
+def _forward_aten(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    input_bias: Tensor | None = None,
+    input_activation: str = "none",
+    activation: str = "none",
+) -> Tensor:
+    """:func:`decomposed`, with its temporaries changed in place."""
+    stride, padding, dilation = geometry(stride, padding, dilation)
+    check_arguments(
+        input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
+    )
+    if input_bias is None:
+        hidden = ACTIVATIONS[input_activation].forward(input)
+    else:
+        hidden = ACTIVATIONS[input_activation].in_place(input + input_bias[:, None, None])
+    output = torch.conv2d(hidden, weight, bias, stride, padding, dilation, input.shape[-3])
+    output = ACTIVATIONS[activation].in_place(output)
+    return laid_out(output, output_memory_format(input, weight))
 
 
 def _forward(input: Tensor, weight: Tensor, *args: Any) -> Tensor:

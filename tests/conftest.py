@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -40,6 +41,8 @@ def device(request: pytest.FixtureRequest) -> str:
 def readme_table() -> ModuleType:
     """``scripts/readme_table.py`` as a module."""
     script = Path(__file__).resolve().parents[1] / "scripts" / "readme_table.py"
+    # Python adds the folder of a script that it runs.
+    sys.path.insert(0, str(script.parent))
     spec = importlib.util.spec_from_file_location("dwswap_readme_table", script)
     assert spec is not None
     assert spec.loader is not None

@@ -200,11 +200,11 @@ def test_readme_merges_whole_runs_of_a_dtype_and_layout(tmp_path, readme_table):
     save("part.json", "2026-01-09", 9.5, select="0:1")
     save("cpu.json", "2026-01-09", 9.5, reduced=True)
     save("cold.json", "2026-01-09", 9.5, cold_code=True)
-    assert readme_table.section(tmp_path) == readme_table.NOTHING
+    assert readme_table.NOTHING in readme_table.page(tmp_path)
     save("old.json", "2026-01-01", 2.5)
     save("new.json", "2026-01-02", 3.5)
     save("half.json", "2026-01-01", 4.5, dtypes=["float16"], layouts=["channels_last"])
-    text = readme_table.section(tmp_path)
+    text = readme_table.page(tmp_path)
     assert all(f"{head}, speedup over PyTorch's:" in text for head in PARTS.values())
     assert "3.50" in text
     assert "4.50" in text
@@ -213,10 +213,11 @@ def test_readme_merges_whole_runs_of_a_dtype_and_layout(tmp_path, readme_table):
     rows = [line for line in text.splitlines() if line.startswith("| float")]
     assert [row.split(" | ")[0] for row in rows] == ["| float32", "| float16"] * len(PARTS)
     assert text.count("gradients-gpu-n3-") == len(PARTS)
+    assert readme_table.selection(tmp_path) == readme_table.NOTHING
 
 
 @pytest.mark.slow
-def test_readme_is_filled_and_drawn(tmp_path):
+def test_page_is_written_and_drawn(tmp_path):
     assert command(tmp_path, "--layout", "channels_last") == 0
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -229,8 +230,9 @@ def test_readme_is_filled_and_drawn(tmp_path):
     ]
     readme.write_text("".join(markers), encoding="utf-8")
     script = ROOT / "scripts" / "readme_table.py"
-    given = ["--readme", str(readme), "--results", str(tmp_path)]
+    page = tmp_path / "RESULTS.md"
+    given = ["--readme", str(readme), "--page", str(page), "--results", str(tmp_path)]
     subprocess.run([sys.executable, str(script), *given], check=True)
-    shown = re.findall(r"benchmarks/results/(gradients-[^)]*)", readme.read_text(encoding="utf-8"))
+    shown = re.findall(r"\(results/(gradients-[^)]*)", page.read_text(encoding="utf-8"))
     assert len(shown) == len(PARTS)
     assert all((tmp_path / name).stat().st_size > 10_000 for name in shown)

@@ -114,7 +114,7 @@ def test_kernelbench_fails_on_wrong_numbers(kernelbench, monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
-# the results in the README
+# the results in the README and in benchmarks/RESULTS.md
 
 
 def results(**changes):
@@ -143,16 +143,17 @@ def test_readme_table_takes_the_newest_record(readme_table, tmp_path):
     old = results(ours_us=9999.0) | {"recorded": "2025-01-01T00:00:00+00:00"}
     (tmp_path / "a.json").write_text(json.dumps(old))
     (tmp_path / "c.json").write_text(json.dumps({"kind": "another"}))
-    text = readme_table.section(tmp_path)
+    text = readme_table.selection(tmp_path)
     assert "| 82 | 16x64x512x512 | 3x3 | 2,500 | 700 | 625 | 500 | 4.0 |" in text
     assert "9,999" not in text
     assert "Some GPU" in text
+    assert text in readme_table.page(tmp_path)
 
 
 def test_readme_table_refuses_failed_results(readme_table, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(results(passed=False)))
     with pytest.raises(ValueError, match="failed its check"):
-        readme_table.section(tmp_path)
+        readme_table.selection(tmp_path)
 
 
 def test_readme_table_keeps_the_rest(readme_table):
@@ -163,8 +164,36 @@ def test_readme_table_keeps_the_rest(readme_table):
         readme_table.filled("no markers", "new")
 
 
-def test_readme_is_up_to_date(readme_table, monkeypatch, capsys):
-    """Every figure in the README comes from a committed record."""
+def test_check_sees_changes_of_both_documents(readme_table, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(results()))
+    readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
+    markers = ("HEADLINE_START", "HEADLINE_END", "START", "END")
+    readme.write_text("\n".join(getattr(readme_table, name) for name in markers))
+    command = ["readme_table.py", "--readme", str(readme), "--page", str(page)]
+    command += ["--results", str(tmp_path)]
+
+    def differing() -> list[Path]:
+        monkeypatch.setattr(sys, "argv", [*command, "--check"])
+        failed = readme_table.main()
+        lines = capsys.readouterr().out.splitlines()
+        assert failed == bool(lines)
+        return [Path(line.split(": ")[0]) for line in lines]
+
+    assert differing() == [readme, page]
+    monkeypatch.setattr(sys, "argv", command)
+    assert readme_table.main() == 0
+    assert differing() == []
+    for path in (readme, page):
+        text = path.read_text()
+        path.write_text(text.replace("| 4.0 |", "| 4.1 |"))
+        assert differing() == [path]
+        path.write_text(text)
+    page.unlink()
+    assert differing() == [page]
+
+
+def test_results_are_up_to_date(readme_table, monkeypatch, capsys):
+    """Every figure in the README and in benchmarks/RESULTS.md comes from a committed record."""
     monkeypatch.setattr(sys, "argv", ["readme_table.py", "--check"])
     assert readme_table.main() == 0, capsys.readouterr().out
 

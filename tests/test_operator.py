@@ -56,6 +56,18 @@ def test_every_pair_of_activations(device, layout):
     judge.check()
 
 
+@pytest.mark.parametrize("input_bias", [False, True])
+def test_arguments_stay_as_they_are(device, input_bias):
+    case = Case(torch.float32, "contiguous", 2, 12, 9, 11, (3, 3), padding=(1, 1), bias=True)
+    for i, pair in enumerate(itertools.product(ACTIVATION_NAMES, repeat=2)):
+        absorbed = dict(zip(("input_activation", "activation"), pair, strict=True))
+        tensors = make_tensors(replace(case, input_bias=input_bias, seed=i, **absorbed), device)
+        given = [tensor for tensor in tensors if tensor is not None]
+        before = [tensor.clone() for tensor in given]
+        operator(replace(case, **absorbed), tensors)
+        assert all(map(torch.equal, given, before)), pair
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_integers_match_exactly(device, dtype, layout):

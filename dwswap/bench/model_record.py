@@ -46,5 +46,5 @@ class ModelRecord(RunRecord):
         return {"markdown": self.markdown()}
 
     def markdown(self) -> list[str]:
-        """The tables for the README."""
+        """The tables for benchmarks/RESULTS.md."""
         return markdown(self.results)

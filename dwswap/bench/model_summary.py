@@ -110,7 +110,7 @@ def eager_rows(results: Sequence[ModelResult]) -> Cells:
 
 
 def markdown(results: Sequence[ModelResult]) -> list[str]:
-    """The tables for the README; what misses its target is bold."""
+    """The tables for benchmarks/RESULTS.md; what misses its target is bold."""
     texts = ("model", "dtype", "layout")
     compared = [r for r in results if any(run.name not in (*OURS, *EAGER) for run in r.runs)]
     measured = [r for r in results if any(r.run(name) for name in EAGER)]

@@ -22,7 +22,7 @@ class ShapeRecord(RunRecord, Generic[Result]):
         result: the class of a measurement.
         device: the name of the device.
         settings: what was asked for; ``resume`` compares them.
-        whole: every shape, dtype and layout, with nothing changed: fit for the README.
+        whole: every shape, dtype and layout, with nothing changed: fit for the tables.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The record of a run of ``dwswap bench models --train``, and its table for the README."""
+"""The record of a run of ``dwswap bench models --train``, and its table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def training_rows(results: Sequence[ModelResult]) -> Cells:
 
 
 def training_markdown(results: Sequence[ModelResult]) -> list[str]:
-    """The table for the README; what misses its target is bold."""
+    """The table for benchmarks/RESULTS.md; what misses its target is bold."""
     if not results:
         return ["Nothing was measured."]
     return [
