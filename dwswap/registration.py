@@ -56,39 +56,29 @@ def decomposed(
     input_bias: Tensor | None = None,
     input_activation: str = "none",
     activation: str = "none",
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """The operator made of aten's: what it means, on every device and in every trace."""
+    """The operator made of aten's: what it means, on every device and in every trace.
+
+    Args:
+        in_place: whether to change temporaries, where nothing is recorded or traced.
+    """
     stride, padding, dilation = geometry(stride, padding, dilation)
     check_arguments(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
     )
-    hidden = preactivated(input, input_bias, input_activation)
-    output = torch.conv2d(hidden, weight, bias, stride, padding, dilation, input.shape[-3])
-    return ACTIVATIONS[activation].forward(output)
-
-
-def _forward_aten(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    input_bias: Tensor | None = None,
-    input_activation: str = "none",
-    activation: str = "none",
-) -> Tensor:
-    """:func:`decomposed`, with its temporaries changed in place."""
-    stride, padding, dilation = geometry(stride, padding, dilation)
-    check_arguments(
-        input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
-    )
-    if input_bias is None:
-        hidden = ACTIVATIONS[input_activation].forward(input)
-    else:
+    if in_place and input_bias is not None:
         hidden = ACTIVATIONS[input_activation].in_place(input + input_bias[:, None, None])
+    else:
+        hidden = preactivated(input, input_bias, input_activation)
     output = torch.conv2d(hidden, weight, bias, stride, padding, dilation, input.shape[-3])
-    output = ACTIVATIONS[activation].in_place(output)
+    activate = ACTIVATIONS[activation]
+    return activate.in_place(output) if in_place else activate.forward(output)
+
+
+def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    output = decomposed(input, weight, *args, in_place=True)
     return laid_out(output, output_memory_format(input, weight))
 
 
