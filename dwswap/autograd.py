@@ -35,10 +35,15 @@ def recorded(
     return _WithNeighbours.apply(*tensors_and_geometry, input_bias, *activations)
 
 
-def preactivated(input: Tensor, input_bias: Tensor | None, input_activation: str) -> Tensor:
-    """What the convolution itself is computed of."""
-    hidden = input if input_bias is None else input + input_bias[:, None, None]
-    return ACTIVATIONS[input_activation].forward(hidden)
+def preactivated(
+    input: Tensor, input_bias: Tensor | None, input_activation: str, *, in_place: bool = False
+) -> Tensor:
+    """What the convolution itself is computed of; ``in_place``: the sum may be changed."""
+    activation = ACTIVATIONS[input_activation]
+    if input_bias is None:
+        return activation.forward(input)
+    hidden = input + input_bias[:, None, None]
+    return activation.in_place(hidden) if in_place else activation.forward(hidden)
 
 
 class _DepthwiseConv2d(torch.autograd.Function):

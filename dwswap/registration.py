@@ -68,17 +68,16 @@ def decomposed(
     check_arguments(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
     )
-    if in_place and input_bias is not None:
-        hidden = ACTIVATIONS[input_activation].in_place(input + input_bias[:, None, None])
-    else:
-        hidden = preactivated(input, input_bias, input_activation)
+    hidden = preactivated(input, input_bias, input_activation, in_place=in_place)
     output = torch.conv2d(hidden, weight, bias, stride, padding, dilation, input.shape[-3])
     activate = ACTIVATIONS[activation]
     return activate.in_place(output) if in_place else activate.forward(output)
 
 
 def _forward_aten(input: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    output = decomposed(input, weight, *args, in_place=True)
+    # Activations may make floats of integers, and give an empty tensor other strides.
+    in_place = input.is_floating_point() and input.numel() > 0
+    output = decomposed(input, weight, *args, in_place=in_place)
     return laid_out(output, output_memory_format(input, weight))
 
 
