@@ -331,18 +331,50 @@ ROWS = {
     "plane strips, 7 columns are a row": replace(
         PAIRED_STRIPS, kernels=SQUARES, dtypes=FAST, sizes=((7, 7), (3, 7))
     ),
-    # Threads that hold their rows, those of pairs in large problems alone.
+    # Threads that hold their rows, of forms for which they are compiled: nothing around 7 x 7 taps.
+    # Those of pairs in large problems alone.
     "plane strips, many taps": replace(
         PAIRED_STRIPS,
         kernels=SQUARES[1:],
         dtypes=FAST,
-        sizes=((14, 28), (12, 20), (30, 56), (12, 300), (112, 28), (112, 156), (9, 9), (9, 230)),
+        sizes=(
+            (7, 7),
+            (13, 28),
+            (12, 20),
+            (30, 56),
+            (12, 300),
+            (112, 28),
+            (112, 112),
+            (112, 156),
+            (9, 9),
+            (9, 230),
+        ),
+        transforms_input=False,
+        activations=("none",),
+    ),
+    "plane strips, many taps, clamps": replace(
+        PAIRED_STRIPS,
+        kernels=SQUARES[1:2],
+        dtypes=FAST,
+        sizes=((7, 7), (14, 28), (12, 20), (30, 56), (12, 300), (112, 156)),
+        activations=CLAMPS,
+    ),
+    "plane strips, held gates": replace(
+        PAIRED_STRIPS,
+        kernels=SQUARES[:2],
+        dtypes=FAST,
+        sizes=((7, 7), (14, 28), (7, 7), (12, 300)),
+        activations=("hardswish", "silu"),
+    ),
+    "plane strips, held planes": replace(
+        PAIRED_STRIPS, kernels=SQUARES[:2], dtypes=FAST, sizes=((7, 7),), activations=CLAMPS
     ),
     "plane strips, large": replace(
         PAIRED_STRIPS,
         channels=(57,),
         sizes=((21, 56), (14, 300), (56, 230), (42, 156), (7, 18)),
         least_outputs=17_000_000,
+        activations=CLAMPS,
     ),
     # Even rows, whose windows begin at other places.
     "plane strips, pairs without padding": replace(

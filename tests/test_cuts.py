@@ -18,7 +18,7 @@ from kernel_cases import problems as kernel_problems
 from dwswap.bench.shapes import torchvision_shapes
 
 STAGE_BYTES = 32 * 1024
-STATIC_BYTES = 64
+STATIC_BYTES = {"plane_strips": 128, "plane_bands": 64}
 # Of plane_strips: whether a unit has several planes, and whether it has some rows of one.
 UNITS = ((True, False), (False, True))
 
@@ -42,9 +42,16 @@ def test_plane_strips_can_always_be_launched(cuts):
         stages, buffers, in_bytes, out_bytes, shared = memory
         what = f"{problem} on {device}: {cut}"
         if holds:
-            assert (columns > 1, problem.stride) == (True, 1), what
+            plane = (problem.height, problem.width, columns) == (7, 7, 7)
+            assert problem.stride == 1, what
+            assert problem.kernel_h == problem.kernel_w, what
             assert -(-rows // groups) <= 7, what
-            assert problem.kernel_h > 3 or (problem.element_bytes == 2 and columns != 6), what
+            assert not plane or (rows, groups) == (7, 1), what
+            if problem.kernel_h == 3:
+                assert problem.element_bytes == 2, what
+                assert plane or columns in (8, 10), what
+            else:
+                assert columns == 7, what
         if columns not in (1, 7):
             assert columns in (6, 8, 10, 14), what
             assert problem.element_bytes == 2, what
@@ -60,7 +67,7 @@ def test_plane_strips_can_always_be_launched(cuts):
         assert (stages, buffers) in ((1, 1), (2, 1), (2, 2)), what
         assert 0 < in_bytes <= STAGE_BYTES, what
         assert 0 < out_bytes <= STAGE_BYTES, what
-        assert shared + STATIC_BYTES <= device[2], what
+        assert shared + STATIC_BYTES["plane_strips"] <= device[2], what
 
 
 def test_kernel_cases_have_every_thread_of_plane_strips(cuts):
@@ -91,31 +98,37 @@ def test_kernel_cases_have_every_thread_of_plane_strips(cuts):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_kernel_cases_have_threads_of_plane_strips_that_hold_their_rows(cuts, dtype):
-    """On an H200: and where they may, such that walk."""
-    found, half = set(), dtype == torch.float16
-    for name in ("7 columns are a row", "many taps", *(["large"] if half else [])):
+    """On an H200; all cases have activations for which such threads are compiled."""
+    found, uneven, half = set(), set(), dtype == torch.float16
+    walks = set()
+    for name in ("many taps", "held planes", *(["large"] if half else [])):
         problems = [
             Problem(case.batch or 1, *case.input_shape[-3:], *case.kernel, 1, dtype.itemsize)
             for case in kernel_problems(ROWS[f"plane strips, {name}"], dtype)
         ]
         chosen = cuts("plane_strips", [(problem, DEVICES[0]) for problem in problems])
-        for problem, (columns, holds, planes, rows, *_) in zip(problems, chosen, strict=True):
+        for problem, cut in zip(problems, chosen, strict=True):
+            columns, holds, planes, rows, _, groups, *_ = cut
+            kernel = problem.kernel_h
+            if not holds:
+                walks.add((kernel, columns))
+                continue
             whole = problem.height == problem.width == columns
-            unit = (planes > 1, rows < problem.out_h)
-            found.add((problem.kernel_h, columns, whole, bool(holds), *unit))
-    # Kernel; columns, and whether a thread has a plane of them; whether it holds; units.
+            found.add((kernel, columns, whole, planes > 1, rows < problem.out_h))
+            uneven.add((kernel, problem.out_w % columns != 0, rows % -(-rows // groups) != 0))
+    # Kernel, columns; whether a thread has a plane of them; units of planes, and of strips.
     assert found >= {
-        *((kernel, 7, True, True, True, False) for kernel in (5, 7)),
-        *((kernel, 7, False, True, *unit) for kernel in (5, 7) for unit in UNITS),
-        (3, 7, True, half, True, False),
-    }
-    assert {kernel for kernel, columns, _, holds, *_ in found if columns == 7 and not holds} >= {
-        5,
-        7,
+        *((kernel, 7, True, True, False) for kernel in (5, 7)),
+        *((kernel, 7, False, *unit) for kernel in (5, 7) for unit in UNITS),
     }
     if half:
-        pairs = {(8, True, False), (10, True, False), (10, False, False), (10, False, True)}
-        assert found >= {(3, columns, False, True, *unit) for columns, *unit in pairs}
+        units = ((8, True, False), (10, True, False), (10, False, False), (10, False, True))
+        assert found >= {(3, 7, True, True, False)}
+        assert found >= {(3, columns, False, *unit) for columns, *unit in units}
+    # The last threads of a row are moved; those at the end of a unit have fewer rows.
+    assert {kernel for kernel, moved, _ in uneven if moved} >= {5, 7}
+    assert {kernel for kernel, _, fewer in uneven if fewer} >= {5, 7}
+    assert walks >= {(5, 7), (7, 7)}
 
 
 def test_kernel_cases_have_four_columns_of_channel_direct(cuts):
@@ -185,7 +198,7 @@ def test_plane_bands_can_always_be_launched(cuts):
         assert in_pitch % 16 == out_pitch % 16 == 0, what
         assert in_pitch >= planes * seen * problem.width * 2 + 14, what
         assert out_pitch >= planes * rows * problem.out_w * 2 + 14, what
-        assert shared + STATIC_BYTES <= device[2], what
+        assert shared + STATIC_BYTES["plane_bands"] <= device[2], what
 
 
 def test_channel_columns_can_always_be_launched(cuts):

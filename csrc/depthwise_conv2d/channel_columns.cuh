@@ -239,7 +239,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, cudaStream_t 
   const auto shared =
       static_cast<int>(cut.stages * a.chunk_bytes + tile_channels * kKernel * kKernel * sizeof(T));
   const auto function = kernel<Traits>;
-  if (shared > 48 * 1024) {
+  if (shared + kMaxStages * static_cast<int>(sizeof(uint64_t)) > 48 * 1024) {
     // The most of any cut: threads that launch at the same time must not lower each other's limit.
     const cudaError_t status =
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);

@@ -135,7 +135,7 @@ bool suits_plane_bands(const DepthwiseConv2dParams& p) {
       few_taps ? limit_by_images(p, 15000, 3000) : limit_by_images(p, 10000, 2500);
   if (outputs_per_multiprocessor(p) < enough) return false;
   if (p.stride_w == 2 && p.out_w > kLongRow) return false;
-  if (p.stride_w == 1 && plane_strips::holds_plane(plane_strips::kWideColumns, p, 2)) return false;
+  if (plane_strips::may_hold_planes(p)) return false;
   const int64_t least = p.kernel_w == 7 ? kTile - 1 : kTile;
   return std::min(p.out_h, p.out_w) >= least && p.out_w != kTile + 1;
 }

@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   constexpr int ZEROS = Traits::kHolds ? Traits::kInputColumns + STEP : 1;
   __shared__ __align__(kVectorBytes) T row_of_zeros[ZEROS];
   static_assert(sizeof(arrived) + sizeof(row_of_zeros) <= kStaticBytes);
-  if (threadIdx.x < ZEROS) row_of_zeros[threadIdx.x] = narrow<T>(0.0f);
+  static_assert(ZEROS <= 32, "a block has a warp at least");
+  if (Traits::kHolds && threadIdx.x < ZEROS) row_of_zeros[threadIdx.x] = narrow<T>(0.0f);
   const T* const zeros = row_of_zeros + (STEP - EDGE % STEP) % STEP;
 
   // This block's share of the list: at most one unit more or less than another's.
@@ -309,7 +310,7 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   const auto threads = static_cast<int>(ceil_div(cut.threads(), 32) * 32);
   const auto shared = static_cast<int>(cut.shared_bytes());
   cudaError_t status = cudaSuccess;
-  if (shared > 48 * 1024) {
+  if (shared + kStaticBytes > 48 * 1024) {
     status = allow_shared_memory(function, device, kStaticBytes);
     if (status != cudaSuccess) return status;
   }
@@ -330,10 +331,8 @@ cudaError_t launch_columns(const DepthwiseConv2dParams& p, const Cut& cut, const
   cudaError_t status = cudaErrorInvalidValue;
   const auto launch_as = [&]<int N, Rows ROWS>() {
     status = visit_form(form_of(p), [&]<Form FORM>(std::integral_constant<Form, FORM>) {
-      constexpr Form FOUND = relu_as_clamp(FORM);
-      constexpr Form COMPILED = has_form(FOUND, KH, KW, N) ? FOUND : Form::kAny;
-      // The code of all activations behind every row of an unrolled loop would be 100 KB.
-      if constexpr (has_holding(KH, KW, S, N, ROWS, sizeof(T)) && COMPILED != Form::kAny) {
+      constexpr Form COMPILED = compiled_form(FORM, KH, KW, N);
+      if constexpr (has_holding(KH, KW, S, N, ROWS, COMPILED, sizeof(T))) {
         if (cut.holds)
           return launch<Traits<T, KH, KW, S, N, ROWS, true, COMPILED>>(p, cut, device, bulk,
                                                                        stream);
@@ -343,9 +342,7 @@ cudaError_t launch_columns(const DepthwiseConv2dParams& p, const Cut& cut, const
   };
   const auto launch_if = [&]<int N>() {
     if (cut.columns != N) return;
-    Rows rows = rows_of(N, p, sizeof(T));
-    // Planes of other heights have rows beyond that are there.
-    if (cut.holds && !holds_plane(N, p, sizeof(T))) rows = Rows::kAny;
+    const Rows rows = rows_of(N, cut.holds, p, sizeof(T));
     if constexpr (has_whole_rows(KH, KW, S, N)) {
       if (rows == Rows::kWhole) return launch_as.template operator()<N, Rows::kWhole>();
     }

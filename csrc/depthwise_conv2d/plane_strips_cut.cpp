@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <utility>
+#include <tuple>
 
 #include "common/memo.h"
 #include "common/search.h"
@@ -116,10 +116,10 @@ struct Costs {
   double first;                   // of the time of the first copies
   double overlap;                 // exponent of the norm of what goes on at once
   double scale;                   // of all of it, next to that of the others
+  double read_twice = 0.0;        // what a unit reads beyond what it writes, over that
   // Where the code is longer than the instruction cache, by the square of its length in thousands:
-  double lone_warp = 0.0;   // in a block of its own: others run the same code a little later
-  double crowd = 0.0;       // per 8 warps of a multiprocessor beyond 8
-  double read_twice = 0.0;  // what a unit reads beyond what it writes, over that
+  double lone_warp = 0.0;  // in a block of its own: others run the same code a little later
+  double crowd = 0.0;      // per 8 warps of a multiprocessor beyond 8
 };
 
 // Fitted on an H200, batch 64. Of the cuts measured of a problem, the one of the least estimate
@@ -166,9 +166,9 @@ constexpr Costs kHoldingManyTaps{
     .first = 0.021,
     .overlap = 6.25,
     .scale = 0.95,
+    .read_twice = 1.93,
     .lone_warp = 0.01,
     .crowd = 0.033,
-    .read_twice = 1.93,
 };
 
 const Costs& costs_of(const DepthwiseConv2dParams& p, const Cut& cut, bool plane) {
@@ -198,9 +198,8 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const LoopRows& 
 
   // Loads, conversions (of half precision), multiply-adds and stores; the rows above the first one
   // of a thread contribute to fewer.
-  const bool plane = cut.holds && holds_plane(columns, p, element_bytes);
-  const Rows known = cut.holds && !plane ? Rows::kAny : rows_of(columns, p, element_bytes);
-  const bool whole = known == Rows::kWhole;
+  const Rows known = rows_of(columns, cut.holds, p, element_bytes);
+  const bool whole = known == Rows::kWhole, plane = cut.holds && whole;
   const Costs& costs = costs_of(p, cut, plane);
   const int in_columns = whole ? columns : (columns - 1) * stride + kernel_w;
   const int beside = kernel_w / 2;  // of whole rows, columns at either end that are not there
@@ -290,9 +289,8 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
   Search<Cut> search;
   const auto consider = [&](Cut cut) {
     if (cut.holds && ceil_div(cut.rows, cut.groups) > kHeldRows) return;
-    if (cut.holds && holds_plane(cut.columns, p, element_bytes) &&
-        (cut.rows < out_h || cut.groups > 1))
-      return;
+    const bool plane = cut.holds && rows_of(cut.columns, true, p, element_bytes) == Rows::kWhole;
+    if (plane && (cut.rows < out_h || cut.groups > 1)) return;
     const int64_t in_rows =
         cut.planes > 1 ? p.in_h : std::min(int64_t{cut.rows - 1} * stride + kernel_h, p.in_h);
     cut.in_bytes = cut.planes * in_rows * p.in_w * element_bytes;
@@ -330,9 +328,7 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
   for (const int columns : {kWideColumns, 1, DWSWAP_PLANE_STRIPS_PAIRED_COLUMNS}) {
     if (!allows(columns, p, element_bytes)) continue;
     consider_all(columns, false);
-    const Rows rows = holds_plane(columns, p, element_bytes) ? Rows::kWhole : Rows::kAny;
-    if (has_holding(p.kernel_h, p.kernel_w, stride, columns, rows, element_bytes))
-      consider_all(columns, true);
+    if (may_hold(columns, p, element_bytes)) consider_all(columns, true);
   }
   return search.best();
 }
@@ -340,7 +336,10 @@ Cut search_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& 
 }  // namespace
 
 Cut choose_cut(const DepthwiseConv2dParams& p, int element_bytes, const Device& device) {
-  return memoized(std::pair(problem_key(p, device), element_bytes),
+  // Activations matter for whether threads may hold their rows.
+  const bool any_form =
+      compiled_form(form_of(p), p.kernel_h, p.kernel_w, kWideColumns) == Form::kAny;
+  return memoized(std::tuple(problem_key(p, device), element_bytes, any_form),
                   [&] { return search_cut(p, element_bytes, device); });
 }
 

@@ -4,6 +4,7 @@
 #include "common/data_type.h"
 #include "common/device.h"
 #include "common/integer.h"
+#include "depthwise_conv2d/form.h"
 #include "depthwise_conv2d/params.h"
 
 namespace dwswap {
@@ -127,31 +128,49 @@ constexpr bool has_even_rows(int64_t kernel_h, int64_t kernel_w, int64_t stride,
          stride == 2;
 }
 
+// The forms that are compiled into the loads; kClamp has kRelu. All others are applied to a piece
+// in place, and the kernel is the one of kAny. Networks have no activations between large kernels,
+// and no gates around those that are not square; a single column would take its gates once per tap.
+constexpr bool has_form(Form form, int64_t kernel_h, int64_t kernel_w, int columns) {
+  if (form == Form::kPlain || form == Form::kAny) return true;
+  if (form == Form::kClamp) return kernel_h * kernel_w <= 25;
+  return kernel_h == kernel_w && kernel_h <= 5 && columns > 1;
+}
+constexpr Form compiled_form(Form form, int64_t kernel_h, int64_t kernel_w, int columns) {
+  const Form found = relu_as_clamp(form);
+  return has_form(found, kernel_h, kernel_w, columns) ? found : Form::kAny;
+}
+
 // What threads of so many columns know of the rows of input: nothing; that elements in an even
-// place begin a word; or that a thread has all of them.
+// place begin a word; or that a thread has all of them, and if it holds its rows, all of a plane.
 enum class Rows { kAny, kEven, kWhole };
-inline Rows rows_of(int columns, const DepthwiseConv2dParams& p, int element_bytes) {
+inline Rows rows_of(int columns, bool holds, const DepthwiseConv2dParams& p, int element_bytes) {
   const auto kh = p.kernel_h, kw = p.kernel_w, stride = p.stride_h;
-  if (has_whole_rows(kh, kw, stride, columns) && p.in_w == columns && p.out_w == columns)
-    return Rows::kWhole;
+  const bool whole = p.in_w == columns && p.out_w == columns &&
+                     (!holds || (p.in_h == kHeldRows && p.out_h == kHeldRows));
+  if (whole && has_whole_rows(kh, kw, stride, columns)) return Rows::kWhole;
   const bool even = p.in_w % 2 == 0 && p.padding_w == kw / 2;
   return even && has_even_rows(kh, kw, stride, columns, element_bytes) ? Rows::kEven : Rows::kAny;
 }
 
-// The sizes with threads that hold their rows. Of 3 x 3 in half precision those of many pairs, and
-// those that have a whole plane; the others are faster on their way down (benchmarks/NOTES.md).
+// The threads that hold their rows. Of 3 x 3 in half precision those of many pairs, and those that
+// have a plane; the others are faster on their way down (benchmarks/NOTES.md). The code of all
+// activations behind every row would be 100 KB.
 constexpr bool has_holding(int64_t kernel_h, int64_t kernel_w, int64_t stride, int columns,
-                           Rows rows, int element_bytes) {
-  if (stride != 1 || kernel_h != kernel_w || columns == 1) return false;
+                           Rows rows, Form form, int element_bytes) {
+  if (stride != 1 || kernel_h != kernel_w || columns == 1 || form == Form::kAny) return false;
   if (has_many_taps(kernel_h, kernel_w)) return true;
   const bool many_pairs = columns == kVectorColumns || columns == 10;
   return element_bytes == 2 && (many_pairs || (columns == kWideColumns && rows == Rows::kWhole));
 }
-
-// Whether a thread that holds its rows has a plane.
-inline bool holds_plane(int columns, const DepthwiseConv2dParams& p, int element_bytes) {
-  return rows_of(columns, p, element_bytes) == Rows::kWhole && p.in_h == kHeldRows &&
-         p.out_h == kHeldRows;
+inline bool may_hold(int columns, const DepthwiseConv2dParams& p, int element_bytes) {
+  return has_holding(p.kernel_h, p.kernel_w, p.stride_h, columns,
+                     rows_of(columns, true, p, element_bytes),
+                     compiled_form(form_of(p), p.kernel_h, p.kernel_w, columns), element_bytes);
+}
+// Whether threads hold planes of a problem in half precision.
+inline bool may_hold_planes(const DepthwiseConv2dParams& p) {
+  return rows_of(kWideColumns, true, p, 2) == Rows::kWhole && may_hold(kWideColumns, p, 2);
 }
 
 // Whether threads of so many columns can have a problem: of pairs and vectors, each finds its own
@@ -160,7 +179,7 @@ inline bool allows(int columns, const DepthwiseConv2dParams& p, int element_byte
   if (p.out_w < columns) return false;
   if (threads_of(columns) != Threads::kPaired) return true;
   if (element_bytes != 2 || !has_pairs(p.kernel_h, p.kernel_w, p.stride_h)) return false;
-  if (columns == kWholeColumns) return rows_of(columns, p, element_bytes) == Rows::kWhole;
+  if (columns == kWholeColumns) return rows_of(columns, false, p, element_bytes) == Rows::kWhole;
   return p.padding_w == p.kernel_w / 2 && p.in_w % together_of(columns) == 0;
 }
 

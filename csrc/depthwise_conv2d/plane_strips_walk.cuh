@@ -10,15 +10,6 @@
 namespace dwswap {
 namespace plane_strips {
 
-// The forms that are compiled into the loads; kClamp has kRelu. All others are applied to a piece
-// in place, and the kernel is the one of kAny. Networks have no activations between large kernels,
-// and no gates around those that are not square; a single column would take its gates once per tap.
-constexpr bool has_form(Form form, int kernel_h, int kernel_w, int columns) {
-  if (form == Form::kPlain || form == Form::kAny) return true;
-  if (form == Form::kClamp) return kernel_h * kernel_w <= 25;
-  return kernel_h == kernel_w && kernel_h <= 5 && columns > 1;
-}
-
 template <typename T_, int KH_, int KW_, int STRIDE_, int COLUMNS_, Rows ROWS_, bool HOLDS_,
           Form FORM_>
 struct Traits {
@@ -250,8 +241,8 @@ __device__ __forceinline__ void walk(Walk<typename Traits::T> w,
   }
 }
 
-// At most kHeldRows rows, without a loop or a branch: a row of input that is not in the piece is
-// the one of `zeros`, so the loads of a row come before the multiply-adds of those above.
+// At most kHeldRows rows, without a loop: a row of input that is not in the piece is the one of
+// `zeros` and no branch, so the loads of a row come before the multiply-adds of those above.
 template <typename Traits>
 __device__ __forceinline__ void hold(Walk<typename Traits::T> w,
                                      const float (&taps)[Traits::kKernelH * Traits::kKernelW],

@@ -99,14 +99,15 @@ def problems() -> Iterator[Problem]:
             shape = (2_000_000 // (96 * height * width), 96, height, width)
             yield large._replace(shape=shape)
         # Threads that hold their rows: a plane, those of many taps, and of pairs in large problems.
+        yield large._replace(shape=(340, 96, 7, 7), dtype=torch.float32)
         if size == (3, 3):
             yield large._replace(shape=(240, 57, 21, 56))
             yield large._replace(shape=(23, 57, 56, 230))
         else:
-            for height, width in ((14, 28), (12, 20), (30, 56), (12, 300), (112, 156)):
+            for height, width in ((14, 28), (12, 20), (30, 56), (112, 28), (112, 112)):
                 shape = (1_700_000 // (96 * height * width), 96, height, width)
-                yield large._replace(shape=shape)
-                yield large._replace(shape=shape, dtype=torch.float32)
+                for dtype, portable in itertools.product(fast[:2], (False, True)):
+                    yield large._replace(shape=shape, dtype=dtype, portable=portable)
         # plane_strips: stride 2, rows in words. rolling_rows: some and many outputs of a thread.
         for portable in (False, True):
             even = large._replace(stride=2, portable=portable)
