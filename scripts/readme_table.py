@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recorded_results import KINDS, newest_records
+from recorded_results import KINDS, Records, newest_records
 from result_tables import SELECTION, TABLES, draw
 
 if TYPE_CHECKING:
@@ -55,15 +55,11 @@ PyTorch's. Targets are those that we set for an H200: it has 1.4 times the bandw
 and a kernel at the speed of memory gains all of that, where PyTorch's are often bound otherwise."""
 
 
-def headline(folder: Path) -> str:
-    """The few lines between the first pair of markers: whole models in half precision.
-
-    Raises:
-        ValueError: see ``newest_records``.
-    """
+def headline(records: Records) -> str:
+    """The few lines between the first pair of markers: whole models in half precision."""
     from dwswap.bench.model_results import ModelResult
 
-    found = [result for key, result in newest_records(folder).items() if key[0] == "models"]
+    found = [result for key, result in records.items() if key[0] == "models"]
     if not found:
         return NOTHING
     lines = [
@@ -107,34 +103,24 @@ def fastest(result: ModelResult, names: Sequence[str]) -> tuple[str, float] | No
     return min(times)[::-1] if times else None
 
 
-def selection(folder: Path) -> str:
-    """The text between the second pair of markers, for the records in ``folder``.
-
-    Raises:
-        ValueError: see ``newest_records``.
-    """
-    newest = newest_records(folder)
-    chosen = {key: record for key, record in newest.items() if record.get("batch", BATCH) == BATCH}
+def selection(records: Records) -> str:
+    """The text between the second pair of markers."""
+    chosen = {key: record for key, record in records.items() if record.get("batch", BATCH) == BATCH}
     parts = [text for kind in SELECTION for text in tables(chosen, kind, SELECTION[kind])]
     return "\n\n".join(parts) or NOTHING
 
 
-def page(folder: Path) -> str:
-    """The text of benchmarks/RESULTS.md, for the records in ``folder``.
-
-    Raises:
-        ValueError: see ``newest_records``.
-    """
-    newest = newest_records(folder)
+def page(records: Records) -> str:
+    """The text of benchmarks/RESULTS.md."""
     parts = [INTRODUCTION]
     for kind, heading in KINDS.items():
-        found = tables(newest, kind, TABLES[kind])
+        found = tables(records, kind, TABLES[kind])
         parts += [f"## {heading}", *found] if found else []
-    return "\n\n".join(parts if newest else [*parts, NOTHING]) + "\n"
+    return "\n\n".join(parts if records else [*parts, NOTHING]) + "\n"
 
 
 def tables(
-    records: Mapping[tuple[str, str, str], dict[str, Any]],
+    records: Records,
     kind: str,
     table: Callable[[dict[str, Any]], list[str]],
 ) -> list[str]:
@@ -159,15 +145,15 @@ def filled(readme: str, text: str, start: str = START, end: str = END) -> str:
     return f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
-def documents(readme: Path, results_page: Path, results: Path) -> dict[Path, str]:
-    """What both documents are to be, for the records in ``results``.
+def documents(readme: Path, results_page: Path, records: Records) -> dict[Path, str]:
+    """What both documents are to be.
 
     Raises:
-        ValueError: see ``newest_records`` and ``filled``.
+        ValueError: see ``filled``.
     """
     text = readme.read_text(encoding="utf-8")
-    text = filled(text, headline(results), HEADLINE_START, HEADLINE_END)
-    return {readme: filled(text, selection(results)), results_page: page(results)}
+    text = filled(text, headline(records), HEADLINE_START, HEADLINE_END)
+    return {readme: filled(text, selection(records)), results_page: page(records)}
 
 
 def main() -> int:
@@ -179,13 +165,14 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "benchmarks" / "RESULTS.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
-    texts = documents(args.readme, args.page, args.results)
+    records = newest_records(args.results)
+    texts = documents(args.readme, args.page, records)
     if args.check:
         differing = [path for path, text in texts.items() if not holds(path, text)]
         for path in differing:
             print(f"{path}: the results differ: run python scripts/readme_table.py")
         return 1 if differing else 0
-    draw(args.results)
+    draw(records)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return 0

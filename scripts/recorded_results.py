@@ -26,15 +26,19 @@ MERGED = ("models", "training")
 """The kinds of which all records count, case by case."""
 
 
-def newest_records(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The records in ``folder`` that count, by kind, device and what else tells them apart.
+Records = dict[tuple[str, str, str], dict[str, Any]]
+"""By kind, device and what else tells records apart."""
+
+
+def newest_records(folder: Path) -> Records:
+    """The records in ``folder`` that count.
 
     Records of a kind that has no table are passed over, and so are those of a part of the layers.
 
     Raises:
         ValueError: a record holds a result that failed its own check.
     """
-    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    newest: Records = {}
     models: dict[tuple[str, str], list[dict[str, Any]]] = {}
     of_gradients: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):

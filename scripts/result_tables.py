@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recorded_results import MERGED, newest_records
+from recorded_results import MERGED, Records
 
 if TYPE_CHECKING:
     from dwswap.bench.gradient_results import GradientResult
@@ -190,12 +190,12 @@ def shown(paths: Iterable[Path], text: str, folder: str) -> list[str]:
     return [line for path in paths for line in ("", f"![{text}]({folder}/{path.name})")]
 
 
-def draw(folder: Path) -> None:
-    """Draw what the lines for the merged records in ``folder`` show; needs matplotlib."""
+def draw(records: Records) -> None:
+    """Draw what the lines for the merged records show; needs matplotlib."""
     from dwswap.bench import layer_plot, model_plot
     from dwswap.bench.gradient_results import PARTS
 
-    for (kind, device, batch), result in newest_records(folder).items():
+    for (kind, device, batch), result in records.items():
         if kind in MERGED:
             for path, rows in pictures(result).items():
                 model_plot.plot(rows, path, f"dwswap on {device}")

@@ -14,7 +14,7 @@ import torch
 from dwswap.compilation import csrc_dir
 from dwswap.toolkit import find_cudart, find_host_compiler, find_nvcc
 
-__all__ = ["DEVICES", "Cuts", "Problem", "compile_cuts", "ragged", "run_cuts"]
+__all__ = ["DEVICES", "Cuts", "Problem", "compile_cuts", "compile_for_host", "ragged", "run_cuts"]
 
 # Multiprocessors, bytes of shared memory of each and of a block: H200, A100, RTX 4090, a small GPU.
 DEVICES = ((132, 233472, 232448), (108, 167936, 166912), (128, 102400, 101376), (6, 102400, 101376))
@@ -61,7 +61,12 @@ SOURCES = (
 
 
 def compile_cuts(program: Path, *flags: str) -> None:
-    """Compile it; ``flags`` are nvcc's.
+    """Compile it; ``flags`` are nvcc's. Raises as :func:`compile_for_host` does."""
+    compile_for_host(program, SOURCES, *flags)
+
+
+def compile_for_host(program: Path, sources: Sequence[Path], *flags: str) -> None:
+    """Compile a program of csrc's code that runs without a GPU; ``flags`` are nvcc's.
 
     Raises:
         dwswap.toolkit.BuildError: no nvcc, or no host compiler.
@@ -71,7 +76,7 @@ def compile_cuts(program: Path, *flags: str) -> None:
     # The runtime library that the build of the kernels links: a compiler from PyPI has no other.
     link = ["-cudart", "none", "-Xlinker", f"{cudart},-rpath={cudart.parent}"]
     command = [nvcc.path, "-ccbin", host, "-std=c++20", "-O2", "-arch=sm_80", f"-I{csrc_dir()}"]
-    command += [*flags, *SOURCES, *link, "-o", program]
+    command += [*flags, *sources, *link, "-o", program]
     subprocess.run(list(map(str, command)), check=True)
 
 

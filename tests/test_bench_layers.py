@@ -501,7 +501,7 @@ def test_readme_takes_whole_runs_only(tmp_path, readme_table):
     part = record(tmp_path / "part.json")
     part.add(row())
     part.finish()
-    assert readme_table.NOTHING in readme_table.page(tmp_path)
+    assert readme_table.NOTHING in readme_table.page(readme_table.newest_records(tmp_path))
     for batch, speedup in ((64, 4.5), (1, 3.25)):
         settings = {"batch": batch}
         whole = LayerRecord(
@@ -509,24 +509,24 @@ def test_readme_takes_whole_runs_only(tmp_path, readme_table):
         )
         whole.add(row(speedup=speedup))
         whole.save()
-        assert f"N = {batch}" not in readme_table.page(tmp_path)
+        assert f"N = {batch}" not in readme_table.page(readme_table.newest_records(tmp_path))
         whole.finish()
-    text = readme_table.page(tmp_path)
+    text = readme_table.page(readme_table.newest_records(tmp_path))
     assert "N = 64, on Some GPU" in text
     assert "| float32 | contiguous | 1 | 4.50 |" in text
     assert "| float32 | contiguous | 1 | 3.25 |" in text
     assert "Copy time / our time" in text
     assert "whole-64.png" not in text
-    selection = readme_table.selection(tmp_path)
+    selection = readme_table.selection(readme_table.newest_records(tmp_path))
     assert "| float32 | contiguous | 1 | 4.50 |" in selection
     assert "3.25" not in selection
     assert "Copy time / our time" not in selection
     (tmp_path / "whole-64.png").touch()
-    assert "(results/whole-64.png)" in readme_table.page(tmp_path)
+    assert "(results/whole-64.png)" in readme_table.page(readme_table.newest_records(tmp_path))
     whole.add(row(index=1, passed=False))
     whole.finish()
     with pytest.raises(ValueError, match="failed its check"):
-        readme_table.page(tmp_path)
+        readme_table.page(readme_table.newest_records(tmp_path))
 
 
 # the command

@@ -135,13 +135,13 @@ def test_readme_merges_records(tmp_path, readme_table):
     one, two = record(tmp_path / "one.json"), record(tmp_path / "two.json")
     one.add(result(run("eager_nchw"), run("compile", plain=1.95, graph=2.05)))
     one.save()
-    assert readme_table.NOTHING in readme_table.page(tmp_path)
+    assert readme_table.NOTHING in readme_table.page(readme_table.newest_records(tmp_path))
     one.finish()
     # The same case with fewer peers, and another case.
     two.add(result(run("eager_nchw", plain=7.0, graph=8.0)))
     two.add(result(run("eager_nchw"), run("reduce_overhead"), batch=1))
     two.finish()
-    text = readme_table.page(tmp_path)
+    text = readme_table.page(readme_table.newest_records(tmp_path))
     assert text.count("`dwswap bench models`") == 1
     assert "1.95 / 2.05 (1.9) |" in text
     assert "2.00 / 2.50 (1.8) |" in text
@@ -150,11 +150,13 @@ def test_readme_merges_records(tmp_path, readme_table):
     assert "eager.png" not in text
     two.add(result(run("eager_nchw"), model="vgg"))
     two.finish()
-    assert "(results/models-some-gpu-eager.png)" in readme_table.page(tmp_path)
+    assert "(results/models-some-gpu-eager.png)" in readme_table.page(
+        readme_table.newest_records(tmp_path)
+    )
     two.add(result(batch=32, passed=False))
     two.finish()
     with pytest.raises(ValueError, match="failed its check"):
-        readme_table.page(tmp_path)
+        readme_table.page(readme_table.newest_records(tmp_path))
 
 
 def test_readme_shows_one_picture_of_models(tmp_path, readme_table):
@@ -162,19 +164,21 @@ def test_readme_shows_one_picture_of_models(tmp_path, readme_table):
     made.add(result(run("eager_nchw"), run("compile")))
     made.add(result(run("eager_nchw"), model="vgg"))
     made.finish()
-    caption, _, picture, _, recorded = readme_table.selection(tmp_path).splitlines()
+    caption, _, picture, _, recorded = readme_table.selection(
+        readme_table.newest_records(tmp_path)
+    ).splitlines()
     assert "on Some GPU (`dwswap bench models`)" in caption
     assert picture.endswith("(benchmarks/results/models-some-gpu.png)")
     assert recorded.startswith("Recorded ")
 
 
 def test_the_headline_of_the_readme(tmp_path, readme_table):
-    assert readme_table.headline(tmp_path) == readme_table.NOTHING
+    assert readme_table.headline(readme_table.newest_records(tmp_path)) == readme_table.NOTHING
     found = record(tmp_path / "one.json")
     found.add(result(run("eager_nchw"), run("compile", plain=1.95, graph=2.05)))
     found.add(result(run("eager_nchw"), batch=1))  # nothing compiled
     found.finish()
-    *lines, _, recorded = readme_table.headline(tmp_path).splitlines()
+    *lines, _, recorded = readme_table.headline(readme_table.newest_records(tmp_path)).splitlines()
     (row,) = [line for line in lines if "| mobilenet_v2 |" in line]
     assert "| mobilenet_v2 | 256 | " in row
     assert row.endswith(" | 2.0 |")

@@ -422,19 +422,19 @@ def test_readme_merges_records(tmp_path, readme_table):
         for row in rows:
             made.add(row)
         made.finish()
-    text = readme_table.page(tmp_path)
+    text = readme_table.page(readme_table.newest_records(tmp_path))
     assert text.count("on Some GPU (`dwswap bench models --train`)") == 1
     assert "| 1.15 (1.12)" in text
     assert "**1.05 (1.08)**" in text
     assert "![Times faster than each peer](results/training-some-gpu.png)" in text
-    selection = readme_table.selection(tmp_path)
+    selection = readme_table.selection(readme_table.newest_records(tmp_path))
     assert "**1.05 (1.08)**" in selection
     assert ".png" not in selection
     # Forwards have a table of their own.
     forwards = ModelRecord(tmp_path / "models.json", device="Some GPU", settings={})
     forwards.add(ModelResult(*CASE, "", None, [run("dwswap")], [], None, passed=True))
     forwards.finish()
-    text = readme_table.page(tmp_path)
+    text = readme_table.page(readme_table.newest_records(tmp_path))
     assert text.index("bench models`") < text.index("bench models --train")
 
 

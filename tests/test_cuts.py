@@ -74,7 +74,7 @@ def test_kernel_cases_have_every_thread_of_plane_strips(cuts):
     """On an H200; small problems have threads of one column."""
     found = set()
     names = {f"{columns} columns": columns for columns in (6, 8, 10, 14)}
-    for name, columns in {**names, "stride 2": 7}.items():
+    for name, columns in {**names, "7 columns are a row": 7, "stride 2": 7}.items():
         problems = [
             Problem(case.batch or 1, *case.input_shape[-3:], *case.kernel, case.stride[0], 2)
             for case in kernel_problems(ROWS[f"plane strips, {name}"], torch.float16)
@@ -91,6 +91,7 @@ def test_kernel_cases_have_every_thread_of_plane_strips(cuts):
         *((6, 1, last, several, strips) for last in both for several, strips in UNITS),
         *((8, 1, False, *unit) for unit in UNITS),
         *((10, 1, last, *unit) for last in both for unit in UNITS),
+        (7, 1, False, True, False),
         *((7, 2, last, *unit) for last in both for unit in UNITS),
         (14, 1, False, True, False),
     }

@@ -143,17 +143,17 @@ def test_readme_table_takes_the_newest_record(readme_table, tmp_path):
     old = results(ours_us=9999.0) | {"recorded": "2025-01-01T00:00:00+00:00"}
     (tmp_path / "a.json").write_text(json.dumps(old))
     (tmp_path / "c.json").write_text(json.dumps({"kind": "another"}))
-    text = readme_table.selection(tmp_path)
+    text = readme_table.selection(readme_table.newest_records(tmp_path))
     assert "| 82 | 16x64x512x512 | 3x3 | 2,500 | 700 | 625 | 500 | 4.0 |" in text
     assert "9,999" not in text
     assert "Some GPU" in text
-    assert text in readme_table.page(tmp_path)
+    assert text in readme_table.page(readme_table.newest_records(tmp_path))
 
 
 def test_readme_table_refuses_failed_results(readme_table, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(results(passed=False)))
     with pytest.raises(ValueError, match="failed its check"):
-        readme_table.selection(tmp_path)
+        readme_table.selection(readme_table.newest_records(tmp_path))
 
 
 def test_readme_table_keeps_the_rest(readme_table):
