@@ -22,6 +22,8 @@
 namespace dwswap::autograd {
 
 using at::Tensor;
+using c10::DispatchKey;
+using c10::DispatchKeySet;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
@@ -43,12 +45,12 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
 }
 
-// What `op` returns. Errors of kernels are texts behind the stable ABI: running out of memory gets
+// What `run` returns. Errors of kernels are texts behind the stable ABI: running out of memory gets
 // its type back, as raise_typed of dwswap/checks.py gives it.
-template <typename Operator, typename... Arguments>
-auto call(const Operator& op, Arguments&&... arguments) {
+template <typename Run>
+auto with_typed_errors(const Run& run) {
   try {
-    return op.call(std::forward<Arguments>(arguments)...);
+    return run();
   } catch (const c10::Error&) {
     throw;
   } catch (const std::exception& error) {
@@ -58,14 +60,24 @@ auto call(const Operator& op, Arguments&&... arguments) {
   }
 }
 
+// What `op` returns.
+template <typename Operator, typename... Arguments>
+auto call(const Operator& op, Arguments&&... arguments) {
+  return with_typed_errors([&] { return op.call(std::forward<Arguments>(arguments)...); });
+}
+
+// Whether a transform of functorch is active.
+inline bool is_under_functorch() {
+  const DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
+  return active.has(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         active.has(DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
 // Whether a backward with `grad` is differentiated or mapped itself, for which kernels have no
 // rules: by create_graph, a transform of functorch, forward AD, or is_grads_batched.
 inline bool is_transformed(const Tensor& grad) {
-  const c10::DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
-  return at::GradMode::is_enabled() ||
-         active.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         active.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         grad.key_set().has(c10::DispatchKey::Batched) || grad._fw_grad(/*level=*/0).defined();
+  return at::GradMode::is_enabled() || is_under_functorch() ||
+         grad.key_set().has(DispatchKey::Batched) || grad._fw_grad(/*level=*/0).defined();
 }
 
 }  // namespace dwswap::autograd

@@ -1,0 +1,43 @@
+// The kernels of dispatch key AutogradCUDA: plain calls go on below it at once, where graphs that
+// torch.compile has made call from. What is recorded, differentiated or mapped goes to Python, whose
+// kernel is that of every other device: dwswap/registration.py, backward.py and
+// excitation_registration.py.
+#include <algorithm>
+#include <exception>
+
+#include "autograd/node.h"
+
+namespace dwswap::autograd {
+namespace {
+
+using c10::IValue;
+
+// Autograd would record a call with `argument`, or forward AD differentiate it.
+bool is_differentiated(const IValue& argument) {
+  if (!argument.isTensor()) return false;
+  const Tensor& tensor = argument.toTensor();
+  return (tensor.requires_grad() && at::GradMode::is_enabled()) ||
+         tensor._fw_grad(/*level=*/0).defined();
+}
+
+void call_below(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  if (is_under_functorch() ||
+      std::any_of(arguments.begin(), arguments.end(), is_differentiated)) {
+    // What has no kernel of its own for autograd has the one from Python.
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::AutogradOther), stack);
+    return;
+  }
+  const at::AutoDispatchBelowAutograd below;
+  with_typed_errors([&] { op.redispatchBoxed(keys & c10::after_autograd_keyset, stack); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dwswap, AutogradCUDA, m) {
+  for (const char* name :
+       {"depthwise_conv2d", "_depthwise_conv2d_backward", "squeeze_excitation"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&call_below>());
+}
+
+}  // namespace dwswap::autograd
