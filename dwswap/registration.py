@@ -6,6 +6,7 @@
 | CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again |
 | Meta (fake tensors)       | shapes and layout                                                |
 | Autograd                  | autograd; aten where forward AD or functorch's grad is active    |
+| AutogradCUDA              | ``csrc/autograd/``: on to CUDA or, where Autograd is for, there  |
 | Autocast                  | the user's autocast dtype, with aten's rules for ``conv2d``      |
 | FuncTorchBatched (vmap)   | the batch folded into N, or into C where weights are batched     |
 

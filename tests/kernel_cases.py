@@ -376,6 +376,16 @@ ROWS = {
         least_outputs=17_000_000,
         activations=CLAMPS,
     ),
+    # A block has several units, which it takes in any of their orders.
+    "plane strips, many units": Row(
+        "plane_strips",
+        "contiguous",
+        SQUARES[:2],
+        channels=(57, 96),
+        sizes=((14, 14), (64, 224), (72, 225), (65, 300)),
+        least_outputs=20_000_000,
+        activations=CLAMPS,
+    ),
     # Even rows, whose windows begin at other places.
     "plane strips, pairs without padding": replace(
         PAIRED_STRIPS, extra_padding=(-1, -1), sizes=((20, 32), (9, 16), (9, 9), (57, 152))

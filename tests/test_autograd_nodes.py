@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import ACTIVATIONS
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from dwswap.batch_norm import NORM_ACTIVATIONS, batch_norm
 from dwswap.channel_scale import GATES, excite, squeeze
-from dwswap.schema import depthwise_conv2d_recorded
+from dwswap.schema import (
+    depthwise_conv2d,
+    depthwise_conv2d_backward,
+    depthwise_conv2d_recorded,
+    squeeze_excitation,
+)
 
 Function = Callable[..., Tensor]
 
@@ -330,3 +339,92 @@ def test_errors_of_the_operator_reach_the_caller() -> None:
     x, weight = leaves(IMAGE, (5, 1, 3, 2))
     with pytest.raises((RuntimeError, ValueError), match=r"must be a multiple of .*4.*, got 5"):
         convolution(x, weight)
+
+
+# --- dispatch -----------------------------------------------------------------------------------
+
+
+def python_calls(function: Callable[[], object]) -> list[str]:
+    """The kernels of Autograd in Python that run in ``function``."""
+    found = []
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name in ("_forward_autograd", "backward_autograd"):
+            found.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def fake_calls() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Calls with fake tensors of a GPU, by operator; each with the tensors that it is given."""
+    x, grad = (torch.empty(2, 8, 5, 5, device="cuda") for _ in range(2))
+    weight = torch.empty(8, 1, 3, 3, device="cuda")
+    matrices = [torch.empty(4, 8, device="cuda"), torch.empty(8, 4, device="cuda")]
+    pairs = ([1, 1], [1, 1], [1, 1])
+
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return depthwise_conv2d(x, weight, None, *pairs)
+
+    def backward(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        of_input, of_weight, _ = depthwise_conv2d_backward(
+            grad, x, weight, *pairs, [True, True, False]
+        )
+        return of_input + of_weight.sum()
+
+    def excited(x: Tensor, reduce: Tensor, expand: Tensor) -> Tensor:
+        return squeeze_excitation(x, reduce, None, expand, None, "relu", "sigmoid")
+
+    return {
+        "forward": (forward, [x, weight]),
+        "backward": (backward, [grad, x, weight]),
+        "excitation": (excited, [x, *matrices]),
+    }
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "excitation"])
+def test_calls_that_nothing_records_do_without_python(name: str) -> None:
+    with FakeTensorMode():
+        function, tensors = fake_calls()[name]
+        call = functools.partial(function, *tensors)
+        assert python_calls(call) == []
+        assert call().shape == (2, 8, 5, 5)
+        for tensor in tensors:
+            tensor.requires_grad_()
+            assert len(python_calls(call)) == 1
+            assert call().grad_fn is not None
+            with torch.no_grad():
+                assert python_calls(call) == []
+                assert call().grad_fn is None
+            tensor.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "excitation"])
+def test_calls_that_are_differentiated_or_mapped_go_to_python(name: str) -> None:
+    with FakeTensorMode():
+        function, tensors = fake_calls()[name]
+        for i, tensor in enumerate(tensors):
+
+            def of_one(one: Tensor, i: int = i) -> Tensor:
+                return function(*tensors[:i], one, *tensors[i + 1 :])
+
+            def dual(
+                tensor: Tensor = tensor, of_one: Callable[[Tensor], Tensor] = of_one
+            ) -> tuple[Tensor, Tensor]:
+                return torch.func.jvp(of_one, (tensor,), (tensor,))
+
+            assert len(python_calls(dual)) == 1
+            assert [found.shape for found in dual()] == [(2, 8, 5, 5)] * 2
+            with forward_ad.dual_level():
+                made = forward_ad.make_dual(tensor, tensor)
+                assert len(python_calls(functools.partial(of_one, made))) == 1
+                assert forward_ad.unpack_dual(of_one(made)).tangent is not None
+    if name != "backward":  # its rule for vmap is that of aten's operators
+        with FakeTensorMode():
+            function, (x, *others) = fake_calls()[name]
+            mapped = torch.func.vmap(lambda one: function(one, *others))(x[None])
+            assert mapped.shape == (1, 2, 8, 5, 5)

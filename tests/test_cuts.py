@@ -19,6 +19,7 @@ from dwswap.bench.shapes import torchvision_shapes
 
 STAGE_BYTES = 32 * 1024
 STATIC_BYTES = {"plane_strips": 128, "plane_bands": 64}
+CHUNKS, MEMORY, IN_TURN = range(3)  # orders of units of plane_strips
 # Of plane_strips: whether a unit has several planes, and whether it has some rows of one.
 UNITS = ((True, False), (False, True))
 
@@ -38,7 +39,7 @@ def test_plane_strips_can_always_be_launched(cuts):
     ]
     runs = list(itertools.product(problems, DEVICES))
     for (problem, device), cut in zip(runs, cuts("plane_strips", runs), strict=True):
-        columns, holds, planes, rows, lanes, groups, *memory, _ = cut
+        columns, holds, planes, rows, lanes, groups, *memory, order, _ = cut
         stages, buffers, in_bytes, out_bytes, shared = memory
         what = f"{problem} on {device}: {cut}"
         if holds:
@@ -68,6 +69,36 @@ def test_plane_strips_can_always_be_launched(cuts):
         assert 0 < in_bytes <= STAGE_BYTES, what
         assert 0 < out_bytes <= STAGE_BYTES, what
         assert shared + STATIC_BYTES["plane_strips"] <= device[2], what
+        few_taps = problem.kernel_h * problem.kernel_w <= 9
+        shares_lines = rows < problem.out_h and out_bytes % 128 != 0
+        assert order == (CHUNKS if not few_taps else MEMORY if shares_lines else IN_TURN), what
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kernel_cases_have_every_order_of_units(cuts, dtype):
+    """On an H200; a block of theirs has several units."""
+    found = set()
+    problems = [
+        Problem(
+            case.batch or 1, *case.input_shape[-3:], *case.kernel, case.stride[0], dtype.itemsize
+        )
+        for case in kernel_problems(ROWS["plane strips, many units"], dtype)
+    ]
+    chosen = cuts("plane_strips", [(problem, DEVICES[0]) for problem in problems])
+    for problem, cut in zip(problems, chosen, strict=True):
+        _, _, planes, rows, lanes, groups, *_, shared, order, _ = cut
+        multiprocessors, memory, _ = DEVICES[0]
+        warps = -(-planes * lanes * groups // 32)
+        held = shared + STATIC_BYTES["plane_strips"] + 1024
+        resident = min(32, 64 // warps, memory // held)
+        strips = -(-problem.out_h // rows)
+        units = problem.batch * -(-problem.channels // planes) * strips
+        if units >= 2 * multiprocessors * resident:
+            found.add((order, planes > 1, strips > 1))
+    assert found >= {
+        *((order, *unit) for order in (CHUNKS, IN_TURN) for unit in UNITS),
+        (MEMORY, False, True),
+    }
 
 
 def test_kernel_cases_have_every_thread_of_plane_strips(cuts):

@@ -41,14 +41,9 @@ struct DepthwiseConv2d : Function<DepthwiseConv2d> {
     const std::array<bool, 3> wanted{
         ctx->needs_input_grad(0), ctx->needs_input_grad(1),
         ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
-    const auto run = [&] {
-      const auto [grad_input, grad_weight, grad_bias] =
-          call(op, grads[0], saved[0], saved[1], pair(0), pair(2), pair(4), wanted);
-      return variable_list{grad_input, grad_weight, grad_bias, Tensor()};
-    };
-    if (is_transformed(grads[0])) return run();
-    const at::AutoDispatchBelowAutograd below;  // past the kernel of Autograd, which is Python
-    return run();
+    const auto [grad_input, grad_weight, grad_bias] =
+        call(op, grads[0], saved[0], saved[1], pair(0), pair(2), pair(4), wanted);
+    return {grad_input, grad_weight, grad_bias, Tensor()};
   }
 };
 

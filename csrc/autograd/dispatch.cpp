@@ -1,6 +1,6 @@
-// The kernels of dispatch key AutogradCUDA: plain calls go on below it at once, where graphs that
-// torch.compile has made call from. What is recorded, differentiated or mapped goes to Python, whose
-// kernel is that of every other device: dwswap/registration.py, backward.py and
+// The kernels of dispatch key AutogradCUDA. Calls that nothing records, as those of graphs that
+// torch.compile has made, go on below it at once. What is recorded, differentiated or mapped goes
+// to the kernel of every other device, which is Python: dwswap/registration.py, backward.py and
 // excitation_registration.py.
 #include <algorithm>
 #include <exception>
@@ -22,8 +22,7 @@ bool is_differentiated(const IValue& argument) {
 
 void call_below(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
-  if (is_under_functorch() ||
-      std::any_of(arguments.begin(), arguments.end(), is_differentiated)) {
+  if (is_under_functorch() || std::any_of(arguments.begin(), arguments.end(), is_differentiated)) {
     // What has no kernel of its own for autograd has the one from Python.
     op.redispatchBoxed(DispatchKeySet(DispatchKey::AutogradOther), stack);
     return;
@@ -35,8 +34,7 @@ void call_below(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dwswap, AutogradCUDA, m) {
-  for (const char* name :
-       {"depthwise_conv2d", "_depthwise_conv2d_backward", "squeeze_excitation"})
+  for (const char* name : {"depthwise_conv2d", "_depthwise_conv2d_backward", "squeeze_excitation"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&call_below>());
 }
 

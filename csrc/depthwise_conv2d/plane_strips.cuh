@@ -28,9 +28,12 @@ struct Unit {
   int in_first, in_rows;
 
   __device__ __forceinline__ Unit(const Arguments& a, int index, int kernel_h, int stride) {
-    uint32_t strip, sample;
-    chunk = a.by_images.divide(a.by_strips.divide(index, &strip), &sample);
-    n = static_cast<int>(sample);
+    uint32_t strip, inner;
+    const auto outer =
+        static_cast<int>(a.by_inner.divide(a.by_strips.divide(index, &strip), &inner));
+    const bool by_chunks = a.order == Order::kChunks;
+    chunk = by_chunks ? outer : static_cast<int>(inner);
+    n = by_chunks ? static_cast<int>(inner) : outer;
     first_channel = chunk * a.planes;
     planes = min(a.planes, a.channels - first_channel);
     first_row = strip * a.rows;
@@ -149,10 +152,12 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 
   // This block's share of the list: at most one unit more or less than another's.
   const auto block = static_cast<int>(blockIdx.x);
-  const int first_unit = block * a.share + min(block, a.longer_shares);
-  const int end_unit = first_unit + a.share + (block < a.longer_shares ? 1 : 0);
-  const auto fetch_unit = [&](int index, int stage) {
-    const Unit unit(a, index, KH, S);
+  const int units = a.share + (block < a.longer_shares ? 1 : 0);
+  const bool in_turn = a.order == Order::kMemoryInTurn;
+  const int first_unit = in_turn ? block : block * a.share + min(block, a.longer_shares);
+  const int step = in_turn ? static_cast<int>(gridDim.x) : 1;
+  const auto fetch_unit = [&](int i, int stage) {
+    const Unit unit(a, first_unit + i * step, KH, S);
     fetch(stage_at(stage), unit.source<T>(a), unit.planes * unit.in_rows * a.in_w, &arrived[stage],
           a);
   };
@@ -165,7 +170,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   if (a.bulk) __trap();  // the host chose it for an image of sm_90
 #endif
   for (int i = 0; i < a.stages; ++i) {
-    if (first_unit + i < end_unit) fetch_unit(first_unit + i, i);
+    if (i < units) fetch_unit(i, i);
   }
   __syncthreads();
 
@@ -189,8 +194,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   float bias = 0.0f, input_bias = 0.0f;
   int chunk = -1, stage = 0;
   uint32_t parity = 0;
-  for (int index = first_unit; index < end_unit; ++index) {
-    const Unit unit(a, index, KH, S);
+  for (int i = 0; i < units; ++i) {
+    const Unit unit(a, first_unit + i * step, KH, S);
     if (unit.chunk != chunk) {
       chunk = unit.chunk;
       // Threads without work follow the others, so that all meet at the barriers.
@@ -206,15 +211,15 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     const T* const source = unit.source<T>(a);
     T* const target = unit.target<T>(a);
     T* const plane = stage_at(stage) + misalignment(source) + p * unit.in_rows * a.in_w;
-    const int buffer = a.buffers == 1 ? 0 : (index - first_unit) % 2;
+    const int buffer = a.buffers == 1 ? 0 : i % 2;
 #if DWSWAP_BULK_COPIES
     if (a.bulk) barrier_wait(&arrived[stage], parity);
 #endif
     if (!a.bulk) {
-      wait_for_groups(min(a.stages, end_unit - index) - 1);
+      wait_for_groups(min(a.stages, units - i) - 1);
       __syncthreads();
     }
-    if (a.buffers == 1 && index > first_unit) {
+    if (a.buffers == 1 && i > 0) {
 #if DWSWAP_BULK_COPIES
       if (a.bulk && threadIdx.x == 0) wait_for_bulk_reads();
 #endif
@@ -256,9 +261,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     }
 #endif
     __syncthreads();
-    if (index + a.stages < end_unit) {
-      fetch_unit(index + a.stages, stage);
-    }
+    if (i + a.stages < units) fetch_unit(i + a.stages, stage);
 #if DWSWAP_BULK_COPIES
     if (a.bulk && misalignment(target) == 0 && count * sizeof(T) % kVectorBytes == 0) {
       if (threadIdx.x == 0) write_bytes(target, buffer_at(buffer), count * sizeof(T));
@@ -294,11 +297,14 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.stages = cut.stages, a.buffers = cut.buffers;
   a.group_rows = ceil_div(cut.rows, cut.groups);
   const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
-  const auto chunks = ceil_div(p.channels, cut.planes);
-  const auto units = static_cast<int>(chunks * p.batch * strips);
+  const auto chunks = static_cast<uint32_t>(ceil_div(p.channels, cut.planes));
+  const auto images = static_cast<uint32_t>(p.batch);
+  const auto units = static_cast<int>(chunks * images * strips);
+  a.order = order_of(p, cut);
   a.in_bytes = static_cast<int>(cut.stage_bytes());
   a.out_bytes = static_cast<int>(cut.buffer_bytes());
-  a.by_strips = Divisor(strips), a.by_images = Divisor(static_cast<uint32_t>(p.batch));
+  a.by_strips = Divisor(strips);
+  a.by_inner = Divisor(a.order == Order::kChunks ? images : chunks);
   a.by_lanes = Divisor(static_cast<uint32_t>(cut.lanes));
   a.by_groups = Divisor(static_cast<uint32_t>(cut.groups));
   a.bulk = bulk;

@@ -186,6 +186,7 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const LoopRows& 
   constexpr double kBytesPerClock = 20.1;  // of all copies together
   constexpr int kSectorBytes = 32;         // that memory takes at once
   constexpr double kSplitSectors = 1.04;   // where units share them
+  constexpr double kSplitLines = 1.03;     // where those of a block share lines
   constexpr double kBlockBytes = 1024;     // of shared memory, that every block takes
   constexpr double kRegisters = 64 * 1024;
   const int columns = cut.columns;
@@ -272,7 +273,8 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const LoopRows& 
   const double in_rows = p.in_h + (strips - 1) * std::max(kernel_h - stride, 0);
   const double memory = static_cast<double>(p.batch * p.channels) *
                         (in_rows * p.in_w * element_bytes + plane_bytes) / device.multiprocessors /
-                        kBytesPerClock * (in_steps_of(kSectorBytes) ? 1.0 : kSplitSectors);
+                        kBytesPerClock * (in_steps_of(kSectorBytes) ? 1.0 : kSplitSectors) *
+                        (order_of(p, cut) == Order::kMemory ? kSplitLines : 1.0);
   // Until the first copies are there nothing is computed or written.
   const double first = costs.first * together * cut.stages * cut.in_bytes / kBytesPerClock;
   // What a multiprocessor does overlaps, but for what each block does alone.

@@ -36,6 +36,9 @@ constexpr int together_of(int columns) {
   return columns == kVectorColumns ? kVectorColumns : 2;
 }
 
+// So many are soon loaded anew.
+constexpr int kFewTaps = 9;
+
 // Rows of output that an input row contributes to.
 constexpr int open_rows(int kernel_h, int stride) { return (kernel_h + stride - 1) / stride; }
 
@@ -55,7 +58,7 @@ constexpr int max_threads(int kernel_h, int kernel_w, int stride, int columns) {
 constexpr int resident_blocks(int kernel_h, int kernel_w, int stride, int columns) {
   if (threads_of(columns) == Threads::kPaired)
     return columns == kWholeColumns ? 4 : columns <= kVectorColumns ? 6 : 5;
-  const bool few_taps = kernel_h * kernel_w <= 9;
+  const bool few_taps = kernel_h * kernel_w <= kFewTaps;
   return few_taps || max_threads(kernel_h, kernel_w, stride, columns) < 256 ? 3 : 2;
 }
 
@@ -87,6 +90,18 @@ struct Cut {
   int64_t buffer_bytes() const { return (ceil_div(out_bytes, kVectorBytes) + 2) * kVectorBytes; }
   int64_t shared_bytes() const { return stages * stage_bytes() + buffers * buffer_bytes(); }
 };
+
+// The order in which units come, and which of them are a block's: chunk by chunk, so that threads
+// keep their taps for long; or as they lie in memory, each block with a run of them, or the blocks
+// in turn, so that what all of them read and write at a time lies together.
+enum class Order { kChunks, kMemory, kMemoryInTurn };
+inline Order order_of(const DepthwiseConv2dParams& p, const Cut& cut) {
+  constexpr int64_t kLineBytes = 128;
+  if (p.kernel_h * p.kernel_w > kFewTaps) return Order::kChunks;
+  const bool strips = cut.rows < p.out_h;
+  // Strips of which two share a line are faster where one block writes both (benchmarks/NOTES.md).
+  return strips && cut.out_bytes % kLineBytes != 0 ? Order::kMemory : Order::kMemoryInTurn;
+}
 
 // The cut of a problem that plane_strips covers; the search for it is remembered.
 Cut choose_cut(const DepthwiseConv2dParams& params, int element_bytes, const Device& device);

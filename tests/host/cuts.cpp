@@ -54,10 +54,11 @@ int main() {
     if (family == "plane_strips") {
       const auto cut = plane_strips::choose_cut(p, element_bytes, device);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
-      std::printf("%d %d %d %d %d %d %d %d %lld %lld %lld %.0f\n", cut.columns, cut.holds,
+      std::printf("%d %d %d %d %d %d %d %d %lld %lld %lld %d %.0f\n", cut.columns, cut.holds,
                   cut.planes, cut.rows, cut.lanes, cut.groups, cut.stages, cut.buffers,
                   static_cast<long long>(cut.in_bytes), static_cast<long long>(cut.out_bytes),
-                  static_cast<long long>(cut.shared_bytes()), took.count());
+                  static_cast<long long>(cut.shared_bytes()),
+                  static_cast<int>(plane_strips::order_of(p, cut)), took.count());
     } else if (family == "rolling_rows") {
       const auto cut = rolling_rows::cut_of(p, element_bytes, device.multiprocessors);
       const std::chrono::duration<double, std::micro> took = Clock::now() - start;
