@@ -3,7 +3,6 @@
 // to the kernel of every other device, which is Python: dwswap/registration.py, backward.py and
 // excitation_registration.py.
 #include <algorithm>
-#include <exception>
 
 #include "autograd/node.h"
 
