@@ -79,17 +79,27 @@ def has_every_shape(record: dict[str, Any]) -> bool:
 
 
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record of all cases: of two rows of one case that with more peers, then the newer one."""
-    best: dict[tuple[Any, ...], tuple[int, str, dict[str, Any]]] = {}
+    """One record of all cases.
+
+    Of two rows of one case that with more peers, then the newer one. A peer that it lacks is that of
+    the other: each is compared with what ran in turns with it.
+    """
+    found: dict[tuple[Any, ...], list[tuple[int, str, dict[str, Any]]]] = {}
     for record in records:
         for row in record["results"]:
             case = tuple(row[name] for name in ("model", "batch", "dtype", "layout", "size"))
             ran = sum(run["us"] is not None for run in row["runs"])
-            found = (ran, record["recorded"], row)
-            if case not in best or best[case][:2] < found[:2]:
-                best[case] = found
+            found.setdefault(case, []).append((ran, record["recorded"], row))
     newest = max(records, key=lambda record: record["recorded"])
-    return {**newest, "results": [best[case][2] for case in sorted(best, key=_place)]}
+    return {**newest, "results": [_united(found[case]) for case in sorted(found, key=_place)]}
+
+
+def _united(rows: list[tuple[int, str, dict[str, Any]]]) -> dict[str, Any]:
+    """The row of most peers, of the newest if several have as many, and what the others add."""
+    first, *others = (row for _, _, row in sorted(rows, key=lambda row: row[:2], reverse=True))
+    runs = {run["name"]: run for row in reversed(others) for run in row["runs"]}
+    runs |= {run["name"]: run for run in first["runs"]}
+    return {**first, "runs": list(runs.values())}
 
 
 def merged_gradients(records: list[dict[str, Any]]) -> dict[str, Any]:

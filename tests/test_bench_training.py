@@ -438,6 +438,22 @@ def test_readme_merges_records(tmp_path, readme_table):
     assert text.index("bench models`") < text.index("bench models --train")
 
 
+def test_a_case_has_the_peers_of_all_its_records(tmp_path, readme_table):
+    for name, *peers in (
+        ("one", peer("eager", 1.21, 1.31, 1.41), peer("eager_graph", 0.81, 1.91, 1.01)),
+        ("two", peer("eager", 1.22, 1.32, 1.42), peer("compile", 0.82, 0.92, 1.02)),
+    ):
+        made = record(tmp_path / f"{name}.json")
+        made.add(result(*peers))
+        made.finish()
+    older = json.loads((tmp_path / "one.json").read_text())
+    older["recorded"] = "2020-01-01T00:00:00+00:00"
+    (tmp_path / "one.json").write_text(json.dumps(older))
+    text = readme_table.page(readme_table.newest_records(tmp_path))
+    assert "| 1.22 (1.12) | 1.91 (1.12) | 1.02 (0.97) |" in text
+    assert "1.21" not in text
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("PIL")
