@@ -81,8 +81,8 @@ def has_every_shape(record: dict[str, Any]) -> bool:
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of all cases.
 
-    Of two rows of one case that with more peers, then the newer one. A peer that it lacks is that of
-    the other: each is compared with what ran in turns with it.
+    Of two rows of one case that with more peers, then the newer one. A peer that it lacks is that
+    of the other: each is compared with what ran in turns with it.
     """
     found: dict[tuple[Any, ...], list[tuple[int, str, dict[str, Any]]]] = {}
     for record in records:
