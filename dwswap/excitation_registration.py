@@ -6,6 +6,7 @@
 | CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again |
 | Meta (fake tensors)       | shape and layout                                                 |
 | Autograd                  | aten where something is differentiated, it has the derivatives   |
+| AutogradCUDA              | ``csrc/autograd/``: below it, or to Autograd what is recorded    |
 | Autocast                  | aten's rules for each of the steps                               |
 | FuncTorchBatched (vmap)   | the batch folded into N; a call each where weights are batched   |
 """

@@ -6,7 +6,7 @@
 | CompositeExplicitAutograd | aten; on CUDA tensors it first loads the library and calls again |
 | Meta (fake tensors)       | shapes and layout                                                |
 | Autograd                  | autograd; aten where forward AD or functorch's grad is active    |
-| AutogradCUDA              | ``csrc/autograd/``: on to CUDA or, where Autograd is for, there  |
+| AutogradCUDA              | ``csrc/autograd/``: below it, or to Autograd what is recorded    |
 | Autocast                  | the user's autocast dtype, with aten's rules for ``conv2d``      |
 | FuncTorchBatched (vmap)   | the batch folded into N, or into C where weights are batched     |
 
@@ -258,8 +258,8 @@ _PLAIN_AUTOCAST = {
 def apply(plain: bool, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
     """Call the operator; a plain call past its dispatch keys.
 
-    Their kernels are Python, and those microseconds count at batch 1, and in every step of a
-    training whose host is busy.
+    Some of their kernels are Python, and those microseconds count at batch 1, and in every step of
+    a training whose host is busy.
 
     Args:
         plain: what ``is_plain_but_for_autocast`` says of the tensors.

@@ -81,8 +81,8 @@ def has_every_shape(record: dict[str, Any]) -> bool:
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of all cases.
 
-    Of two rows of one case that with more peers, then the newer one. A peer that it lacks is that
-    of the other: each is compared with what ran in turns with it.
+    Of two rows of one case that with more peers, then the newer one. A peer that did not run there
+    is that of the other: each is compared with what ran in turns with it.
     """
     found: dict[tuple[Any, ...], list[tuple[int, str, dict[str, Any]]]] = {}
     for record in records:
@@ -95,11 +95,14 @@ def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _united(rows: list[tuple[int, str, dict[str, Any]]]) -> dict[str, Any]:
-    """The row of most peers, of the newest if several have as many, and what the others add."""
-    first, *others = (row for _, _, row in sorted(rows, key=lambda row: row[:2], reverse=True))
-    runs = {run["name"]: run for row in reversed(others) for run in row["runs"]}
-    runs |= {run["name"]: run for run in first["runs"]}
-    return {**first, "runs": list(runs.values())}
+    """The row of most peers, of the newest if several have as many, and what others add to it."""
+    ordered = [row for _, _, row in sorted(rows, key=lambda row: row[:2], reverse=True)]
+    runs: dict[str, dict[str, Any]] = {}
+    for run in (run for row in ordered for run in row["runs"]):
+        known = runs.setdefault(run["name"], run)
+        if known["us"] is None and run["us"] is not None:
+            runs[run["name"]] = run
+    return {**ordered[0], "runs": list(runs.values())}
 
 
 def merged_gradients(records: list[dict[str, Any]]) -> dict[str, Any]:

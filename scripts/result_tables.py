@@ -78,8 +78,8 @@ def training_speedups(result: dict[str, Any]) -> list[str]:
 
     return [
         f"Training of models of torchvision (mixed precision, SGD), on {result['device']} "
-        "(`dwswap bench models --train`); what misses its target is bold. A peer that the newest "
-        "run of a case left out is that of an earlier one.",
+        "(`dwswap bench models --train`); what misses its target is bold. A peer that a "
+        "run of a case left out is that of another run.",
         "",
         *training_markdown([TrainingResult.from_dict(**row) for row in result["results"]]),
     ]

@@ -404,7 +404,7 @@ def test_calls_that_nothing_records_do_without_python(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["forward", "backward", "excitation"])
-def test_calls_that_are_differentiated_or_mapped_go_to_python(name: str) -> None:
+def test_calls_that_are_differentiated_go_to_python(name: str) -> None:
     with FakeTensorMode():
         function, tensors = fake_calls()[name]
         for i, tensor in enumerate(tensors):
@@ -423,8 +423,20 @@ def test_calls_that_are_differentiated_or_mapped_go_to_python(name: str) -> None
                 made = forward_ad.make_dual(tensor, tensor)
                 assert len(python_calls(functools.partial(of_one, made))) == 1
                 assert forward_ad.unpack_dual(of_one(made)).tangent is not None
-    if name != "backward":  # its rule for vmap is that of aten's operators
-        with FakeTensorMode():
-            function, (x, *others) = fake_calls()[name]
-            mapped = torch.func.vmap(lambda one: function(one, *others))(x[None])
-            assert mapped.shape == (1, 2, 8, 5, 5)
+
+
+@pytest.mark.parametrize("name", ["forward", "excitation"])
+def test_mapped_calls_do_without_python(name: str) -> None:
+    with FakeTensorMode():
+        function, (x, *others) = fake_calls()[name]
+        mapped = torch.func.vmap(lambda one: function(one, *others))
+        assert mapped(x[None]).shape == (1, 2, 8, 5, 5)
+        assert python_calls(lambda: mapped(x[None])) == []
+
+
+def test_complex_calls_go_to_python() -> None:
+    with FakeTensorMode():
+        function, tensors = fake_calls()["forward"]
+        call = functools.partial(function, *(tensor.cfloat() for tensor in tensors))
+        assert len(python_calls(call)) == 1
+        assert call().dtype is torch.complex64

@@ -439,19 +439,26 @@ def test_readme_merges_records(tmp_path, readme_table):
 
 
 def test_a_case_has_the_peers_of_all_its_records(tmp_path, readme_table):
-    for name, *peers in (
-        ("one", peer("eager", 1.21, 1.31, 1.41), peer("eager_graph", 0.81, 1.91, 1.01)),
-        ("two", peer("eager", 1.22, 1.32, 1.42), peer("compile", 0.82, 0.92, 1.02)),
+    """Those of the record with most peers, of the newer of two, and what others add."""
+    for year, *peers in (
+        (2020, peer("eager", 1.21, 1.31, 1.41), peer("eager_graph", 0.81, 1.91, 1.01)),
+        (2021, peer("eager", 1.22, 1.32, 1.42), Measured("compile", reason="out of memory")),
+        (2022, peer("eager", 1.23, 1.33, 1.43), peer("compile", 0.82, 0.92, 1.02)),
+        (2023, peer("compile", 0.83, 0.93, 1.03)),
+        (2024, peer("eager", 1.25, 1.35, 1.45), Measured("compile", reason="no compiler")),
     ):
-        made = record(tmp_path / f"{name}.json")
+        made = record(tmp_path / f"{year}.json")
         made.add(result(*peers))
         made.finish()
-    older = json.loads((tmp_path / "one.json").read_text())
-    older["recorded"] = "2020-01-01T00:00:00+00:00"
-    (tmp_path / "one.json").write_text(json.dumps(older))
+        saved = json.loads(made.path.read_text())
+        made.path.write_text(json.dumps(saved | {"recorded": f"{year}-01-01T00:00:00+00:00"}))
     text = readme_table.page(readme_table.newest_records(tmp_path))
-    assert "| 1.22 (1.12) | 1.91 (1.12) | 1.02 (0.97) |" in text
-    assert "1.21" not in text
+    assert "| 1.23 (1.12) | 1.91 (1.12) | 1.02 (0.97) |" in text
+    for name in ("2020", "2022", "2023"):
+        (tmp_path / f"{name}.json").unlink()
+    text = readme_table.page(readme_table.newest_records(tmp_path))
+    assert "1.25 (1.12)" in text
+    assert "1.22" not in text
 
 
 def test_plot(tmp_path):

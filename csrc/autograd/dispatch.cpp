@@ -1,6 +1,6 @@
 // The kernels of dispatch key AutogradCUDA. Calls that nothing records, as those of graphs that
-// torch.compile has made, go on below it at once. What is recorded, differentiated or mapped goes
-// to the kernel of every other device, which is Python: dwswap/registration.py, backward.py and
+// torch.compile has made, go on below it at once. What is recorded or differentiated goes to the
+// kernel of every other device, which is Python: dwswap/registration.py, backward.py and
 // excitation_registration.py.
 #include <algorithm>
 
@@ -11,17 +11,18 @@ namespace {
 
 using c10::IValue;
 
-// Autograd would record a call with `argument`, or forward AD differentiate it.
-bool is_differentiated(const IValue& argument) {
+// A call with `argument` is recorded, or differentiated by forward AD; or it is complex, which
+// Python has other operators for.
+bool is_for_python(const IValue& argument) {
   if (!argument.isTensor()) return false;
   const Tensor& tensor = argument.toTensor();
   return (tensor.requires_grad() && at::GradMode::is_enabled()) ||
-         tensor._fw_grad(/*level=*/0).defined();
+         tensor._fw_grad(/*level=*/0).defined() || tensor.is_complex();
 }
 
 void call_below(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
-  if (is_under_functorch() || std::any_of(arguments.begin(), arguments.end(), is_differentiated)) {
+  if (std::any_of(arguments.begin(), arguments.end(), is_for_python)) {
     // What has no kernel of its own for autograd has the one from Python.
     op.redispatchBoxed(DispatchKeySet(DispatchKey::AutogradOther), stack);
     return;

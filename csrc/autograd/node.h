@@ -66,17 +66,12 @@ auto call(const Operator& op, Arguments&&... arguments) {
   return with_typed_errors([&] { return op.call(std::forward<Arguments>(arguments)...); });
 }
 
-// Whether a transform of functorch is active.
-inline bool is_under_functorch() {
-  const DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
-  return active.has(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         active.has(DispatchKey::FuncTorchDynamicLayerBackMode);
-}
-
 // Whether a backward with `grad` is differentiated or mapped itself, for which kernels have no
 // rules: by create_graph, a transform of functorch, forward AD, or is_grads_batched.
 inline bool is_transformed(const Tensor& grad) {
-  return at::GradMode::is_enabled() || is_under_functorch() ||
+  const DispatchKeySet active = c10::impl::tls_local_dispatch_key_set().included_;
+  return at::GradMode::is_enabled() || active.has(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         active.has(DispatchKey::FuncTorchDynamicLayerBackMode) ||
          grad.key_set().has(DispatchKey::Batched) || grad._fw_grad(/*level=*/0).defined();
 }
 

@@ -186,7 +186,7 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const LoopRows& 
   constexpr double kBytesPerClock = 20.1;  // of all copies together
   constexpr int kSectorBytes = 32;         // that memory takes at once
   constexpr double kSplitSectors = 1.04;   // where units share them
-  constexpr double kSplitLines = 1.03;     // where those of a block share lines
+  constexpr double kSplitLines = 1.03;     // where strips that share lines come in runs
   constexpr double kBlockBytes = 1024;     // of shared memory, that every block takes
   constexpr double kRegisters = 64 * 1024;
   const int columns = cut.columns;

@@ -36,7 +36,7 @@ constexpr int together_of(int columns) {
   return columns == kVectorColumns ? kVectorColumns : 2;
 }
 
-// So many are soon loaded anew.
+// Up to so many a thread can load anew for every unit.
 constexpr int kFewTaps = 9;
 
 // Rows of output that an input row contributes to.

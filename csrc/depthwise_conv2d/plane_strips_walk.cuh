@@ -54,10 +54,11 @@ struct Arguments {
   int share, longer_shares;      // units of a block, and blocks that have one more
   Order order;
   int stages, buffers;
-  int in_bytes, out_bytes;                           // of a stage and of a buffer, margins included
-  Divisor by_strips, by_inner, by_lanes, by_groups;  // inner: images of a chunk, or the reverse
-  bool bulk;                                         // copies by the copy engine
-  bool ragged;                                       // threads share columns
+  int in_bytes, out_bytes;  // of a stage and of a buffer, margins included
+  Divisor by_strips, by_lanes, by_groups;
+  Divisor by_inner;  // the images of a chunk, or the chunks of an image
+  bool bulk;         // copies by the copy engine
+  bool ragged;       // threads share columns
   bool transforms_input, reversed_taps;
   Activation input_activation, activation;
 };

@@ -376,6 +376,11 @@ def test_out_of_memory_is_an_ordinary_error(layout):
     # More than a terabyte of output.
     with pytest.raises(torch.OutOfMemoryError):
         depthwise_conv2d(given.input, given.weight, padding=50_000)
+    # As compiled graphs call it.
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.ops.dwswap.depthwise_conv2d(
+            given.input, given.weight, None, [1, 1], [50_000, 50_000], [1, 1]
+        )
     assert torch.equal(operator(case, given), expected)
 
 
