@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import dis
 import sys
-from functools import partial
+from collections.abc import Iterator, Mapping, Set
 from itertools import pairwise
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType
 
 from torch import nn
 
 from dwswap.copying import modules_by_path
 from dwswap.eligibility import HOOKS
-from dwswap.forward_code import called_functions, codes, global_names, names_in, package_of
+from dwswap.forward_code import (
+    called_functions,
+    codes,
+    global_names,
+    names_in,
+    package_of,
+    special_methods,
+)
+from dwswap.state_marks import own_attributes
 
-__all__ = ["lists_tensors", "only_called", "runs_its_children"]
+__all__ = ["held_in", "lists_tensors", "only_called", "runs_its_children"]
+
+Held = Mapping[str, Set[int]]
+"""By the path of a module: ``id()`` of what its attributes have."""
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # How a module is reached without its name in the code.
@@ -40,35 +51,52 @@ def runs_its_children(module: nn.Module) -> bool:
     )
 
 
-def only_called(model: nn.Module, path: str) -> bool:
+def only_called(model: nn.Module, path: str, held: Held | None = None) -> bool:
     """Whether the modules above ``path`` only call the one there, so that another which can be
     called may take its place.
 
     Read off the bytecode of what their forwards may run: ``self.backbone(x)`` is a call,
     ``self.backbone[0](x)``, ``for block in self.blocks`` and ``getattr(self, name)`` are not.
     A module that is part of something outside, or shares tensors with it, does not qualify.
+
+    Args:
+        held: what :func:`held_in` says of ``model``, where several paths are asked for.
     """
-    if _is_shared(model, path):
-        return False
+    held = held_in(model) if held is None else held
     names = path.split(".")
     above = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+    if _is_shared(model, path) or _is_held(model, path, above, held):
+        return False
     return all(_only_calls(owner, names) for owner in above)
+
+
+def held_in(model: nn.Module) -> Held:
+    """What attributes have of the modules and tensors of ``model``, past their registration: in a
+    list, say, a partial function, a method of it, or an object that was given it."""
+    parts = {id(part) for module in model.modules() for part in _parts(module)}
+    found = {
+        path: {
+            id(held)
+            for name, mark in own_attributes(module).items()
+            if name != "train"  # no forward calls train(), which may be ours (train_guard)
+            for held, _ in mark.held
+        }
+        for path, module in modules_by_path(model).items()
+    }
+    return {path: ids & parts for path, ids in found.items() if not ids.isdisjoint(parts)}
 
 
 def _only_calls(owner: nn.Module, names: list[str]) -> bool:
     cls = type(owner)
     if "forward" in owner.__dict__ or any(getattr(owner, name, None) for name in HOOKS):
         return False
-    # No forward calls train(), which may be ours (train_guard).
-    if any(_holds(value, owner) for name, value in owner.__dict__.items() if name != "train"):
-        return False
     if type(owner) is nn.Sequential:
         return True
     if isinstance(owner, _CONTAINERS) or package_of(cls.__module__) == "torch":
         return False
     functions = called_functions(cls, cls.forward)
-    if cls.__call__ is not nn.Module.__call__:
-        functions += called_functions(cls, cls.__call__)
+    for method in special_methods(cls):
+        functions += called_functions(cls, method)
     if any(not _LOOKUPS.isdisjoint(global_names(f.__code__)) for f in functions):
         return False
     inner = [code for function in functions for code in codes(function.__code__)]
@@ -120,16 +148,6 @@ def _asks_for_tensors(instructions: list[dis.Instruction], place: int) -> bool:
     return instruction.argval in _ALL_TENSORS and not only_its_kind
 
 
-def _holds(value: object, owner: nn.Module) -> bool:
-    """Whether an attribute of ``owner`` has it, and so may reach what is inside: a partial function
-    or a method of it, or an object that was given it."""
-    if isinstance(value, partial):
-        return any(part is owner for part in (*value.args, *value.keywords.values()))
-    if isinstance(value, MethodType):
-        return value.__self__ is owner
-    return any(part is owner for part in getattr(value, "__dict__", {}).values())
-
-
 def _is_call(instruction: dis.Instruction) -> bool:
     """Whether the attribute that is loaded is called at once."""
     if instruction.opname == "LOAD_ATTR":
@@ -139,13 +157,31 @@ def _is_call(instruction: dis.Instruction) -> bool:
 
 def _is_shared(model: nn.Module, path: str) -> bool:
     """Whether modules or tensors of the one at ``path`` are part of others as well."""
-    inside = {id(part) for m in model.get_submodule(path).modules() for part in _parts(m)}
+    inside = _inside(model, path)
+    return any(id(part) in inside for module in _outside(model, path) for part in _parts(module))
+
+
+def _is_held(model: nn.Module, path: str, above: list[nn.Module], held: Held) -> bool:
+    """Whether an attribute of another module has one of those ``above``, the one at ``path`` or
+    what is inside, and so may reach it."""
+    wanted = _inside(model, path) | set(map(id, above))
     return any(
-        id(part) in inside
-        for where, module in modules_by_path(model).items()
-        if where != path and not where.startswith(f"{path}.")
-        for part in _parts(module)
+        not wanted.isdisjoint(found) for where, found in held.items() if _is_outside(where, path)
     )
+
+
+def _inside(model: nn.Module, path: str) -> set[int]:
+    return {id(part) for m in model.get_submodule(path).modules() for part in _parts(m)}
+
+
+def _outside(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    for where, module in modules_by_path(model).items():
+        if _is_outside(where, path):
+            yield module
+
+
+def _is_outside(where: str, path: str) -> bool:
+    return where != path and not where.startswith(f"{path}.")
 
 
 def _parts(module: nn.Module) -> list[object]:

@@ -78,7 +78,7 @@ def depthwise_conv2d(
     known = groups is None or type(groups) is int  # as a rule
     if not known and not isinstance(whole(groups), (int, torch.SymInt)):
         raise TypeError(f"{NAME}: groups must be an integer or None, got {groups!r}")
-    if groups is not None and (input.dim() < 3 or input.shape[-3] != groups):
+    if groups is not None and input.dim() >= 3 and input.shape[-3] != groups:
         raise ValueError(
             f"{NAME}: input must have groups = {groups} channels, got shape {list(input.shape)}"
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dwswap.forward_code import content_of, global_names, is_foreign
 
-__all__ = ["Variable", "attributes", "changed", "surroundings"]
+__all__ = ["Variable", "attributes", "changed", "own_attributes", "surroundings"]
 
 # How deep a list in an object in a dict may be, say; far below that are no counters.
 _DEPTH = 4
@@ -53,6 +53,11 @@ def attributes(module: nn.Module) -> dict[str, Mark]:
         name: Mark(value, 1 if name in _INTERNAL else _DEPTH)
         for name, value in module.__dict__.items()
     }
+
+
+def own_attributes(module: nn.Module) -> dict[str, Mark]:
+    """Those attributes that not every module has."""
+    return {name: Mark(value) for name, value in module.__dict__.items() if name not in _INTERNAL}
 
 
 class Variable(NamedTuple):

@@ -33,6 +33,7 @@ from dwswap.forward_code import (
     catches_errors,
     global_names,
     names_in,
+    only_of_self,
     package_of,
 )
 from dwswap.frozen_norm import is_frozen_norm
@@ -302,10 +303,13 @@ def check_inlined(module: nn.Module, path: str) -> list[FunctionType]:
             raise NotTraceable(f"{where} has a decorator of {wrapper}, which a graph omits")
         if catches_errors(function.__code__):
             raise NotTraceable(f"{where} catches errors, which a graph would not")
-        names = names_in(function.__code__)
-        if names & _NOT_RECORDED:
-            used = ", ".join(sorted(names & _NOT_RECORDED))
-            raise NotTraceable(f"{where} uses {used}, which a graph omits")
+        names = {
+            name
+            for name in names_in(function.__code__) & _NOT_RECORDED
+            if not (_is_plain(module, name) and only_of_self(function.__code__, name))
+        }
+        if names:
+            raise NotTraceable(f"{where} uses {', '.join(sorted(names))}, which a graph omits")
         for asked in global_names(function.__code__):
             value = function.__globals__.get(asked, getattr(builtins, asked, None))
             if value is type or value is callable:
@@ -314,6 +318,11 @@ def check_inlined(module: nn.Module, path: str) -> list[FunctionType]:
             if own_name in _NOT_RECORDED and value is getattr(torch, own_name, None):
                 raise NotTraceable(f"{where} uses {own_name} as {asked}, which a graph omits")
     return functions
+
+
+def _is_plain(module: nn.Module, name: str) -> bool:
+    """Whether its attribute is data: ``self.inference_mode = True``, say."""
+    return isinstance(vars(module).get(name, module), (bool, int, float, str, type(None)))
 
 
 def check_not_compiled(model: nn.Module) -> None:

@@ -216,6 +216,75 @@ def test_what_an_attribute_reaches(has_it: Callable[..., Any]) -> None:
     assert not only_called(model, "body")
 
 
+class Peer(nn.Module):
+    """A module beside ``body`` that has something of it, in a way that is no registration."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda model: [model.body],
+        lambda model: (model.body[0],),
+        lambda model: {"first": [model.body[0].norm]},
+        lambda model: {model.body[0]},
+        lambda model: [model.body[0].norm.weight],
+        lambda model: {"sum": functools.partial(sum_of_parameters, model.body)},
+        lambda model: SimpleNamespace(parts=[model.body]),
+        lambda model: lambda x: model.body[0](x),
+        lambda model: {"forward": model.body.forward},
+        lambda model: [model],
+    ],
+)
+def test_what_attributes_hold_of_it(hold: Callable[..., Any]) -> None:
+    model = parent(call)
+    model.head = Peer([nn.Identity(), "body", 3])
+    assert only_called(model, "body")
+    for owner in (model, model.head):
+        owner.held = hold(model)
+        assert not only_called(model, "body")
+        del owner.held
+    assert only_called(model, "body")
+    # What is inside may have it.
+    model.body.held = [model.body[0]]
+    assert only_called(model, "body")
+
+
+def test_code_that_runs_without_its_name() -> None:
+    def penalized(self: Any, x: Tensor) -> Tensor:
+        return self.body(x) + self.penalty
+
+    def of_parameters(self: Any) -> Any:
+        return sum(p.sum() for p in self.body.parameters())
+
+    class Descriptor:
+        def __init__(self, function: Callable[..., Any]) -> None:
+            self.function, self.itself = function, self
+
+        def __get__(self, owner: Any, cls: type) -> Any:
+            return self.function(owner)
+
+    for made in (functools.cached_property(of_parameters), Descriptor(of_parameters)):
+        namespace: dict[str, Any] = {"forward": penalized, "penalty": made}
+        cls = type("Uses", (Parent,), namespace)
+        if isinstance(made, functools.cached_property):
+            made.__set_name__(cls, "penalty")
+        assert not only_called(cls(), "body")
+    for name in ("__len__", "__iter__", "__bool__"):
+        cls = type("Uses", (Parent,), {"forward": call, name: lambda self: self.body[0]})
+        assert not only_called(cls(), "body")
+    found = {"__getattr__": lambda self, name: nn.Module.__getattr__(self, name)}
+    assert not only_called(type("Uses", (Parent,), {"forward": call, **found})(), "body")
+    quiet = {"__repr__": index, "__getstate__": index, "__len__": lambda self: 2}
+    assert only_called(type("Uses", (Parent,), {"forward": call, **quiet})(), "body")
+
+
 def test_a_function_of_the_same_name_is_another() -> None:
     """``body`` of the file is no method, and not what ``self.body`` is."""
     namespace = {"torch": torch}

@@ -73,6 +73,52 @@ def test_submodules_of_an_untraceable_model_become_graphs() -> None:
         fast.train()
 
 
+class Stages(nn.Module):
+    """Its stages are in a list as well, by which its forward calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Sequential(depthwise(), nn.BatchNorm2d(8)) for _ in range(2))
+        self.stages = [self.one, self.two]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return x if mask is None else x * mask
+
+
+def test_submodules_that_a_list_holds_stay_what_they_are() -> None:
+    model, x = Stages().eval(), image(8)
+    for fast in (dwswap.optimize(model), dwswap.optimize(model, x, verify=True)):
+        torch.testing.assert_close(fast(x), model(x))
+        assert len(dwswap.report(fast).swapped) == 2
+
+
+class Reparameterized(Block):
+    """With an attribute that has the name of what a graph omits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inference_mode = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.inference_mode else x
+
+
+class Entered(Reparameterized):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode(self.inference_mode):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize(("cls", "mode"), [(Reparameterized, "graph"), (Entered, "substitution")])
+def test_data_that_has_the_name_of_a_mode(cls: type[nn.Module], mode: str) -> None:
+    model, x = cls().eval(), image()
+    fast = dwswap.optimize(model)
+    assert dwswap.report(fast).mode == mode
+    torch.testing.assert_close(fast(x), model(x))
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_submodules_that_were_swapped_before_become_graphs(train: bool) -> None:
     model = ControlFlow().train(train)

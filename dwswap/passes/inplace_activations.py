@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import nn
 from torch.nn.modules import module as module_globals
 
-from dwswap.called_modules import only_called, runs_its_children
+from dwswap.called_modules import held_in, only_called, runs_its_children
 from dwswap.changes import CHANGE_REASONS, Change
 from dwswap.eligibility import reason_not_plain
 from dwswap.modules import DepthwiseConv2d, as_class
@@ -51,10 +51,11 @@ def out_of_place(model: nn.Module) -> dict[str, tuple[Change, ...]]:
     parents = Counter(child for module in model.modules() for child in module._modules.values())
     new: dict[nn.Module, nn.Module] = {}
     changes: dict[str, tuple[Change, ...]] = {}
+    held = held_in(model)
     for path, parent in model.named_modules():
         if not runs_its_children(parent) or reason_not_plain(parent):
             continue
-        if not only_called(model, path):
+        if not only_called(model, path, held):
             continue
         for before, (name, module) in pairwise(parent._modules.items()):
             if type(module) not in _KEEP_THEIR_INPUT or not (module.inplace and module.training):
