@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -16,7 +16,15 @@ from dwswap.copying import complete_copy
 from dwswap.forward_code import called_functions, names_in
 from dwswap.module_access import shortened
 
-__all__ = ["EXPORTED", "FOLDED", "InferenceGraph", "graph_at", "name_taken"]
+__all__ = [
+    "EXPORTED",
+    "FOLDED",
+    "InferenceGraph",
+    "InlinedModule",
+    "bake",
+    "graph_at",
+    "name_taken",
+]
 
 EXPORTED = "dwswap_exported"
 """Key in ``GraphModule.meta`` of the graph of an exported program."""
@@ -35,7 +43,8 @@ class InferenceGraph(fx.GraphModule):
     second names of shared modules, non-persistent buffers and plain attributes (numbers, strings
     and containers of them), also through deepcopy and pickle. ``train()`` raises: the graph has
     the eval behaviour of dropout and its like baked in. So does setting an attribute that a
-    forward read, and loading weights that were folded into others.
+    forward read, or a module whose call is not in the graph any more, and loading weights that were
+    folded into others.
     """
 
     @classmethod
@@ -71,7 +80,8 @@ class InferenceGraph(fx.GraphModule):
         """As ever, but for attributes that a forward of the original read.
 
         Raises:
-            AttributeError: one read ``name``, so that setting it would do nothing.
+            AttributeError: one read ``name``, so that setting it would do nothing; or it was a
+                module that others have absorbed.
         """
         _check_not_baked(self, name)
         super().__setattr__(name, value)
@@ -129,12 +139,35 @@ class InferenceGraph(fx.GraphModule):
 
 
 class InlinedModule(nn.Module):
-    """What is left of a module whose code is in the graph: tensors, submodules, attributes."""
+    """What is left of a module whose code is in the graph: tensors, submodules, attributes.
+
+    Nothing calls it, so it takes no hooks.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As that of :class:`InferenceGraph`."""
         _check_not_baked(self, name)
         super().__setattr__(name, value)
+
+    def _refuse_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise a RuntimeError: a hook would not be called."""
+        raise RuntimeError(
+            "hooks on this module would not be called: its code is in the graph around it; "
+            "register them on the original and call dwswap.optimize again, or use "
+            "dwswap.optimize(model, fuse=False)"
+        )
+
+    register_forward_pre_hook = _refuse_hook
+    register_forward_hook = _refuse_hook
+    register_full_backward_pre_hook = _refuse_hook
+    register_full_backward_hook = _refuse_hook
+    register_backward_hook = _refuse_hook
+
+
+def bake(module: nn.Module, name: str) -> None:
+    """The submodule ``name`` of a part of a graph is gone: another cannot be set in its place."""
+    if isinstance(module, (InferenceGraph, InlinedModule)):
+        module.__dict__[_BAKED] = module.__dict__.get(_BAKED, frozenset()) | {name}
 
 
 def _check_not_baked(module: nn.Module, name: str) -> None:

@@ -652,6 +652,30 @@ def test_tensors_that_were_folded_cannot_be_set() -> None:
         fast.scale = torch.full((8, 1, 1), 3.0)
 
 
+def test_what_a_graph_has_absorbed_takes_no_hooks_and_is_not_replaced() -> None:
+    model = nn.Sequential(nn.Sequential(depthwise(), nn.BatchNorm2d(8), nn.ReLU()))
+    model[0].add_module("out", nn.Conv2d(8, 3, 1))
+    x = image(8)
+    fast = dwswap.optimize(model.eval())
+    for made in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        inlined = made.get_submodule("0")
+        for absorbed in ("0", "1", "2"):
+            with pytest.raises(AttributeError, match=f"{absorbed} cannot be set"):
+                setattr(inlined, absorbed, nn.Sigmoid())
+        for module in (inlined, made.get_submodule("0.0_folded")):
+            for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+                with pytest.raises(RuntimeError, match="would not be called"):
+                    getattr(module, f"register_{kind}_hook")(print)
+        torch.testing.assert_close(made(x), model(x))
+        seen: list[str] = []
+        called = made.get_submodule("0.out")
+        called.register_forward_hook(lambda *_, seen=seen: seen.append("out"))
+        made(x)
+        inlined.out = nn.Identity()
+        assert seen == ["out"]
+        assert made(x).shape == (2, 8, 9, 9)
+
+
 def test_global_hooks_and_patched_forward_rule_out_a_graph() -> None:
     model = Block().eval()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)

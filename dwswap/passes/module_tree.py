@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from dwswap.inference_graph import InlinedModule, bake
 from dwswap.passes.affine_call import transposed
 
 __all__ = ["add_parameter", "add_parameters", "remove_released", "replace_tensors"]
@@ -45,7 +46,7 @@ def _add_holder(
     while hasattr(parent, name if not number else f"{name}_{number}"):
         number += 1
     name = f"{name}_{number}" if number else name
-    holder = nn.Module()
+    holder = InlinedModule()
     for attribute, parameter in parameters.items():
         holder.register_parameter(attribute, parameter)
     holder.eval()
@@ -76,8 +77,8 @@ def replace_tensors(graph_module: fx.GraphModule, new: Mapping[int, Tensor]) -> 
 def remove_released(graph_module: fx.GraphModule, released: Iterable[str]) -> None:
     """Remove what is at the paths ``released`` as far as the graph neither calls nor reads it.
 
-    A module that is not called but whose tensors are read becomes a plain ``nn.Module`` with
-    these, under the same keys. All names of a module are one.
+    A module that is not called but whose tensors are read becomes an ``InlinedModule`` with these,
+    under the same keys. All names of a module are one.
     """
     graph = graph_module.graph
     for node in reversed(list(graph.nodes)):
@@ -104,6 +105,7 @@ def remove_released(graph_module: fx.GraphModule, released: Iterable[str]) -> No
                 new = replaced[child]
                 if new is None:
                     del parent._modules[name]
+                    bake(parent, name)
                 else:
                     parent._modules[name] = new
 
@@ -114,7 +116,7 @@ def _owner(modules: dict[str, nn.Module], path: str) -> tuple[nn.Module | None, 
 
 
 def _holder(module: nn.Module) -> nn.Module:
-    holder = nn.Module()
+    holder = InlinedModule()
     holder._parameters.update(module._parameters)
     holder._buffers.update(module._buffers)
     holder._modules.update(module._modules)
