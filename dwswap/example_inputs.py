@@ -118,6 +118,8 @@ def observe_shapes(model: nn.Module, arguments: Arguments) -> ObservedShapes:
     if _has_users(getattr(model, "_forward_pre_hooks", {}), *everywhere):
         return seen
     try:
+        if _has_other_dtypes(model, arguments):
+            raise TypeError("fake convolutions take inputs and weights of any two dtypes")
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         subject = _made_runnable(shared, mode.from_tensor)
         _record(subject, seen)
@@ -138,6 +140,18 @@ def observe_shapes(model: nn.Module, arguments: Arguments) -> ObservedShapes:
     if isinstance(model, fx.GraphModule):
         seen.nodes = _node_shapes(model, arguments)
     return seen
+
+
+def _has_other_dtypes(model: nn.Module, arguments: Arguments) -> bool:
+    """Whether an argument is of floating point, of another dtype than all parameters."""
+    own = {p.dtype for p in model.parameters()}
+    given = [
+        leaf
+        for leaf in pytree.tree_leaves((arguments.args, arguments.kwargs))
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    on_meta = any(p.is_meta for p in model.parameters())
+    return bool(own) and not on_meta and any(tensor.dtype not in own for tensor in given)
 
 
 def _copied(tensor: Tensor) -> Tensor:

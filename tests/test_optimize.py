@@ -334,6 +334,20 @@ def test_example_inputs_give_shapes() -> None:
     assert [layer.input_shape for layer in on_meta.layers] == shapes
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_example_inputs_have_a_dtype_that_the_model_takes(dtype: torch.dtype) -> None:
+    for options in ({}, {"verify": True}):
+        with pytest.raises(ValueError, match="example_inputs must be inputs that Block accepts"):
+            dwswap.optimize(Block().eval(), image().to(dtype), **options)
+
+    class Casts(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    fast = dwswap.optimize(Casts().eval(), image().to(dtype))
+    assert dwswap.report(fast).layers[1].input_shape == (2, 8, 9, 9)
+
+
 def test_example_inputs_leave_batchnorm_statistics() -> None:
     model = nn.Sequential(ControlFlow()).train()
     before = copy.deepcopy(model.state_dict())
