@@ -27,11 +27,12 @@ struct Unit {
   int first_row, rows;  // of output
   int in_first, in_rows;
 
-  __device__ __forceinline__ Unit(const Arguments& a, int index, int kernel_h, int stride) {
+  __device__ __forceinline__ Unit(const Arguments& a, int index, int kernel_h, int kernel_w,
+                                  int stride) {
     uint32_t strip, inner;
     const auto outer =
         static_cast<int>(a.by_inner.divide(a.by_strips.divide(index, &strip), &inner));
-    const bool by_chunks = a.order == Order::kChunks;
+    const bool by_chunks = kernel_h * kernel_w > kFewTaps || a.order == Order::kChunks;
     chunk = by_chunks ? outer : static_cast<int>(inner);
     n = by_chunks ? static_cast<int>(inner) : outer;
     first_channel = chunk * a.planes;
@@ -153,11 +154,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   // This block's share of the list: at most one unit more or less than another's.
   const auto block = static_cast<int>(blockIdx.x);
   const int units = a.share + (block < a.longer_shares ? 1 : 0);
-  const bool in_turn = a.order == Order::kMemoryInTurn;
+  const bool in_turn = KH * KW <= kFewTaps && a.order == Order::kMemoryInTurn;
   const int first_unit = in_turn ? block : block * a.share + min(block, a.longer_shares);
   const int step = in_turn ? static_cast<int>(gridDim.x) : 1;
   const auto fetch_unit = [&](int i, int stage) {
-    const Unit unit(a, first_unit + i * step, KH, S);
+    const Unit unit(a, first_unit + i * step, KH, KW, S);
     fetch(stage_at(stage), unit.source<T>(a), unit.planes * unit.in_rows * a.in_w, &arrived[stage],
           a);
   };
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   int chunk = -1, stage = 0;
   uint32_t parity = 0;
   for (int i = 0; i < units; ++i) {
-    const Unit unit(a, first_unit + i * step, KH, S);
+    const Unit unit(a, first_unit + i * step, KH, KW, S);
     if (unit.chunk != chunk) {
       chunk = unit.chunk;
       // Threads without work follow the others, so that all meet at the barriers.
