@@ -132,7 +132,10 @@ class GuardingTracer(fx.Tracer):
         self.refuse(f"control flow depends on the value of {obj.node.name}")
 
     def iter(self, obj: fx.Proxy) -> Any:
-        self.refuse(f"control flow depends on the length of {obj.node.name}, which is iterated")
+        parts = _parts(obj.node)
+        if parts is None:
+            self.refuse(f"control flow depends on the length of {obj.node.name}, which is iterated")
+        return iter([obj[index] for index in range(parts)])  # type: ignore[index]
 
 
 class _Guarded(fx.Proxy):
@@ -197,7 +200,10 @@ class _Guarded(fx.Proxy):
         return text
 
     def __len__(self) -> int:
-        self.tracer.refuse(f"its forward needs the length of {self.node.name}")
+        parts = _parts(self.node)
+        if parts is None:
+            self.tracer.refuse(f"its forward needs the length of {self.node.name}")
+        return parts
 
     def __int__(self) -> int:
         self.tracer.refuse(f"its forward needs the value of {self.node.name} as a number")
@@ -296,6 +302,22 @@ def _returns_anything(node: fx.Node) -> bool:
     if not isinstance(module, str) or module in _ON_NUMBERS:
         return False
     return package_of(module) not in (*_TRUSTED, "torchvision")
+
+
+def _parts(node: fx.Node) -> int | None:
+    """How many tensors a call returns that cuts a tensor up; None where that is not known.
+
+    Of channels alone where the call names a number of parts: a smaller dimension has fewer.
+    """
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", None)
+    given = dict(zip(("input", name, "dim"), node.args, strict=False)) | node.kwargs
+    if name == "chunk":
+        chunks = given.get("chunk", given.get("chunks"))
+        return chunks if isinstance(chunks, int) and given.get("dim") in (1, -3) else None
+    if name in ("split", "split_with_sizes"):
+        sizes = given.get(name, given.get("split_size_or_sections", given.get("split_size")))
+        return len(sizes) if isinstance(sizes, (list, tuple)) else None
+    return None
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -138,6 +138,18 @@ class Representation(Model):
         return self.depthwise(x * 2 if "float32" in repr(x.dtype) else x)
 
 
+class Rows(Model):
+    """As many parts as there are rows, up to two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part.relu() for part in self.depthwise(x).chunk(2, 2)], 2)
+
+
+class Pieces(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(x) * len(x.split(2, 1))
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "reason"),
     [
@@ -159,6 +171,8 @@ class Representation(Model):
         (Formatted, (), "makes text of a value"),
         (Text, (), "makes text of a value"),
         (Representation, (), "makes text of a value"),
+        (Rows, (), "depends on the length of chunk, which is iterated"),
+        (Pieces, (), "needs the length of split"),
     ],
 )
 @torch.no_grad()
@@ -196,7 +210,28 @@ class Unused(Model):
         return self.depthwise(x) * factor(self.mask is None)
 
 
-@pytest.mark.parametrize("cls", [Skip, Asserting, Unused])
+class Grown(Model):
+    """A list of parts that grows, as in YOLO's C2f."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.depthwise(x).chunk(2, 1))
+        parts.extend(part * len(parts) for part in torch.chunk(x, chunks=2, dim=-3))
+        return torch.cat(parts, 1)
+
+
+class Mixed(Model):
+    """A factor for each part, as in MixConv."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(x)
+        first, *rest = x.split_with_sizes([1, 3, 4], dim=1)
+        y = x.split([2, 2, 4], 1)
+        parts = [factor * part for factor, part in zip((2, 3, 5), y, strict=True)]
+        parts += [-part for part in torch.split(x, split_size_or_sections=(3, 5), dim=1)]
+        return torch.cat([first, *parts, *rest], 1)
+
+
+@pytest.mark.parametrize("cls", [Skip, Asserting, Unused, Grown, Mixed])
 @torch.no_grad()
 def test_answers_that_are_right_leave_a_graph(cls: type[Model]) -> None:
     model = cls().eval()

@@ -44,8 +44,15 @@ __all__ = [
 FOLDER = "benchmarks/results"
 
 
-def add_run_options(parser: argparse.ArgumentParser, *, budget: float, measurements: str) -> None:
-    """Options of every long run: where to save, how long to measure, going on, the device."""
+def add_run_options(
+    parser: argparse.ArgumentParser, *, budget: float | None, measurements: str
+) -> None:
+    """Options of every long run: where to save, how long to measure, going on, the device.
+
+    Args:
+        budget: the default, in seconds; None where ``measurements`` says what it is.
+        measurements: what ``budget`` is for, and how often it is spent.
+    """
     parser.add_argument(
         "--output",
         metavar="DIR/FILE",
@@ -58,7 +65,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, budget: float, measureme
         type=_seconds,
         metavar="SECONDS",
         default=budget,
-        help=f"of samples per measurement (default: %(default)s); {measurements}",
+        help=f"of samples per measurement{'' if budget is None else ' (default: %(default)s)'}; "
+        f"{measurements}",
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep what the file of a run that was ended holds"

@@ -65,6 +65,7 @@ class Kind:
         call: what one measurement is of.
         models: what ``--models all`` means.
         title: of the table of all cases, ``rows``.
+        budget: seconds of samples per measurement, unless told otherwise.
     """
 
     call: str
@@ -73,6 +74,7 @@ class Kind:
     models: Callable[[], list[str]]
     title: str
     rows: Callable[[Sequence[ModelResult]], Cells]
+    budget: float
 
 
 FORWARD = Kind(
@@ -82,6 +84,7 @@ FORWARD = Kind(
     depthwise_models,
     "Times faster than each peer, without / with cuda_graph",
     speedup_rows,
+    budget=0.2,
 )
 TRAINING = Kind(
     "a step",
@@ -90,6 +93,8 @@ TRAINING = Kind(
     classifiers,
     "Training: times faster than each peer, if run as that is",
     training_rows,
+    # A step takes 20 to 80 ms, which vary with what else the host does.
+    budget=1.0,
 )
 
 
@@ -165,8 +170,9 @@ def add_parser(targets: Any) -> None:
         metavar="SECONDS",
         help="begin no case that would probably end after so long; --resume goes on",
     )
-    each = "a peer costs three, and up to a minute where it compiles"
-    add_run_options(parser, budget=0.2, measurements=each)
+    budgets = f"default: {FORWARD.budget:g}, with --train {TRAINING.budget:g}"
+    each = f"{budgets}; a peer costs three, and up to a minute where it compiles"
+    add_run_options(parser, budget=None, measurements=each)
     parser.set_defaults(run=run)
 
 
@@ -177,6 +183,8 @@ def run(args: argparse.Namespace) -> int:
     device = bench_device(args.device)
     cuda = device.type == "cuda"
     kind = TRAINING if args.train else FORWARD
+    if args.budget is None:
+        args.budget = kind.budget
     cases = _cases(args, kind, cuda=cuda)
     asked = args.peers or (["eager"] if args.models and "all" in args.models else ["auto"])
     if args.train:
