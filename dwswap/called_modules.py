@@ -22,7 +22,7 @@ from dwswap.forward_code import (
 )
 from dwswap.state_marks import own_attributes
 
-__all__ = ["held_in", "lists_tensors", "only_called", "runs_its_children"]
+__all__ = ["Held", "held_in", "lists_tensors", "only_called", "runs_its_children"]
 
 Held = Mapping[str, Set[int]]
 """By the path of a module: ``id()`` of what its attributes have."""

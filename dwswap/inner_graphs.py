@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from dwswap.called_modules import only_called
+from dwswap.called_modules import Held, held_in, only_called
 from dwswap.convolution_call import ConvolutionCall, find_calls
 from dwswap.inference_graph import FOLDED, InferenceGraph
 from dwswap.passes import EXACT_PASSES, Context, run_passes
@@ -38,13 +38,14 @@ def rewrite_submodules(
     for path, module in workspace.named_modules():
         if isinstance(module, InferenceGraph) and FOLDED in module.meta:  # it cannot be traced anew
             context.layers |= {c.layer.path: c.layer for c in find_calls(module, prefix=path)}
+    held = held_in(model)
     for path, graph_module in list(traceable_submodules(workspace)):
         calls = list(find_calls(graph_module, prefix=path, skip=context.skip))
         wanted = [call for call in calls if call.layer.reason == "depthwise"]
         swaps = bool(wanted) or any(
             layer.swapped and _inside(layer.path, [path]) for layer in context.layers.values()
         )
-        if swaps and _is_replaceable(model, path):
+        if swaps and _is_replaceable(model, path, held):
             chosen = {path: graph_module}
         else:
             chosen = dict(_smallest_graph(workspace, call, path, graph_module) for call in wanted)
@@ -60,12 +61,12 @@ def rewrite_submodules(
             yield own
 
 
-def _is_replaceable(model: nn.Module, path: str) -> bool:
+def _is_replaceable(model: nn.Module, path: str, held: Held) -> bool:
     try:
         check_not_compiled(model.get_submodule(path))
     except NotTraceable:
         return False
-    return only_called(model, path)
+    return only_called(model, path, held)
 
 
 def _smallest_graph(

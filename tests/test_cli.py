@@ -453,6 +453,16 @@ def test_export_errors(own, capsys, wide, arguments, status, text):
     assert ("model" in out) == ("example_inputs" in text)
 
 
+def test_input_that_a_graph_does_not_take_is_one_error(tmp_path, capsys):
+    """torch.fx prints where a graph fails, and all of the way there."""
+    pytest.importorskip("torchvision")
+    arguments = ["export", "mobilenet_v2", "-o", str(tmp_path / "m.pt2"), "--device", "cpu"]
+    assert main([*arguments, "--size", "1x4x32x32"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dwswap: error: --size 1x4x32x32: example_inputs must be")
+    assert "Traceback" not in error
+
+
 def test_a_terminated_export_leaves_nothing(own, tmp_path):
     code = """
 import sys, time

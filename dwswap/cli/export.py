@@ -103,11 +103,11 @@ def run(args: argparse.Namespace) -> int:
 
     model.to(device, DTYPES[args.dtype])
     example = example.to(device, DTYPES[args.dtype])
-    with out.status("optimizing"):
-        fast = dwswap.optimize(model)
-    out.print(dwswap.report(fast).summary(), markup=False, soft_wrap=True)
-    start = time.perf_counter()
     try:
+        with out.status("optimizing"):
+            fast = dwswap.optimize(model, example)  # also tries whether the model takes it
+        out.print(dwswap.report(fast).summary(), markup=False, soft_wrap=True)
+        start = time.perf_counter()
         with out.status(f"exporting as {format}"):
             path = save(fast, args.output, example, format=format, dynamic_batch=args.batch is None)
     except ExportError as error:
