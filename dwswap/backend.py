@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="dwswap")``: our passes on Dynamo's graph, then Inductor.
 
-Where gradients are recorded, depthwise convolutions are swapped and nothing else changes. Without
-gradients the activations beside them are absorbed too.
+Where gradients are recorded, depthwise convolutions are swapped, and BatchNorm that trains with the
+activation behind it. Without gradients the activations beside convolutions are absorbed.
 
 Dynamo makes parameters inputs of its graph, so that weights which change in place count in the next
 call; BatchNorm is then part of the graph, and Inductor fuses it with its neighbours. Where
@@ -25,7 +25,7 @@ from dwswap.convolution_call import example_of
 from dwswap.fusion import fuse
 from dwswap.kernels_in_use import kernels_in_use
 from dwswap.lowering import lower_depthwise
-from dwswap.passes import COMPILED_PASSES, EXACT_PASSES, Context, run_passes
+from dwswap.passes import COMPILED_PASSES, EXACT_PASSES, TRAINING_PASSES, Context, run_passes
 from dwswap.passes.count_calls import count_calls
 from dwswap.report import Report
 
@@ -67,8 +67,8 @@ def rewrite_graph(graph_module: fx.GraphModule) -> Report:
         return report
     report.kernels = kernels_in_use(_tensors(graph_module), load=True)
     known = set(dict(graph_module.named_parameters()))
-    if not _records_gradients(graph_module):
-        report = fuse(graph_module, report, context, COMPILED_PASSES)
+    passes = TRAINING_PASSES if _records_gradients(graph_module) else COMPILED_PASSES
+    report = fuse(graph_module, report, context, passes)
     _name_sources(graph_module, known)
     lower_depthwise(graph_module.graph)
     graph_module.recompile()

@@ -26,7 +26,7 @@ from dwswap.schema import batch_norm as operator
 from dwswap.schema import batch_norm_backward as backward_operator
 from dwswap.schema import batch_norm_recorded, library
 
-__all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm"]
+__all__ = ["NORM_ACTIVATIONS", "batch_norm", "has_batch_norm", "takes_batch_norm"]
 
 NORM_ACTIVATIONS = frozenset({"none", "relu", "relu6", "hardswish", "silu"})
 """The activations whose derivatives the kernels have."""
@@ -41,18 +41,28 @@ def has_batch_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
 ) -> bool:
-    """Whether :func:`batch_norm` takes such tensors and has kernels for them.
-
-    A plain call in which the input is dense, ``(N, C, H, W)``, contiguous or channels_last, with 2
-    to 2^30 values per channel, on a CUDA device of compute capability 8.0 or later; weight and bias
-    are both there or neither, float32 or of the dtype of the input, and so are running statistics.
-    """
+    """Whether :func:`batch_norm` takes such tensors and has kernels for them, in a plain call."""
     # Asked for every call of every layer; the operator itself checks shapes and devices.
+    return is_plain_but_for_autocast(
+        input, input if weight is None else weight, bias, running_mean
+    ) and takes_batch_norm(input, weight, bias, running_mean, running_var)
+
+
+def takes_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> bool:
+    """Whether there are kernels for such tensors, which may be fake.
+
+    The input is dense, ``(N, C, H, W)``, contiguous or channels_last, with 2 to 2^30 values per
+    channel, on a CUDA device of compute capability 8.0 or later; weight and bias are both there or
+    neither, float32 or of the dtype of the input, and so are running statistics.
+    """
     if not (
         has_kernels(input)
-        and is_plain_but_for_autocast(
-            input, input if weight is None else weight, bias, running_mean
-        )
         and type(running_var) is type(running_mean)
         and (weight is None) is (bias is None)
         and input.dim() == 4

@@ -30,12 +30,14 @@ from dwswap.passes.remove_identities import remove_identities
 from dwswap.passes.squeeze_excitation import fuse_squeeze_excitation
 from dwswap.passes.swap_depthwise import swap_depthwise
 from dwswap.passes.swap_layer_norm import swap_layer_norm
+from dwswap.passes.swap_norm_calls import swap_norm_calls
 from dwswap.passes.swap_stem import swap_stem
 
 __all__ = [
     "COMPILED_PASSES",
     "EXACT_PASSES",
     "INFERENCE_PASSES",
+    "TRAINING_PASSES",
     "Context",
     "GraphPass",
     "run_passes",
@@ -74,6 +76,8 @@ COMPILED_PASSES: tuple[GraphPass, ...] = (
     absorb_activation,
     push_bias,
 )
+# The same where gradients are recorded.
+TRAINING_PASSES: tuple[GraphPass, ...] = (swap_norm_calls,)
 
 
 def run_passes(

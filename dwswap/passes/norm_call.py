@@ -16,7 +16,7 @@ from dwswap.eligibility import reason_not_plain
 from dwswap.frozen_norm import is_frozen_norm
 from dwswap.passes.affine_call import Operand
 
-__all__ = ["NormCall", "norm_call"]
+__all__ = ["NormCall", "norm_arguments", "norm_call"]
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ _OF_SEVERAL: dict[Any, tuple[str, ...]] = {
     aten._native_batch_norm_legit.default: _ATEN,
     aten.native_batch_norm.default: _ATEN,
 }
-_DEFAULTS = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
+_DEFAULTS = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,13 @@ def norm_call(graph_module: fx.GraphModule, node: fx.Node) -> NormCall | None:
     return None
 
 
+def norm_arguments(node: fx.Node) -> dict[str, Any] | None:
+    """What a function that returns BatchNorm alone is given, by name; None for any other node."""
+    if node.op != "call_function" or not _is_norm(node.target):
+        return None
+    return _arguments(node, _SIGNATURES[node.target])
+
+
 def _of_module(module: nn.Module, node: fx.Node) -> NormCall:
     given = dict(zip(("input",), node.args, strict=False)) | node.kwargs
     refusal: tuple[str, dict[str, object]] | None = None
@@ -116,8 +123,7 @@ def _of_module(module: nn.Module, node: fx.Node) -> NormCall:
 
 
 def _of_function(node: fx.Node, call: fx.Node, names: tuple[str, ...]) -> NormCall:
-    given = dict(zip(names, call.args, strict=False)) | call.kwargs
-    given = {**_DEFAULTS, **given}
+    given = _arguments(call, names)
     operands = [given.get(n) for n in ("running_mean", "running_var", "weight", "bias")]
     refusal: tuple[str, dict[str, object]] | None = None
     if given["training"] is not False:
@@ -129,7 +135,11 @@ def _of_function(node: fx.Node, call: fx.Node, names: tuple[str, ...]) -> NormCa
         refusal = "call_form", {}
     input = given.get("input")
     eps = given["eps"] if refusal is None else 0.0
-    return NormCall(node, input, tuple(operands), eps, None, refusal)  # type: ignore[arg-type]
+    return NormCall(node, input, tuple(operands), eps, None, refusal)
+
+
+def _arguments(call: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    return {**_DEFAULTS, **dict(zip(names, call.args, strict=False)), **call.kwargs}
 
 
 def _is_norm(target: Any) -> bool:

@@ -13,6 +13,7 @@ from cases import Case, make_tensors, place
 from torch import Tensor, nn
 
 import dwswap
+from dwswap.backend import compile_graph
 from dwswap.schema import depthwise_conv2d_backward
 
 torchvision = pytest.importorskip("torchvision")
@@ -102,6 +103,27 @@ def test_a_step_of_training_is_as_exact_as_pytorchs(memory_format, dtype):
     ours = gradients(fast, images, labels, dtype)
     unit = torch.finfo(dtype).eps * exact.norm()
     assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + unit
+
+
+@each_half
+@each_format
+def test_a_compiled_step_is_as_exact_as_pytorchs(memory_format, dtype):
+    """With the kernels for BatchNorm, which leave the same statistics."""
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
+    torch.manual_seed(0)
+    model = nn.Sequential(small_mobilenet().features[:4], *head).to(DEVICE)
+    model = model.to(memory_format=memory_format).train()
+    compiled = copy.deepcopy(model)
+    images, labels = batch_of(memory_format)
+    exact = gradients(copy.deepcopy(model).double(), images.double(), labels, torch.float64)
+    theirs = gradients(model, images, labels, dtype)
+    torch._dynamo.reset()
+    fast = torch.compile(compiled, backend=compile_graph, fullgraph=True)
+    ours = gradients(fast, images, labels, dtype)
+    unit = torch.finfo(dtype).eps * exact.norm()
+    assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + unit
+    for one, other in zip(compiled.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
 def train(
