@@ -16,7 +16,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, NoReturn
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.proxy import Attribute
 
 from dwswap.forward_code import codes, package_of
@@ -35,6 +35,16 @@ _NUMBERS |= {"tolist", "storage_offset", "element_size"}
 # Of a dict, which gives None where there is nothing else; a tensor has none of them.
 _LOOKUPS = {"get", "pop", "setdefault"}
 _ON_NUMBERS = ("_operator", "builtins", "math")
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.GELU,
+    nn.LeakyReLU,
+    nn.Mish,
+    nn.Identity,
+)
 # Those that tensors have; ``@=`` is none of them.
 _IN_PLACE = (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
@@ -132,7 +142,7 @@ class GuardingTracer(fx.Tracer):
         self.refuse(f"control flow depends on the value of {obj.node.name}")
 
     def iter(self, obj: fx.Proxy) -> Any:
-        parts = _parts(obj.node)
+        parts = _parts(obj.node, self.root)
         if parts is None:
             self.refuse(f"control flow depends on the length of {obj.node.name}, which is iterated")
         return iter([obj[index] for index in range(parts)])  # type: ignore[index]
@@ -200,7 +210,7 @@ class _Guarded(fx.Proxy):
         return text
 
     def __len__(self) -> int:
-        parts = _parts(self.node)
+        parts = _parts(self.node, self.tracer.root)
         if parts is None:
             self.tracer.refuse(f"its forward needs the length of {self.node.name}")
         return parts
@@ -304,19 +314,34 @@ def _returns_anything(node: fx.Node) -> bool:
     return package_of(module) not in (*_TRUSTED, "torchvision")
 
 
-def _parts(node: fx.Node) -> int | None:
-    """How many tensors a call returns that cuts a tensor up; None where that is not known.
-
-    Of channels alone where the call names a number of parts: a smaller dimension has fewer.
-    """
+def _parts(node: fx.Node, root: nn.Module) -> int | None:
+    """How many tensors a call returns that cuts a tensor up; None where that is not known."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", None)
-    given = dict(zip(("input", name, "dim"), node.args, strict=False)) | node.kwargs
+    given: dict[Any, Any] = {**dict(zip(("input", name, "dim"), node.args, strict=False))}
+    given |= node.kwargs
     if name == "chunk":
         chunks = given.get("chunk", given.get("chunks"))
-        return chunks if isinstance(chunks, int) and given.get("dim") in (1, -3) else None
+        if not isinstance(chunks, int) or chunks < 1 or given.get("dim") != 1:
+            return None
+        channels = _channels(given["input"], root)
+        # Each has as many as it takes for so many chunks; there may be fewer.
+        return -(-channels // -(-channels // chunks)) if channels else None
     if name in ("split", "split_with_sizes"):
         sizes = given.get(name, given.get("split_size_or_sections", given.get("split_size")))
         return len(sizes) if isinstance(sizes, (list, tuple)) else None
+    return None
+
+
+def _channels(value: object, root: nn.Module) -> int | None:
+    """The size of dimension 1 where BatchNorm tells; a convolution would take a single image, too,
+    whose dimension 1 is another."""
+    while isinstance(value, fx.Node) and value.op == "call_module":
+        module: Any = root.get_submodule(str(value.target))
+        if type(module) in (nn.BatchNorm2d, nn.BatchNorm3d):
+            return int(module.num_features)
+        if type(module) not in _ELEMENTWISE:
+            return None
+        value = value.args[0] if value.args else None
     return None
 
 

@@ -33,6 +33,7 @@ FOLDED = "dwswap_folded"
 """Key in ``GraphModule.meta``: keys of the original's ``state_dict`` that a fold used up."""
 
 _BAKED = "_dwswap_baked"
+_ANEW = "set it on the original and call dwswap.optimize again"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -43,8 +44,8 @@ class InferenceGraph(fx.GraphModule):
     second names of shared modules, non-persistent buffers and plain attributes (numbers, strings
     and containers of them), also through deepcopy and pickle. ``train()`` raises: the graph has
     the eval behaviour of dropout and its like baked in. So does setting an attribute that a
-    forward read, or a module whose call is not in the graph any more, and loading weights that were
-    folded into others.
+    forward read, or a module that the graph does not call, and loading weights that were folded
+    into others.
     """
 
     @classmethod
@@ -80,11 +81,14 @@ class InferenceGraph(fx.GraphModule):
         """As ever, but for attributes that a forward of the original read.
 
         Raises:
-            AttributeError: one read ``name``, so that setting it would do nothing; or it was a
-                module that others have absorbed.
+            AttributeError: one read ``name``, so that setting it would do nothing; or it is a
+                module that the graph does not call, or was one that others have absorbed.
         """
-        _check_not_baked(self, name)
+        _check_not_baked(self, name, value)
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return _found(self, name)
 
     def recompile(self) -> PythonCode:
         """As ever, but the new code has short ways to its modules."""
@@ -141,13 +145,30 @@ class InferenceGraph(fx.GraphModule):
 class InlinedModule(nn.Module):
     """What is left of a module whose code is in the graph: tensors, submodules, attributes.
 
-    Nothing calls it, so it takes no hooks.
+    Nothing calls it, so it takes no hooks, and no modules and parameters under new names.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As that of :class:`InferenceGraph`."""
-        _check_not_baked(self, name)
+        _check_not_baked(self, name, value)
+        if isinstance(value, nn.Parameter) and name not in self._parameters:
+            raise _not_read(name)
+        if isinstance(value, nn.Module) and name not in self._modules:
+            _check_called(name, value)
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return _found(self, name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As ever, but for modules under new names and those in the place of others.
+
+        Raises:
+            AttributeError: nothing would call ``module``.
+        """
+        if module is not None:
+            _check_called(name, module)
+        super().add_module(name, module)
 
     def _refuse_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise a RuntimeError: a hook would not be called."""
@@ -170,14 +191,46 @@ def bake(module: nn.Module, name: str) -> None:
         module.__dict__[_BAKED] = module.__dict__.get(_BAKED, frozenset()) | {name}
 
 
-def _check_not_baked(module: nn.Module, name: str) -> None:
+def _check_not_baked(module: nn.Module, name: str, value: object) -> None:
+    child = module.__dict__.get("_modules", {}).get(name)
+    if isinstance(child, InlinedModule) and not isinstance(value, InlinedModule):
+        raise _not_read(name)
     if name not in module.__dict__.get(_BAKED, ()) or name in module._buffers:
         return
-    value = f" {module.__dict__[name]!r}" if name in module.__dict__ else ""
+    known = f" {module.__dict__[name]!r}" if name in module.__dict__ else ""
     raise AttributeError(
-        f"{name} cannot be set: this graph was made with its value{value}; set it on the original "
-        "and call dwswap.optimize again"
+        f"{name} cannot be set: this graph was made with its value{known}; {_ANEW}"
     )
+
+
+def _check_called(name: str, module: nn.Module) -> None:
+    # Parametrizations compute what is read under the old name.
+    if not isinstance(module, InlinedModule) and name != "parametrizations":
+        raise _not_read(name)
+
+
+def _not_read(name: str) -> AttributeError:
+    return AttributeError(
+        f"{name} cannot be set: the code of this part of the model is in a graph, which would not "
+        f"use it; {_ANEW}"
+    )
+
+
+def _found(module: nn.Module, name: str) -> Any:
+    """As ``nn.Module.__getattr__``, with an error that says what a graph does not have."""
+    parameters = module.__dict__.get("_parameters", ())
+    if name in parameters:  # what the code of a graph asks for, call by call
+        return parameters[name]
+    try:
+        return nn.Module.__getattr__(module, name)
+    except AttributeError as error:
+        if name.startswith("__"):
+            raise
+        raise AttributeError(
+            f"{error}: dwswap.optimize made a graph of this part of the model, with its tensors, "
+            "submodules and plain attributes, but no methods; dwswap.optimize(model, fuse=False) "
+            "keeps the modules"
+        ) from None
 
 
 def _names_in_forwards(classes: Collection[type[nn.Module]]) -> set[str]:

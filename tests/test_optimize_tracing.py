@@ -676,6 +676,67 @@ def test_what_a_graph_has_absorbed_takes_no_hooks_and_is_not_replaced() -> None:
         assert made(x).shape == (2, 8, 9, 9)
 
 
+class Headed(nn.Module):
+    """A bias passes ``pool`` and ``flat``; nothing calls ``head`` itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.dw, self.act = nn.Conv2d(8, 8, 1), depthwise(), nn.ReLU6()
+        self.out, self.pool, self.flat = nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.head = nn.Sequential(nn.Dropout(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.flat(self.pool(self.out(self.act(self.dw(self.stem(x)))))))
+
+
+@pytest.mark.parametrize(
+    ("where", "new"),
+    [
+        ("head", nn.Sequential(nn.Dropout(), nn.Linear(8, 4), nn.Softmax(1))),
+        ("head", nn.Linear(8, 4)),
+        ("head", nn.Identity()),
+        ("dw", depthwise(stride=2)),
+        ("stem", nn.Conv2d(8, 8, 1)),
+        ("pool", nn.AdaptiveMaxPool2d(1)),
+        ("flat", nn.Flatten()),
+        ("dw.scale", nn.Parameter(torch.ones(8))),
+        ("head.2", nn.Softmax(1)),
+    ],
+)
+def test_what_a_graph_would_not_use_cannot_be_set(where: str, new: Any) -> None:
+    model = Headed().eval()
+    fast = dwswap.optimize(model)
+    for made in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        owner, _, name = where.rpartition(".")
+        with pytest.raises(AttributeError, match=f"{name} cannot be set: "):
+            setattr(made.get_submodule(owner), name, new)
+        if owner == "head":
+            with pytest.raises(AttributeError, match=f"{name} cannot be set: "):
+                made.get_submodule(owner).add_module(name, new)
+        torch.testing.assert_close(made(image(8)), model(image(8)))
+
+
+def test_what_a_graph_calls_and_reads_can_be_set() -> None:
+    model = Headed().eval()
+    fast = dwswap.optimize(model)
+    copied = copy.deepcopy(fast)
+    copied.head = fast.head  # as DataParallel does
+    weight = nn.Parameter(torch.zeros_like(model.dw.weight))
+    fast.dw.weight = model.dw.weight = weight
+    torch.testing.assert_close(fast(image(8)), model(image(8)))
+    torch.nn.utils.parametrize.register_parametrization(fast.dw, "weight", nn.Softplus())
+    model.dw.weight = nn.Parameter(nn.Softplus()(weight.detach()))
+    torch.testing.assert_close(fast(image(8)), model(image(8)))
+
+
+def test_errors_say_what_a_graph_does_not_have() -> None:
+    fast = dwswap.optimize(Headed().eval())
+    for module, name in ((fast, "features"), (fast.head, "append"), (fast, "pool")):
+        with pytest.raises(AttributeError, match=f"'{name}': dwswap.optimize made a graph"):
+            getattr(module, name)
+        assert not hasattr(module, name)
+
+
 def test_global_hooks_and_patched_forward_rule_out_a_graph() -> None:
     model = Block().eval()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)

@@ -17,6 +17,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.depthwise, self.inner = depthwise(), Inner()
+        self.norm, self.act = nn.BatchNorm2d(8), nn.SiLU()
         self.attention = nn.MultiheadAttention(8, 1, batch_first=True)
         self.mask = None
 
@@ -145,6 +146,13 @@ class Rows(Model):
         return torch.cat([part.relu() for part in self.depthwise(x).chunk(2, 2)], 2)
 
 
+class Image(Model):
+    """Of a batch these are channels, of one image without a batch rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part.relu() for part in self.depthwise(x).chunk(2, 1)], 1)
+
+
 class Pieces(Model):
     def forward(self, x: Tensor) -> Tensor:
         return self.depthwise(x) * len(x.split(2, 1))
@@ -171,6 +179,7 @@ class Pieces(Model):
         (Formatted, (), "makes text of a value"),
         (Text, (), "makes text of a value"),
         (Representation, (), "makes text of a value"),
+        (Image, (), "depends on the length of chunk, which is iterated"),
         (Rows, (), "depends on the length of chunk, which is iterated"),
         (Pieces, (), "needs the length of split"),
     ],
@@ -211,11 +220,13 @@ class Unused(Model):
 
 
 class Grown(Model):
-    """A list of parts that grows, as in YOLO's C2f."""
+    """A list of parts that grows, as in YOLO's C2f; 8 channels in 5 parts are 4 of 2."""
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = list(self.depthwise(x).chunk(2, 1))
-        parts.extend(part * len(parts) for part in torch.chunk(x, chunks=2, dim=-3))
+        y = self.act(self.norm(self.depthwise(x)))
+        parts = list(y.chunk(2, 1))
+        more = torch.chunk(y, chunks=5, dim=1)
+        parts.extend(part * len(parts) / len(more) for part in more)
         return torch.cat(parts, 1)
 
 

@@ -43,6 +43,7 @@ class BiasPlan:
         keepers: of other values, the layer in whose bias the offset stays that arrives there.
         biases: what the bias of a layer, or the input bias of a depthwise call, becomes.
         arriving: the offset of a layer's input.
+        passed: modules whose output carries one.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class BiasPlan:
         self.keepers: dict[fx.Node, fx.Node] = {}
         self.biases: dict[fx.Node, Offset | None] = {}
         self.arriving: dict[fx.Node, Offset] = {}
+        self.passed: list[fx.Node] = []
         for node in reversed(roles):
             if roles[node].axis is None:
                 continue
@@ -117,6 +119,8 @@ class BiasPlan:
                     offsets[node] = offset
                     if role.kind == "layer":
                         self.biases[node] = None
+                    elif node.op == "call_module":
+                        self.passed.append(node)
                 elif offset.origins == {self.keepers[node]}:
                     self.biases.pop(self.keepers[node], None)  # its own, and nothing else
                 else:

@@ -47,8 +47,7 @@ def _add_holder(
         number += 1
     name = f"{name}_{number}" if number else name
     holder = InlinedModule()
-    for attribute, parameter in parameters.items():
-        holder.register_parameter(attribute, parameter)
+    holder._parameters.update(parameters)
     holder.eval()
     parent.add_module(name, holder)
     return f"{parent_path}.{name}" if parent_path else name

@@ -19,8 +19,11 @@ Limits:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
 
 from dwswap.passes.affine_call import AffineCall, affine_call, value_of
 from dwswap.passes.bias_plan import BiasPlan, Offset
@@ -55,6 +58,8 @@ def push_bias(graph_module: fx.GraphModule, context: Context) -> None:
     context.exact.clear()
     for node, new in plan.biases.items():
         _rewrite(graph_module, context, node, new)
+    for node in plan.passed:
+        _inline(graph_module, context, node)
 
 
 def _report(context: Context, plan: BiasPlan) -> None:
@@ -93,6 +98,22 @@ def _rewrite(
     context.keep_path(rewritten, path)
     context.replaced(node, rewritten)
     context.release(node, old)
+
+
+def _inline(graph_module: fx.GraphModule, context: Context, node: fx.Node) -> None:
+    """A function in the place of a module: a hook on it, or another module, would get values
+    without the bias."""
+    module: Any = graph_module.get_submodule(str(node.target))
+    function: Any
+    arguments: tuple[Any, ...]
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        function, arguments = F.adaptive_avg_pool2d, (module.output_size,)
+    elif isinstance(module, nn.Flatten):
+        function, arguments = torch.flatten, (module.start_dim, module.end_dim)
+    else:  # does nothing
+        return
+    new = context.substitute(node, function, (node.args[0], *arguments))
+    del new.meta["is_wrapped"]  # functions of PyTorch are nodes anyway
 
 
 def _place(call: AffineCall) -> str:
