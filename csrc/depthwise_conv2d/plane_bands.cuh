@@ -9,11 +9,12 @@
 // K * K * 4 instructions.
 //
 // Pieces of memory come and go by bulk copies as in plane_strips, one per image. A lane loads pairs
-// of elements; where a row begins at an odd element, its window begins an element earlier, and its
-// bands are shifted by one. Every other row may: there are two copies of the bands.
+// of elements; where a window begins at an odd element, it is loaded from the one before, and its
+// bands are shifted by one. Of odd rows every other window is: there are two copies of the bands.
 //
-// The zeros of the bands meet inputs outside the window, and 0 * infinity is NaN: a block in whose
-// outputs one is found computes its units anew without the tensor cores.
+// What lies beside a row in memory takes no part, as the bands of a tile at an edge of the image
+// have zeros for it. The zeros of the bands meet inputs outside the window, and 0 * infinity is
+// NaN: a block in whose outputs one is found computes its units anew without the tensor cores.
 #pragma once
 
 #include "common/integer.h"
@@ -25,125 +26,21 @@
 #include "depthwise_conv2d/params.h"
 #include "depthwise_conv2d/pieces.cuh"
 #include "depthwise_conv2d/plane_bands_cut.h"
+#include "depthwise_conv2d/plane_bands_unit.cuh"
 
 namespace dwswap {
 namespace plane_bands {
-
-template <typename T_, int K_, int STRIDE_, Form FORM_>
-struct Traits {
-  using T = T_;
-  static constexpr Form kForm = FORM_;  // kPlain or kClamp
-  static constexpr int kKernel = K_;
-  static constexpr int kStride = STRIDE_;
-  static constexpr int kRing = ring_rows(K_, STRIDE_);
-  // Rows of input: their places in the ring and their copy of the bands are known.
-  static constexpr int kUnroll = 2 * kRing;
-  static constexpr int kParts = window_parts(STRIDE_);
-};
-
-struct Arguments {
-  const void* input;
-  const void* weight;
-  const void* bias;
-  const void* input_bias;
-  void* output;
-  int64_t in_elements;  // of the whole input
-  int batch, channels, in_h, in_w, out_h, out_w, padding_h, padding_w;
-  int images, segments, planes, rows, segment_rows;
-  int share, longer_shares;  // units of a block, and blocks that have one more
-  int in_pitch, out_pitch;   // bytes
-  Divisor by_strips, by_groups, by_tiles, by_segments;
-  bool transforms_input, reversed_taps;
-  Activation input_activation, activation;
-};
-
-// A unit: where it lies, and the rows of input that it sees.
-struct Unit {
-  int channel, planes, image, images;  // the first ones, and how many
-  int row, rows;                       // of output, of a plane
-  int in_first, in_rows;
-
-  __device__ __forceinline__ Unit(const Arguments& a, int index, int kernel, int stride) {
-    uint32_t strip, group;
-    const uint32_t chunk = a.by_groups.divide(a.by_strips.divide(index, &strip), &group);
-    channel = static_cast<int>(chunk) * a.planes;
-    planes = min(a.planes, a.channels - channel);
-    image = static_cast<int>(group) * a.images;
-    images = min(a.images, a.batch - image);
-    row = static_cast<int>(strip) * a.rows;
-    rows = min(a.rows, a.out_h - row);
-    const bool whole = a.rows == a.out_h;
-    const int top = row * stride - a.padding_h;
-    in_first = whole ? 0 : min(max(top, 0), a.in_h);
-    const int in_end = whole ? a.in_h : min(top + (rows - 1) * stride + kernel, a.in_h);
-    in_rows = max(in_end - in_first, 0);
-  }
-
-  // Elements in front of the piece of image i.
-  __device__ __forceinline__ int64_t source(const Arguments& a, int i) const {
-    return ((static_cast<int64_t>(image + i) * a.channels + channel) * a.in_h + in_first) * a.in_w;
-  }
-  __device__ __forceinline__ int64_t target(const Arguments& a, int i) const {
-    return ((static_cast<int64_t>(image + i) * a.channels + channel) * a.out_h + row) * a.out_w;
-  }
-};
-
-// input_activation(x + input_bias) of two elements, rounded as it would be in a tensor.
-template <typename T>
-struct Transform {
-  uint32_t input_bias, low, high;
-
-  __device__ __forceinline__ Transform(const Arguments& a, int channel) {
-    const float b =
-        a.input_bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.input_bias)[channel]);
-    const float l = low_of(a.input_activation), h = high_of(a.input_activation);
-    input_bias = narrow_pair<T>(b, b), low = narrow_pair<T>(l, l), high = narrow_pair<T>(h, h);
-  }
-  __device__ __forceinline__ uint32_t operator()(uint32_t x) const {
-    return minimum_word<T>(maximum_word<T>(sum_word<T>(x, input_bias), low), high);
-  }
-};
-
-// Computes a block's units without the tensor cores.
-template <typename Traits>
-__device__ __noinline__ void recompute(const Arguments& a, int first_unit, int end_unit) {
-  using T = typename Traits::T;
-  constexpr int K = Traits::kKernel, S = Traits::kStride;
-  for (int index = first_unit; index < end_unit; ++index) {
-    const Unit u(a, index, K, S);
-    const int plane = u.rows * a.out_w, image = u.planes * plane;
-    for (int i = threadIdx.x; i < u.images * image; i += blockDim.x) {
-      const int n = i / image, p = i % image / plane, at = i % plane;
-      const int c = u.channel + p, y = u.row + at / a.out_w, x = at % a.out_w;
-      const auto* first = static_cast<const T*>(a.input) +
-                          (static_cast<int64_t>(u.image + n) * a.channels + c) * a.in_h * a.in_w;
-      const auto* weight = static_cast<const T*>(a.weight) + static_cast<int64_t>(c) * K * K;
-      const Transform<T> transform(a, c);
-      const auto multiply = [&](T element, int tap) {
-        const auto bits = *reinterpret_cast<const uint16_t*>(&element);
-        const float value = widen_pair<T>(a.transforms_input ? transform(bits) : bits).x;
-        return value * widen(weight[a.reversed_taps ? K * K - 1 - tap : tap]);
-      };
-      const Channel<T> channel{first, a.in_w, 1, a.in_h, a.in_w};
-      const float bias = a.bias == nullptr ? 0.0f : widen(static_cast<const T*>(a.bias)[c]);
-      const float sum =
-          bias + sum_window<K>(channel, y * S - a.padding_h, x * S - a.padding_w, multiply);
-      static_cast<T*>(a.output)[u.target(a, n) + p * a.out_h * a.out_w + at] =
-          narrow<T>(clamp(sum, low_of(a.activation), high_of(a.activation)));
-    }
-  }
-}
 
 #if DWSWAP_BULK_COPIES
 
 // Shared memory by address, which takes no addition per access; without branches, which would keep
 // a warp waiting several times per row.
-__device__ __forceinline__ uint32_t load_shared(uint32_t address, bool wanted) {
+__device__ __forceinline__ uint32_t load_shared(uint32_t address, bool wanted, uint32_t other) {
   uint32_t word;
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.b32 %0, 0;\n@p ld.shared.b32 %0, [%1];\n}"
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.b32 %0, %3;\n@p ld.shared.b32 %0, [%1];\n}"
       : "=r"(word)
-      : "r"(address), "r"(static_cast<int>(wanted))
+      : "r"(address), "r"(static_cast<int>(wanted)), "r"(other)
       : "memory");
   return word;
 }
@@ -160,36 +57,50 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint16_t half, bo
       : "memory");
 }
 
+// x, of which the compiler does not know how it came about: it would keep, and add to, an address
+// of either walk.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Of the band of a row of taps, a lane holds column lane / 4, rows 2 (lane % 4) and the next of
-// every part: the taps that output lane / 4 of a tile has for these columns of a window. The window
-// of rows 0, 2, 4... begins at an output's first tap, or an element before where odd[0] is 1; that
-// of the rows between them by odd[1].
+// every part: the taps that output lane / 4 of a tile has for these columns of a window, whose
+// first output's first tap is at column `left` of the image. Columns beside the image have none.
+// The window of rows 0, 2, 4... begins at `left`, or an element before where odd[0] is 1; that of
+// the rows between them by odd[1].
 template <typename Traits>
-__device__ __forceinline__ void load_bands(uint32_t (&bands)[2][Traits::kKernel][Traits::kParts],
-                                           const int (&odd)[2], const Arguments& a, int channel) {
-  constexpr int K = Traits::kKernel;
+__device__ __forceinline__ void load_bands(
+    uint32_t (&bands)[Traits::kCopies][Traits::kKernel][Traits::kParts],
+    const int (&odd)[Traits::kCopies], const Arguments& a, int channel, int left) {
+  constexpr int K = Traits::kKernel, COPIES = Traits::kCopies;
   const int lane = threadIdx.x % 32;
   const auto* const weight =
       static_cast<const uint16_t*>(a.weight) + static_cast<int64_t>(channel) * K * K;
-  // The tap that an output has for the column before a lane's first one.
-  const int before = 2 * (lane % 4) - lane / 4 * Traits::kStride - 1;
+  // The first column that any copy has, from `left` on, and the tap that the output has for it.
+  const int begin = 2 * (lane % 4) - (COPIES == 2 ? 1 : odd[0]);
+  const int before = begin - lane / 4 * Traits::kStride;
   const auto load = [&]<bool REVERSED>() {
     const uint16_t* const first = REVERSED ? weight + K * K - 1 - before : weight + before;
 #pragma unroll
     for (int part = 0; part < Traits::kParts; ++part) {
 #pragma unroll
       for (int h = 0; h < K; ++h) {
-        uint32_t taps[3];
+        uint32_t taps[COPIES + 1];
 #pragma unroll
-        for (int i = 0; i < 3; ++i) {
+        for (int i = 0; i <= COPIES; ++i) {
           const int at = kTile * part + i;
           taps[i] = 0;
-          if (static_cast<unsigned>(before + at) < K)
+          if (static_cast<unsigned>(before + at) < K &&
+              static_cast<unsigned>(left + begin + at) < static_cast<unsigned>(a.in_w))
             taps[i] = first[REVERSED ? -(h * K + at) : h * K + at];
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          bands[i][h][part] = odd[i] != 0 ? taps[0] | taps[1] << 16 : taps[1] | taps[2] << 16;
+        for (int i = 0; i < COPIES; ++i) {
+          const bool from_first = COPIES == 1 || odd[i] != 0;
+          bands[i][h][part] =
+              from_first ? taps[0] | taps[1] << 16 : taps[COPIES - 1] | taps[COPIES] << 16;
+        }
       }
     }
   };
@@ -226,8 +137,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride;
   constexpr int RING = Traits::kRing, UNROLL = Traits::kUnroll, PARTS = Traits::kParts;
+  constexpr int COPIES = Traits::kCopies, COUNTERS = Traits::kCounters;
   constexpr int ELEMENT = sizeof(T), N = kVectorBytes / ELEMENT;
-  constexpr int kNever = -(1 << 29);  // a row that no walk comes to
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ uint64_t arrived[kStages];
   const int stage_bytes = a.images * a.in_pitch, buffer_bytes = a.images * a.out_pitch;
@@ -240,17 +151,40 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
   const auto block = static_cast<int>(blockIdx.x);
   const int first_unit = block * a.share + min(block, a.longer_shares);
   const int end_unit = first_unit + a.share + (block < a.longer_shares ? 1 : 0);
+  const auto count_of = [&](const Unit& unit, int i) {
+    return i < unit.images ? unit.planes * unit.in_rows * a.in_w : 0;
+  };
   // Thread i copies the pieces of image i.
   const auto fetch = [&](int index, int stage) {
     const int i = threadIdx.x;
     if (i >= a.images || index >= end_unit) return;
     const Unit unit(a, index, K, S);
-    const int count = i < unit.images ? unit.planes * unit.in_rows * a.in_w : 0;
     const auto* input = static_cast<const T*>(a.input);
     fetch_piece(reinterpret_cast<T*>(shared + kMargin + stage * stage_bytes + i * a.in_pitch),
-                input + unit.source(a, i < unit.images ? i : 0), count, input + a.in_elements,
-                &arrived[stage]);
+                input + unit.source(a, i < unit.images ? i : 0), count_of(unit, i),
+                input + a.in_elements, &arrived[stage]);
   };
+  // What no copy writes may lie beside a row, and be NaN until then.
+  const auto clear = [&](int from, int to) {
+    for (int at = from + lane * kVectorBytes; at < to; at += 32 * kVectorBytes)
+      *reinterpret_cast<uint4*>(shared + at) = uint4{};
+  };
+  if (warp == 0) {
+    clear(0, kMargin);
+    // Behind a stage lies the next one, whose copies may arrive later.
+    for (int stage = 1; stage <= kStages; ++stage)
+      clear(kMargin + stage * stage_bytes, 2 * kMargin + stage * stage_bytes);
+  }
+  for (int stage = 0; stage < min(kStages, end_unit - first_unit); ++stage) {
+    const Unit unit(a, first_unit + stage, K, S);
+    for (int i = warp; i < a.images; i += warps) {
+      const int slot = kMargin + stage * stage_bytes + i * a.in_pitch;
+      const int count = count_of(unit, i);
+      const int elements = count == 0 ? 0 : static_cast<int>(unit.source(a, i) % N) + count;
+      clear(slot + elements / N * kVectorBytes, slot + a.in_pitch);
+    }
+  }
+  fence_for_bulk_copies();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) barrier_init(&arrived[i], a.images);
   }
@@ -261,14 +195,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
   const int tiles = static_cast<int>(a.by_tiles.value), tasks = a.planes * tiles;
   const int all_steps = (a.segment_rows - 1) * S + K;  // rows of input of a walk
   const int out_row_bytes = a.out_w * ELEMENT;
-  const int in_image = a.channels * a.in_h * a.in_w % N;  // modulo a vector
-  const int out_image = a.channels * a.out_h * a.out_w % N;
-  const bool out_pairs = a.out_w % 2 == 0;  // a pair of outputs is one word, all of it in the row
+  const int in_image = Traits::kEven ? 0 : a.channels * a.in_h * a.in_w % N;  // modulo a vector
+  const int out_image = Traits::kEven ? 0 : a.channels * a.out_h * a.out_w % N;
+  const bool out_pairs = Traits::kEven || a.out_w % 2 == 0;  // pairs of outputs are whole words
 
-  uint32_t bands[2][K][PARTS];
-  int loaded = -1;  // the bands
-  float bias = 0.0f;
-  uint32_t most = 0;  // of the outputs, or NaN
+  uint32_t bands[COPIES][K][PARTS];
+  int loaded = -1;      // the bands
+  float start[4] = {};  // of the sums: the bias
+  uint32_t most = 0;    // of the outputs, or NaN
   uint32_t parity = 0;
   int stage = 0, buffer = 0;
   for (int index = first_unit; index < end_unit; ++index) {
@@ -288,42 +222,44 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
       const int column = static_cast<int>(tile) * kTile;
       const int left = column * S - a.padding_w;
       const int begin = in_lead + (plane * unit.in_rows + top + skipped) * a.in_w + left;
-      const int odd[2] = {begin & 1, (begin + a.in_w) & 1};
-      if (2 * channel + odd[0] != loaded) {
-        loaded = 2 * channel + odd[0];
-        load_bands<Traits>(bands, odd, a, channel);
-        if (a.bias != nullptr) bias = widen(static_cast<const T*>(a.bias)[channel]);
+      int odd[COPIES];
+#pragma unroll
+      for (int i = 0; i < COPIES; ++i) odd[i] = (begin + i * a.in_w) & 1;
+      const bool at_edge = left < 0 || left + (kTile - 1) * S + K > a.in_w;
+      const int wanted_bands =
+          2 * (channel * (tiles + 1) + (at_edge ? static_cast<int>(tile) : tiles)) + odd[0];
+      if (wanted_bands != loaded) {
+        loaded = wanted_bands;
+        load_bands<Traits>(bands, odd, a, channel, left);
+        if (a.bias != nullptr) {
+          const float bias = widen(static_cast<const T*>(a.bias)[channel]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) start[i] = bias;
+          // Else the compiler would keep it once, and copy it to four registers at every row.
+          multiply_add<T>(start, {0, 0, 0, 0}, {0, 0});
+        }
       }
       barrier_wait(&arrived[stage], parity);
       const Transform<T> transform(a, channel);
-      // What of a lane's pairs lies in the image.
-      uint32_t inside[2][PARTS];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-          const int x = left - odd[i] + kTile * part + lane % 4 * 2;
-          inside[i][part] =
-              (static_cast<unsigned>(x) < static_cast<unsigned>(a.in_w) ? 0xffffu : 0u) |
-              (static_cast<unsigned>(x + 1) < static_cast<unsigned>(a.in_w) ? 0xffff0000u : 0u);
-        }
-      }
+      const uint32_t outside = Traits::kForm == Form::kClamp ? transform.outside : 0;
       const int columns = a.out_w - column - lane % 4 * 2;  // of a lane's pair, and behind it
       // Bytes from a window to that of the next row: each begins at an even element.
-      const int to_next[2] = {(a.in_w - odd[1] + odd[0]) * ELEMENT,
-                              (a.in_w - odd[0] + odd[1]) * ELEMENT};
+      int to_next[COPIES];
+#pragma unroll
+      for (int i = 0; i < COPIES; ++i)
+        to_next[i] = (a.in_w + odd[i] - odd[(i + 1) % COPIES]) * ELEMENT;
       // Of walks lane / 4 and lane / 4 + 8: the row of the piece, bytes of shared memory at which
       // the lane's part of the window begins, rows of output, and where the lane's pair goes.
-      int row[2], rows[2];
-      uint32_t in_at[2], out_at[2];
+      int row[COUNTERS], rows[COUNTERS];
+      uint32_t in_at[COUNTERS], out_at[COUNTERS];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < COUNTERS; ++i) {
         uint32_t segment;
         const auto image = static_cast<int>(a.by_segments.divide(lane / 4 + 8 * i, &segment));
         const int first = static_cast<int>(segment) * a.segment_rows;
-        const bool present = image < unit.images && first < unit.rows;
-        rows[i] = present && columns > 0 ? min(a.segment_rows, unit.rows - first) : 0;
-        row[i] = present ? top + skipped + first * S : kNever;
+        // Absent images are computed too: what they hold is finite, and nothing of them is copied.
+        rows[i] = columns > 0 ? max(min(a.segment_rows, unit.rows - first), 0) : 0;
+        row[i] = top + skipped + first * S;
         // Of another image, the piece may begin elsewhere in a vector.
         in_at[i] =
             stages + stage * stage_bytes + image * a.in_pitch + lane % 4 * 4 +
@@ -337,17 +273,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
 
       float sums[RING][4];
 #pragma unroll
-      for (int i = 0; i < RING * 4; ++i) sums[i / 4][i % 4] = bias;
+      for (int i = 0; i < RING * 4; ++i) sums[i / 4][i % 4] = start[i % 4];
       // The row to come is loaded while one is multiplied.
       uint32_t next[PARTS][2];
-      bool within[2];
+      bool within[COUNTERS];
       const auto load_row = [&] {
 #pragma unroll
-        for (int w = 0; w < 2; ++w) {
-          within[w] = static_cast<unsigned>(row[w]) < static_cast<unsigned>(unit.in_rows);
+        for (int i = 0; i < COUNTERS; ++i)
+          within[i] = static_cast<unsigned>(row[i]) < static_cast<unsigned>(unit.in_rows);
 #pragma unroll
-          for (int part = 0; part < PARTS; ++part)
-            next[part][w] = load_shared(in_at[w] + part * kTile * ELEMENT, within[w]);
+        for (int w = 0; w < 2; ++w) {
+#pragma unroll
+          for (int part = 0; part < PARTS; ++part) {
+            const uint32_t at = in_at[w % COUNTERS] + w / COUNTERS * a.in_apart;
+            next[part][w] = load_shared(at + part * kTile * ELEMENT, within[w % COUNTERS], outside);
+          }
         }
       };
       load_row();
@@ -363,40 +303,45 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
 #pragma unroll
             for (int w = 0; w < 2; ++w) {
               x[part][w] = next[part][w];
-              if (Traits::kForm == Form::kClamp && within[w]) x[part][w] = transform(x[part][w]);
-              x[part][w] &= inside[i % 2][part];
+              if constexpr (Traits::kForm == Form::kClamp) x[part][w] = transform(x[part][w]);
             }
           }
 #pragma unroll
-          for (int w = 0; w < 2; ++w) ++row[w], in_at[w] += to_next[i % 2];
+          for (int w = 0; w < COUNTERS; ++w)
+            ++row[w], in_at[w] = opaque(in_at[w] + to_next[i % COPIES]);
           load_row();
-          multiply_row<Traits>(sums, i, x, bands[i % 2]);
+          multiply_row<Traits>(sums, i, x, bands[i % COPIES]);
           if ((i + 1 - K + K * S) % S != 0) continue;
           float (&sum)[4] = sums[(i + 1 - K + RING * S) / S % RING];
           uint32_t pairs[2];
-          bool wanted[2];
+          bool wanted[COUNTERS];
+#pragma unroll
+          for (int w = 0; w < COUNTERS; ++w)
+            wanted[w] = static_cast<unsigned>(done) < static_cast<unsigned>(rows[w]);
 #pragma unroll
           for (int w = 0; w < 2; ++w) {
             float pair[2] = {sum[2 * w], sum[2 * w + 1]};
             pairs[w] = form.apply(pair).data[0];
             most = maximum_word<T>(most, pairs[w]);
-            wanted[w] = static_cast<unsigned>(done) < static_cast<unsigned>(rows[w]);
-            sum[2 * w] = sum[2 * w + 1] = bias;
+            sum[2 * w] = start[2 * w], sum[2 * w + 1] = start[2 * w + 1];
           }
           ++done;
+          uint32_t at[2];
+#pragma unroll
+          for (int w = 0; w < 2; ++w) at[w] = out_at[w % COUNTERS] + w / COUNTERS * a.out_apart;
           if (out_pairs) {
-            store_shared(out_at[0], pairs[0], wanted[0]);
-            store_shared(out_at[1], pairs[1], wanted[1]);
+#pragma unroll
+            for (int w = 0; w < 2; ++w) store_shared(at[w], pairs[w], wanted[w % COUNTERS]);
           } else {
 #pragma unroll
             for (int w = 0; w < 2; ++w) {
-              const uint32_t pair = pairs[w];
-              store_shared(out_at[w], static_cast<uint16_t>(pair), wanted[w]);
-              store_shared(out_at[w] + ELEMENT, static_cast<uint16_t>(pair >> 16),
-                           wanted[w] && columns > 1);
+              store_shared(at[w], static_cast<uint16_t>(pairs[w]), wanted[w % COUNTERS]);
+              store_shared(at[w] + ELEMENT, static_cast<uint16_t>(pairs[w] >> 16),
+                           wanted[w % COUNTERS] && columns > 1);
             }
           }
-          out_at[0] += out_row_bytes, out_at[1] += out_row_bytes;
+#pragma unroll
+          for (int w = 0; w < COUNTERS; ++w) out_at[w] = opaque(out_at[w] + out_row_bytes);
         }
       }
     }
@@ -442,6 +387,8 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.images = cut.images, a.segments = cut.segments, a.planes = cut.planes, a.rows = cut.rows;
   a.segment_rows = cut.segment_rows;
   a.in_pitch = cut.in_pitch, a.out_pitch = cut.out_pitch;
+  a.in_apart = kWalks / 2 / cut.segments * cut.in_pitch;
+  a.out_apart = kWalks / 2 / cut.segments * cut.out_pitch;
   const auto strips = static_cast<uint32_t>(ceil_div(p.out_h, cut.rows));
   const auto groups = static_cast<uint32_t>(ceil_div(p.batch, cut.images));
   const auto units = static_cast<int>(strips * groups * ceil_div(p.channels, cut.planes));
@@ -464,17 +411,28 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   return cudaGetLastError();
 }
 
+// Rows begin at even elements, images at vectors, and both walks of a lane are in the same segment.
+inline bool is_even(const DepthwiseConv2dParams& p, const Cut& cut) {
+  constexpr int64_t kVectorElements = kVectorBytes / 2;
+  return p.in_w % 2 == 0 && p.out_w % 2 == 0 &&
+         p.channels * p.in_h * p.in_w % kVectorElements == 0 &&
+         p.channels * p.out_h * p.out_w % kVectorElements == 0 && cut.segments <= kWalks / 2;
+}
+
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Device& device,
                          cudaStream_t stream) {
   const Cut cut = choose_cut(p, device);
   if (cut.rows == 0) return cudaErrorInvalidValue;
-  const bool plain = form_of(p) == Form::kPlain;
-#define DWSWAP_CASE(K, S)                                                         \
-  if (p.kernel_h == K && p.stride_h == S) {                                       \
-    return plain ? launch<Traits<T, K, S, Form::kPlain>>(p, cut, device, stream)  \
-                 : launch<Traits<T, K, S, Form::kClamp>>(p, cut, device, stream); \
+  const bool plain = form_of(p) == Form::kPlain, even = is_even(p, cut);
+#define DWSWAP_CASE(K, S)                                                                 \
+  if (p.kernel_h == K && p.stride_h == S) {                                               \
+    if (even)                                                                             \
+      return plain ? launch<Traits<T, K, S, Form::kPlain, true>>(p, cut, device, stream)  \
+                   : launch<Traits<T, K, S, Form::kClamp, true>>(p, cut, device, stream); \
+    return plain ? launch<Traits<T, K, S, Form::kPlain, false>>(p, cut, device, stream)   \
+                 : launch<Traits<T, K, S, Form::kClamp, false>>(p, cut, device, stream);  \
   }
   DWSWAP_PLANE_BANDS_SIZES(DWSWAP_CASE)
 #undef DWSWAP_CASE

@@ -18,7 +18,7 @@ constexpr int kMinBlocks = 2;  // of kMaxWarps, whose registers a multiprocessor
 constexpr int kRegisters = 64 * 1024 / (32 * kMaxWarps * kMinBlocks);  // of a thread, at most
 constexpr int kStages = 2;                                             // of input in shared memory
 constexpr int kBuffers = 2;                                            // of output
-// In front of and behind the stages, for what a lane reads beside its rows and masks.
+// In front of and behind the stages, for what a lane reads beside its rows: no more than a window.
 constexpr int kMargin = 64;
 constexpr int kStaticBytes = 64;  // of shared memory: the barriers
 
