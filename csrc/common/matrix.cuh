@@ -43,10 +43,15 @@ __device__ __forceinline__ void load_transposed_matrices(uint32_t (&x)[2], uint3
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// The way back of two of them, in the same layout.
-__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t first, uint32_t second) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address),
-               "r"(first), "r"(second)
+// The way back, in the same layout.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&x)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(x[0]),
+               "r"(x[1])
                : "memory");
 }
 #endif

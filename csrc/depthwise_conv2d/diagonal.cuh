@@ -15,6 +15,8 @@
 // outputs one is found is computed anew without the tensor cores.
 #pragma once
 
+#include <limits>
+
 #include "common/integer.h"
 #include "common/matrix.cuh"
 #include "common/numeric.cuh"
@@ -28,10 +30,11 @@
 namespace dwswap {
 namespace diagonal {
 
-template <typename T_, int K_, int STRIDE_, Form FORM_>
+template <typename T_, int K_, int STRIDE_, Form FORM_, bool ALTERNATES_>
 struct Traits {
   using T = T_;
-  static constexpr Form kForm = FORM_;  // of the output: kClamp or kAny
+  static constexpr Form kForm = FORM_;              // of the output: kClamp or kAny
+  static constexpr bool kAlternates = ALTERNATES_;  // rows_alternate()
   static constexpr int kKernel = K_;
   static constexpr int kStride = STRIDE_;
   static constexpr int kProducts = products_of_warp(K_);
@@ -49,6 +52,7 @@ struct Arguments {
   int columns, images, unit_rows;
   int stages;  // of a unit
   int units, chunks, parts;
+  int rows_end;  // of the input
   int tile_row_bytes;
   uint32_t stage_bytes, box_bytes, result_bytes;
   Divisor by_columns, by_strips;
@@ -67,23 +71,11 @@ __device__ __forceinline__ Unit unit_at(const Arguments& a, int index) {
 }
 
 // The copy engine's swizzle of pixels of 64 bytes: their 16-byte pieces change places, by the lines
-// of 128 bytes in which they are.
+// of 128 bytes in which they are. After a period of four lines it is the same.
+constexpr int kLineBytes = 128, kPeriod = 4;
 __device__ __forceinline__ uint32_t swizzled(uint32_t byte) { return byte ^ (byte >> 3 & 0x30); }
-static_assert(kPixelBytes == 64);
-
-// Where the pieces are that lie in so many lines after each other, from `byte` on: two pixels are a
-// line. What a line adds to the bits that change a piece's place, it adds to no bit below.
-struct LinePlaces {
-  uint32_t even, odd;
-
-  LinePlaces() = default;
-  __device__ __forceinline__ explicit LinePlaces(uint32_t byte)
-      : even(swizzled(byte)), odd(byte ^ ((byte >> 3) + 0x10 & 0x30)) {}
-
-  __device__ __forceinline__ uint32_t at(int line) const {
-    return ((line % 2 == 0 ? even : odd) ^ (line / 2 % 2 == 0 ? 0 : 0x20)) + 128 * line;
-  }
-};
+static_assert(kPixelBytes == 64 && 2 * kHalfPeriod * kPixelBytes == kPeriod * kLineBytes);
+static_assert(kAlignment % (kPeriod * kLineBytes) == 0);
 
 // One output without the tensor cores.
 template <typename Traits>
@@ -190,24 +182,37 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
   // pixels of a row are those of all images of a unit.
   const uint32_t origin = shared_address(shared);
   const int first_pixel = team * PRODUCTS * kProductPixels;
-  uint32_t offsets[PRODUCTS];
+  // Two taps are a line. What is read in line j of a row lies at the row's address + j lines +
+  // places[p][j % kPeriod]; in an odd row, where rows alternate, at the place of half a period on.
+  uint32_t places[PRODUCTS][kPeriod];
 #pragma unroll
   for (int p = 0; p < PRODUCTS; ++p) {
     const int pixel = min(first_pixel + p * kProductPixels + lane % 16, a.columns * a.images - 1);
-    offsets[p] = pixel / a.columns * STAGE_ROWS * a.tile_row_bytes +
-                 (pixel % a.columns * S + lane / 16) * kPixelBytes + group * 16;
+    const uint32_t byte = pixel / a.columns * STAGE_ROWS * a.tile_row_bytes +
+                          (pixel % a.columns * S + lane / 16) * kPixelBytes + group * 16;
+#pragma unroll
+    for (int j = 0; j < kPeriod; ++j)
+      places[p][j] = swizzled(byte + j * kLineBytes) - j * kLineBytes;
   }
-  const uint32_t target =
-      shared_address(results) + swizzled((first_pixel + lane % 16) * kPixelBytes + group * 16);
+  // All the pixels of a warp are stored at once.
+  const int stored_pixel = first_pixel + lane % (PRODUCTS * kProductPixels);
+  uint32_t row_target = shared_address(results) + swizzled(stored_pixel * kPixelBytes + group * 16);
   __syncthreads();
 
   Unit u = unit_at(a, part);
   int index = part, stage = 0, slot = 0;
   uint32_t parity = 0, buffer = 0;
-  const OutputForm<Traits::kForm, T, 2> form(a.activation);
+  const OutputForm<Traits::kForm, T, 4 * PRODUCTS> form(a.activation);
   uint32_t most = 0;  // of the outputs, or NaN
   float sums[PRODUCTS][RING][4];
-  const auto reset = [&](float (&sum)[4]) { sum[0] = sum[2] = bias[0], sum[1] = sum[3] = bias[1]; };
+  // What a lane gets from itself the compiler takes for another value, and keeps all four in the
+  // registers of a product's sums; it would copy two of them anew for every row.
+  const float start[4] = {bias[0], bias[1], __shfl_sync(0xffffffff, bias[0], lane),
+                          __shfl_sync(0xffffffff, bias[1], lane)};
+  const auto reset = [&](float (&sum)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] = start[e];
+  };
   const auto reset_all = [&] {
 #pragma unroll
     for (int i = 0; i < PRODUCTS * RING; ++i) reset(sums[i / RING][i % RING]);
@@ -217,30 +222,28 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
     barrier_wait(&full[slot], parity);
     const int top = u.row * S - a.padding_h + stage * STAGE_ROWS;
     uint32_t row_address = origin + slot * a.stage_bytes;
-    LinePlaces places[PRODUCTS];
-    const auto find_places = [&] {
-#pragma unroll
-      for (int p = 0; p < PRODUCTS; ++p) places[p] = LinePlaces(row_address + offsets[p]);
-    };
-    find_places();
-    uint32_t row_target = target + buffer * RING * a.result_bytes;
 #pragma unroll
     for (int i = 0; i < STAGE_ROWS; ++i) {
-      if (static_cast<unsigned>(top + i) < static_cast<unsigned>(a.in_h)) {
+      const int line = Traits::kAlternates ? i % 2 * (kPeriod / 2) : 0;
+      // Rows outside add nothing. Above the image all sums are still what the unit began with, and
+      // below it none begins that is needed: rows_end sees to that.
+      if (static_cast<unsigned>(top + i) < static_cast<unsigned>(a.rows_end)) {
 #pragma unroll
         for (int p = 0; p < PRODUCTS; ++p) {
 #pragma unroll
           for (int j = 0; j <= PAIRS; ++j) {
             uint32_t x[4], last[2];
+            const uint32_t address = row_address + places[p][(line + j) % kPeriod] + j * kLineBytes;
             if (j < PAIRS) {
-              load_matrices(x, places[p].at(j));
+              load_matrices(x, address);
             } else {
-              load_matrices(last, places[p].at(j));
+              load_matrices(last, address);
             }
 #pragma unroll
             for (int h = 0; h < K; ++h) {
               if ((i - h + K * S) % S != 0) continue;
-              float* const sum = sums[p][(i - h + RING * S) / S % RING];
+              float (&sum)[4] = sums[p][(i - h + RING * S) / S % RING];
+              if (j == 0 && h == 0) reset(sum);
               if (j < PAIRS) {
                 multiply_add<T>(sum, x, {taps[h * K + 2 * j], taps[h * K + 2 * j + 1]});
               } else {
@@ -250,21 +253,19 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
           }
         }
       }
-      // Here, and not where they are needed: the loads are what the row waits for.
       row_address += a.tile_row_bytes;
-      find_places();
       if ((i + 1 - K + K * S) % S != 0) continue;
+      float done[4 * PRODUCTS];
 #pragma unroll
-      for (int p = 0; p < PRODUCTS; ++p) {
-        float (&sum)[4] = sums[p][(i + 1 - K + RING * S) / S % RING];
-        if constexpr (Traits::kForm == Form::kAny) activate(sum, a.activation);
-        float pairs[2][2] = {{sum[0], sum[1]}, {sum[2], sum[3]}};
-        const uint32_t upper = form.apply(pairs[0]).data[0];
-        const uint32_t lower = form.apply(pairs[1]).data[0];
-        most = maximum_word<T>(most, maximum_word<T>(upper, lower));
-        store_matrices(row_target + p * kProductPixels * kPixelBytes, upper, lower);
-        reset(sum);
-      }
+      for (int e = 0; e < 4 * PRODUCTS; ++e)
+        done[e] = sums[e / 4][(i + 1 - K + RING * S) / S % RING][e % 4];
+      if constexpr (Traits::kForm == Form::kAny) activate(done, a.activation);
+      // Before the clamp, which keeps NaN: what is clamped then has one use, and needs no copies.
+      const auto words = narrow_all<T>(done);
+#pragma unroll
+      for (int w = 0; w < 2 * PRODUCTS; w += 2)
+        most = maximum_word<T>(most, maximum_word<T>(words.data[w], words.data[w + 1]));
+      store_matrices(row_target, form.clamp(words).data);
       row_target += a.result_bytes;
     }
     if (threadIdx.x < RING) wait_for_bulk_reads();  // of the other buffer
@@ -278,6 +279,7 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
       if (threadIdx.x == 0) fetch(slot);
     }
     buffer ^= 1;
+    if (buffer == 0) row_target -= 2 * RING * a.result_bytes;
     if (++slot == kSlots) slot = 0, parity ^= 1;
     if (++stage < a.stages) continue;
     stage = 0, index += a.parts;
@@ -306,6 +308,9 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   a.columns = cut.columns, a.images = cut.images, a.unit_rows = cut.rows;
   a.stages = cut.stages, a.units = cut.units, a.chunks = cut.chunks, a.parts = cut.parts;
   const int tile_columns = diagonal::tile_columns(cut.columns, K, S);
+  // With a padding of at least the kernel's height, rows of output begin below the image: the zeros
+  // that the copy engine leaves there are read like other rows.
+  a.rows_end = p.padding_h < K ? a.in_h : std::numeric_limits<int>::max();
   a.tile_row_bytes = tile_columns * kPixelBytes;
   a.stage_bytes = cut.stage_bytes(K, S), a.result_bytes = cut.row_bytes(K);
   a.box_bytes = cut.images * Traits::kStageRows * a.tile_row_bytes;
@@ -328,17 +333,25 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   return cudaGetLastError();
 }
 
+template <typename T, int K, int S, Form FORM>
+cudaError_t launch_form(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
+                        cudaStream_t stream) {
+  return rows_alternate(tile_columns(cut.columns, K, S))
+             ? launch<Traits<T, K, S, FORM, true>>(p, cut, device, stream)
+             : launch<Traits<T, K, S, FORM, false>>(p, cut, device, stream);
+}
+
 // One file per element type instantiates this.
 template <typename T>
 cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Device& device,
                          cudaStream_t stream) {
   const Cut cut = choose_cut(p, device);
   if (cut.parts == 0) return cudaErrorInvalidValue;
-#define DWSWAP_CASE(K, S)                                                      \
-  if (p.kernel_h == K && p.stride_h == S) {                                    \
-    return p.activation <= Activation::kRelu6                                  \
-               ? launch<Traits<T, K, S, Form::kClamp>>(p, cut, device, stream) \
-               : launch<Traits<T, K, S, Form::kAny>>(p, cut, device, stream);  \
+#define DWSWAP_CASE(K, S)                                                   \
+  if (p.kernel_h == K && p.stride_h == S) {                                 \
+    return p.activation <= Activation::kRelu6                               \
+               ? launch_form<T, K, S, Form::kClamp>(p, cut, device, stream) \
+               : launch_form<T, K, S, Form::kAny>(p, cut, device, stream);  \
   }
   DWSWAP_CASE(5, 1)
   DWSWAP_CASE(5, 2)

@@ -127,7 +127,11 @@ struct OutputForm {
 #pragma unroll
       for (int i = 0; i < N; ++i) sums[i] = silu_of(sums[i]);
     }
-    Words<T, N> words = narrow_all<T>(sums);
+    return clamp(narrow_all<T>(sums));
+  }
+
+  // Of sums that are rounded already, for the forms that are a clamp.
+  __device__ __forceinline__ Words<T, N> clamp(Words<T, N> words) const {
     if constexpr (clamps(FORM)) words = maximum(words, low);
     if constexpr (FORM == Form::kClamp) words = minimum(words, high);
     return words;
