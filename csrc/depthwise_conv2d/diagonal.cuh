@@ -30,11 +30,11 @@
 namespace dwswap {
 namespace diagonal {
 
-template <typename T_, int K_, int STRIDE_, Form FORM_, bool ALTERNATES_>
+template <typename T_, int K_, int STRIDE_, Form FORM_, int SHIFT_>
 struct Traits {
   using T = T_;
-  static constexpr Form kForm = FORM_;              // of the output: kClamp or kAny
-  static constexpr bool kAlternates = ALTERNATES_;  // rows_alternate()
+  static constexpr Form kForm = FORM_;   // of the output: kClamp or kAny
+  static constexpr int kShift = SHIFT_;  // row_shift()
   static constexpr int kKernel = K_;
   static constexpr int kStride = STRIDE_;
   static constexpr int kProducts = products_of_warp(K_);
@@ -71,11 +71,10 @@ __device__ __forceinline__ Unit unit_at(const Arguments& a, int index) {
 }
 
 // The copy engine's swizzle of pixels of 64 bytes: their 16-byte pieces change places, by the lines
-// of 128 bytes in which they are. After a period of four lines it is the same.
-constexpr int kLineBytes = 128, kPeriod = 4;
+// of 128 bytes in which they are.
+constexpr int kLineBytes = kLinePixels * kPixelBytes;
 __device__ __forceinline__ uint32_t swizzled(uint32_t byte) { return byte ^ (byte >> 3 & 0x30); }
-static_assert(kPixelBytes == 64 && 2 * kHalfPeriod * kPixelBytes == kPeriod * kLineBytes);
-static_assert(kAlignment % (kPeriod * kLineBytes) == 0);
+static_assert(kPixelBytes == 64 && kLineBytes == 128 && kAlignment % (kPeriod * kLineBytes) == 0);
 
 // One output without the tensor cores.
 template <typename Traits>
@@ -182,8 +181,8 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
   // pixels of a row are those of all images of a unit.
   const uint32_t origin = shared_address(shared);
   const int first_pixel = team * PRODUCTS * kProductPixels;
-  // Two taps are a line. What is read in line j of a row lies at the row's address + j lines +
-  // places[p][j % kPeriod]; in an odd row, where rows alternate, at the place of half a period on.
+  // Two taps are a line. Line j of row i lies at the row's address + j lines + the place that is
+  // i * kShift + j lines into a period.
   uint32_t places[PRODUCTS][kPeriod];
 #pragma unroll
   for (int p = 0; p < PRODUCTS; ++p) {
@@ -224,7 +223,6 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
     uint32_t row_address = origin + slot * a.stage_bytes;
 #pragma unroll
     for (int i = 0; i < STAGE_ROWS; ++i) {
-      const int line = Traits::kAlternates ? i % 2 * (kPeriod / 2) : 0;
       // Rows outside add nothing. Above the image all sums are still what the unit began with, and
       // below it none begins that is needed: rows_end sees to that.
       if (static_cast<unsigned>(top + i) < static_cast<unsigned>(a.rows_end)) {
@@ -233,7 +231,8 @@ __global__ void __launch_bounds__(32 * kGroups * kMostTeams)
 #pragma unroll
           for (int j = 0; j <= PAIRS; ++j) {
             uint32_t x[4], last[2];
-            const uint32_t address = row_address + places[p][(line + j) % kPeriod] + j * kLineBytes;
+            const int place = (i * Traits::kShift + j) % kPeriod;
+            const uint32_t address = row_address + places[p][place] + j * kLineBytes;
             if (j < PAIRS) {
               load_matrices(x, address);
             } else {
@@ -336,9 +335,17 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
 template <typename T, int K, int S, Form FORM>
 cudaError_t launch_form(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
                         cudaStream_t stream) {
-  return rows_alternate(tile_columns(cut.columns, K, S))
-             ? launch<Traits<T, K, S, FORM, true>>(p, cut, device, stream)
-             : launch<Traits<T, K, S, FORM, false>>(p, cut, device, stream);
+  static_assert(kPeriod == 4);
+  switch (row_shift(tile_columns(cut.columns, K, S))) {
+    case 0:
+      return launch<Traits<T, K, S, FORM, 0>>(p, cut, device, stream);
+    case 1:
+      return launch<Traits<T, K, S, FORM, 1>>(p, cut, device, stream);
+    case 2:
+      return launch<Traits<T, K, S, FORM, 2>>(p, cut, device, stream);
+    default:
+      return launch<Traits<T, K, S, FORM, 3>>(p, cut, device, stream);
+  }
 }
 
 // One file per element type instantiates this.

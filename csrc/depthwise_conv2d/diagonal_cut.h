@@ -27,14 +27,15 @@ constexpr int team_pixels(int kernel) { return kProductPixels * products_of_warp
 constexpr int ring_rows(int kernel, int stride) { return (kernel - 1) / stride + 1; }
 constexpr int stage_rows(int kernel, int stride) { return ring_rows(kernel, stride) * stride; }
 
-// Pixels of a row of input in shared memory. Rows begin at the start or in the middle of a period
-// of the copy engine's swizzle, so that its places are the same in every other row at least.
-constexpr int kHalfPeriod = 4;  // in pixels
+// Pixels of a row of input in shared memory. Rows begin at lines of it, so that the copy engine's
+// swizzle, which depends on the line, has its places at the same pixels of every row but for a
+// shift.
+constexpr int kLinePixels = 2, kPeriod = 4;  // lines after which the swizzle is the same
 constexpr int tile_columns(int columns, int kernel, int stride) {
-  return static_cast<int>(ceil_div((columns - 1) * stride + kernel, kHalfPeriod) * kHalfPeriod);
+  return static_cast<int>(ceil_div((columns - 1) * stride + kernel, kLinePixels) * kLinePixels);
 }
-// Whether they begin there in turn.
-constexpr bool rows_alternate(int tile_columns) { return tile_columns / kHalfPeriod % 2 != 0; }
+// By how many lines of a period a row is further on than the one before.
+constexpr int row_shift(int tile_columns) { return tile_columns / kLinePixels % kPeriod; }
 
 constexpr int align(int bytes) {
   return static_cast<int>(ceil_div(bytes, kAlignment) * kAlignment);

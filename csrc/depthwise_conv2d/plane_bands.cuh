@@ -193,11 +193,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
 
   const OutputForm<Traits::kForm, T, 2> form(a.activation);
   const int tiles = static_cast<int>(a.by_tiles.value), tasks = a.planes * tiles;
-  const int all_steps = (a.segment_rows - 1) * S + K;  // rows of input of a walk
   const int out_row_bytes = a.out_w * ELEMENT;
-  const int in_image = Traits::kEven ? 0 : a.channels * a.in_h * a.in_w % N;  // modulo a vector
-  const int out_image = Traits::kEven ? 0 : a.channels * a.out_h * a.out_w % N;
-  const bool out_pairs = Traits::kEven || a.out_w % 2 == 0;  // pairs of outputs are whole words
+  const int in_image = COUNTERS == 1 ? 0 : a.channels * a.in_h * a.in_w % N;  // modulo a vector
+  const int out_image = COUNTERS == 1 ? 0 : a.channels * a.out_h * a.out_w % N;
+  const bool out_pairs = COPIES == 1 || a.out_w % 2 == 0;  // pairs of outputs are whole words
 
   uint32_t bands[COPIES][K][PARTS];
   int loaded = -1;      // the bands
@@ -212,8 +211,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
     const int top = unit.row * S - a.padding_h - unit.in_first;  // of the first walk, in its piece
     // Rows above the image are passed over where all walks begin with them.
     const int skipped = a.segments == 1 ? max(-top, 0) / S * S : 0;
-    const int steps = all_steps - skipped;
     const int begin_row = skipped / S - (RING - 1);  // the row of output that is complete first
+    const int walk_rows = a.segments == 1 ? unit.rows : a.segment_rows;  // of output
+    int steps = (walk_rows - 1) * S + K - skipped;                       // rows of input
+    // Rows below the image add nothing: what they would complete is complete before.
+    if (S == 1 && a.segments == 1) steps = min(steps, unit.in_rows - top - skipped);
     for (int task = warp; task < tasks; task += warps) {
       uint32_t tile;
       const auto plane = static_cast<int>(a.by_tiles.divide(task, &tile));
@@ -292,6 +294,37 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
       };
       load_row();
       int done = begin_row;  // the row of output that is complete next
+      const auto finish_row = [&](float (&sum)[4]) {
+        uint32_t pairs[2];
+        bool wanted[COUNTERS];
+#pragma unroll
+        for (int w = 0; w < COUNTERS; ++w)
+          wanted[w] = static_cast<unsigned>(done) < static_cast<unsigned>(rows[w]);
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          float pair[2] = {sum[2 * w], sum[2 * w + 1]};
+          pairs[w] = form.apply(pair).data[0];
+          most = maximum_word<T>(most, pairs[w]);
+          sum[2 * w] = start[2 * w], sum[2 * w + 1] = start[2 * w + 1];
+        }
+        ++done;
+        uint32_t at[2];
+#pragma unroll
+        for (int w = 0; w < 2; ++w) at[w] = out_at[w % COUNTERS] + w / COUNTERS * a.out_apart;
+        if (out_pairs) {
+#pragma unroll
+          for (int w = 0; w < 2; ++w) store_shared(at[w], pairs[w], wanted[w % COUNTERS]);
+        } else {
+#pragma unroll
+          for (int w = 0; w < 2; ++w) {
+            store_shared(at[w], static_cast<uint16_t>(pairs[w]), wanted[w % COUNTERS]);
+            store_shared(at[w] + ELEMENT, static_cast<uint16_t>(pairs[w] >> 16),
+                         wanted[w % COUNTERS] && columns > 1);
+          }
+        }
+#pragma unroll
+        for (int w = 0; w < COUNTERS; ++w) out_at[w] = opaque(out_at[w] + out_row_bytes);
+      };
       for (int step = 0; step < steps; step += UNROLL) {
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
@@ -312,36 +345,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
           load_row();
           multiply_row<Traits>(sums, i, x, bands[i % COPIES]);
           if ((i + 1 - K + K * S) % S != 0) continue;
-          float (&sum)[4] = sums[(i + 1 - K + RING * S) / S % RING];
-          uint32_t pairs[2];
-          bool wanted[COUNTERS];
+          finish_row(sums[(i + 1 - K + RING * S) / S % RING]);
+        }
+      }
+      if constexpr (S == 1) {
 #pragma unroll
-          for (int w = 0; w < COUNTERS; ++w)
-            wanted[w] = static_cast<unsigned>(done) < static_cast<unsigned>(rows[w]);
-#pragma unroll
-          for (int w = 0; w < 2; ++w) {
-            float pair[2] = {sum[2 * w], sum[2 * w + 1]};
-            pairs[w] = form.apply(pair).data[0];
-            most = maximum_word<T>(most, pairs[w]);
-            sum[2 * w] = start[2 * w], sum[2 * w + 1] = start[2 * w + 1];
-          }
-          ++done;
-          uint32_t at[2];
-#pragma unroll
-          for (int w = 0; w < 2; ++w) at[w] = out_at[w % COUNTERS] + w / COUNTERS * a.out_apart;
-          if (out_pairs) {
-#pragma unroll
-            for (int w = 0; w < 2; ++w) store_shared(at[w], pairs[w], wanted[w % COUNTERS]);
-          } else {
-#pragma unroll
-            for (int w = 0; w < 2; ++w) {
-              store_shared(at[w], static_cast<uint16_t>(pairs[w]), wanted[w % COUNTERS]);
-              store_shared(at[w] + ELEMENT, static_cast<uint16_t>(pairs[w] >> 16),
-                           wanted[w % COUNTERS] && columns > 1);
-            }
-          }
-#pragma unroll
-          for (int w = 0; w < COUNTERS; ++w) out_at[w] = opaque(out_at[w] + out_row_bytes);
+        for (int i = 0; i < K / 2; ++i) {
+          if (done >= walk_rows) break;
+          finish_row(sums[(i + 1) % RING]);
         }
       }
     }
@@ -411,12 +422,23 @@ cudaError_t launch(const DepthwiseConv2dParams& p, const Cut& cut, const Device&
   return cudaGetLastError();
 }
 
-// Rows begin at even elements, images at vectors, and both walks of a lane are in the same segment.
-inline bool is_even(const DepthwiseConv2dParams& p, const Cut& cut) {
+inline bool has_even_rows(const DepthwiseConv2dParams& p) {
+  return p.in_w % 2 == 0 && p.out_w % 2 == 0;
+}
+
+// Images begin at vectors, and both walks of a lane are in the same segment.
+inline bool shares_counters(const DepthwiseConv2dParams& p, const Cut& cut) {
   constexpr int64_t kVectorElements = kVectorBytes / 2;
-  return p.in_w % 2 == 0 && p.out_w % 2 == 0 &&
-         p.channels * p.in_h * p.in_w % kVectorElements == 0 &&
+  return p.channels * p.in_h * p.in_w % kVectorElements == 0 &&
          p.channels * p.out_h * p.out_w % kVectorElements == 0 && cut.segments <= kWalks / 2;
+}
+
+template <typename T, int K, int S, Form FORM>
+cudaError_t launch_form(const DepthwiseConv2dParams& p, const Cut& cut, const Device& device,
+                        cudaStream_t stream) {
+  if (!shares_counters(p, cut)) return launch<Traits<T, K, S, FORM, 2, 2>>(p, cut, device, stream);
+  return has_even_rows(p) ? launch<Traits<T, K, S, FORM, 1, 1>>(p, cut, device, stream)
+                          : launch<Traits<T, K, S, FORM, 2, 1>>(p, cut, device, stream);
 }
 
 // One file per element type instantiates this.
@@ -425,14 +447,11 @@ cudaError_t launch_typed(const DepthwiseConv2dParams& p, const Device& device,
                          cudaStream_t stream) {
   const Cut cut = choose_cut(p, device);
   if (cut.rows == 0) return cudaErrorInvalidValue;
-  const bool plain = form_of(p) == Form::kPlain, even = is_even(p, cut);
-#define DWSWAP_CASE(K, S)                                                                 \
-  if (p.kernel_h == K && p.stride_h == S) {                                               \
-    if (even)                                                                             \
-      return plain ? launch<Traits<T, K, S, Form::kPlain, true>>(p, cut, device, stream)  \
-                   : launch<Traits<T, K, S, Form::kClamp, true>>(p, cut, device, stream); \
-    return plain ? launch<Traits<T, K, S, Form::kPlain, false>>(p, cut, device, stream)   \
-                 : launch<Traits<T, K, S, Form::kClamp, false>>(p, cut, device, stream);  \
+  const bool plain = form_of(p) == Form::kPlain;
+#define DWSWAP_CASE(K, S)                                                      \
+  if (p.kernel_h == K && p.stride_h == S) {                                    \
+    return plain ? launch_form<T, K, S, Form::kPlain>(p, cut, device, stream)  \
+                 : launch_form<T, K, S, Form::kClamp>(p, cut, device, stream); \
   }
   DWSWAP_PLANE_BANDS_SIZES(DWSWAP_CASE)
 #undef DWSWAP_CASE

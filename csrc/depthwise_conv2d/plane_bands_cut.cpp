@@ -57,7 +57,10 @@ double estimate(const DepthwiseConv2dParams& p, const Cut& cut, const Device& de
   const double tiles = static_cast<double>(ceil_div(p.out_w, kTile));
   const double turns = std::ceil(cut.planes * tiles / cut.warps);
   const bool skips = cut.segments == 1 && cut.rows == p.out_h;
-  const int64_t skipped = skips ? p.padding_h / stride * stride : 0;
+  // Above the image, and with stride 1 below it.
+  const int64_t skipped = !skips        ? 0
+                          : stride == 1 ? 2 * p.padding_h
+                                        : p.padding_h / stride * stride;
   const int ring = ring_rows(kernel, stride);
   const auto steps = static_cast<double>(
       ceil_div((cut.segment_rows - 1) * stride + kernel - skipped, ring) * ring);

@@ -15,9 +15,8 @@ constexpr int kTile = 8;    // columns of output of one product
 constexpr int kWalks = 16;  // rows of the other matrix: walks down the columns of a tile
 constexpr int kMaxWarps = 8;
 constexpr int kMinBlocks = 2;  // of kMaxWarps, whose registers a multiprocessor has
-constexpr int kRegisters = 64 * 1024 / (32 * kMaxWarps * kMinBlocks);  // of a thread, at most
-constexpr int kStages = 2;                                             // of input in shared memory
-constexpr int kBuffers = 2;                                            // of output
+constexpr int kStages = 2;     // of input in shared memory
+constexpr int kBuffers = 2;    // of output
 // In front of and behind the stages, for what a lane reads beside its rows: no more than a window.
 constexpr int kMargin = 64;
 constexpr int kStaticBytes = 64;  // of shared memory: the barriers

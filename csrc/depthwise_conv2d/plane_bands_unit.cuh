@@ -9,7 +9,7 @@
 namespace dwswap {
 namespace plane_bands {
 
-template <typename T_, int K_, int STRIDE_, Form FORM_, bool EVEN_>
+template <typename T_, int K_, int STRIDE_, Form FORM_, int COPIES_, int COUNTERS_>
 struct Traits {
   using T = T_;
   static constexpr Form kForm = FORM_;  // kPlain or kClamp
@@ -17,12 +17,11 @@ struct Traits {
   static constexpr int kStride = STRIDE_;
   static constexpr int kRing = ring_rows(K_, STRIDE_);
   // Rows of input: their places in the ring and their copy of the bands are known.
-  static constexpr int kUnroll = 2 * kRing;
+  static constexpr int kUnroll = COPIES_ == 1 && STRIDE_ == 1 ? kRing : 2 * kRing;
   static constexpr int kParts = window_parts(STRIDE_);
-  static constexpr bool kEven = EVEN_;           // as is_even() says
-  static constexpr int kCopies = EVEN_ ? 1 : 2;  // of the bands
-  // Of rows and addresses: both walks of a lane have the same, or each its own.
-  static constexpr int kCounters = EVEN_ ? 1 : 2;
+  static constexpr int kCopies = COPIES_;  // of the bands: one where has_even_rows()
+  // Of rows and addresses: one where shares_counters(), or each walk of a lane has its own.
+  static constexpr int kCounters = COUNTERS_;
 };
 
 struct Arguments {
