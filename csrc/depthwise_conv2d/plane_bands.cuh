@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kMinBlocks)
         uint32_t segment;
         const auto image = static_cast<int>(a.by_segments.divide(lane / 4 + 8 * i, &segment));
         const int first = static_cast<int>(segment) * a.segment_rows;
-        // Absent images are computed too: what they hold is finite, and nothing of them is copied.
+        // Absent images are computed too, and nothing of them is copied.
         rows[i] = columns > 0 ? max(min(a.segment_rows, unit.rows - first), 0) : 0;
         row[i] = top + skipped + first * S;
         // Of another image, the piece may begin elsewhere in a vector.
