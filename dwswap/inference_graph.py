@@ -161,12 +161,13 @@ class InlinedModule(nn.Module):
         return _found(self, name)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As ever, but for modules under new names and those in the place of others.
+        """As ever, but for modules under new names and those in the place of what is not called.
 
         Raises:
             AttributeError: nothing would call ``module``.
         """
-        if module is not None:
+        _check_not_baked(self, name, module)
+        if module is not None and name not in self._modules:
             _check_called(name, module)
         super().add_module(name, module)
 

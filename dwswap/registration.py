@@ -70,7 +70,8 @@ def decomposed(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
     )
     hidden = preactivated(input, input_bias, input_activation, in_place=in_place)
-    output = torch.conv2d(hidden, weight, bias, stride, padding, dilation, input.shape[-3])
+    groups = int(input.shape[-3])  # as many as the weight has, however a trace computes it
+    output = torch.conv2d(hidden, weight, bias, stride, padding, dilation, groups)
     activate = ACTIVATIONS[activation]
     return activate.in_place(output) if in_place else activate.forward(output)
 

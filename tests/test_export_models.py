@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import Block, ControlFlow, InvertedResidual, depthwise, image
 from torch import Tensor, nn
 
@@ -123,6 +124,29 @@ def test_onnx_of_several_inputs_and_outputs(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x, y=y), expected)
     with pytest.raises(TypeError, match="x, y"):
         loaded(x)
+
+
+class Unshuffled(nn.Module):
+    """Of a dynamic height, PyTorch computes the number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = depthwise(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pixel_unshuffle(x, 2))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_channels_that_are_computed_are_a_number_of_groups(tmp_path: Path, fuse: bool) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    fast, x = dwswap.optimize(Unshuffled().eval(), fuse=fuse), torch.randn(2, 3, 16, 16)
+    dims = ({2: torch.export.Dim.DYNAMIC},)
+    loaded = load(save(fast, tmp_path / "m.onnx", x, format="onnx", dynamic_shapes=dims))
+    x = torch.randn(2, 3, 20, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), fast(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["pt2", "aten"])

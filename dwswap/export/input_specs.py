@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from dwswap.export.size_guards import evaluate, guards_of, is_met, solved, symbols_in
+
 __all__ = [
     "InputSpecs",
     "TensorSpec",
@@ -28,7 +30,7 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor; a size that may vary is the name of its symbol."""
+    """One tensor; a size that may vary is its symbol, or an expression of symbols."""
 
     dtype: str
     device: str
@@ -48,18 +50,16 @@ class TensorSpec:
                 "the example inputs of a program that is compiled must be contiguous or "
                 f"channels_last, got shape {list(example.shape)} with strides {example.stride()}"
             )
-        sizes = tuple(size if isinstance(size, int) else str(size) for size in shape)
+        # Without the spaces that sympy prints.
+        sizes = tuple(s if isinstance(s, int) else str(s).replace(" ", "") for s in shape)
         return cls(_name(example.dtype), example.device.type, sizes, channels_last)
 
-    def conform(self, name: str, value: Any, symbols: dict[str, int]) -> Tensor:
-        """``value`` with the strides that the compiled code expects.
-
-        Args:
-            symbols: the sizes that symbols have in this call; those of ``value`` are added.
+    def check_kind(self, name: str, value: Any) -> Tensor:
+        """``value`` as a tensor that may fit.
 
         Raises:
-            TypeError: ``value`` is no tensor, or of another dtype or device.
-            ValueError: of another shape.
+            TypeError: it is no tensor, or of another dtype or device.
+            ValueError: it has another number of dimensions.
         """
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -68,16 +68,33 @@ class TensorSpec:
             raise TypeError(
                 f"{name} must be {self.dtype} on {self.device}, got {found[0]} on {found[1]}"
             )
-        expected = list(self.shape)
-        if value.dim() == len(expected):
-            for i, size in enumerate(expected):
-                if isinstance(size, str):
-                    expected[i] = symbols.setdefault(size, value.shape[i])
+        if value.dim() != len(self.shape):
+            raise self._other_shape(name, value, list(self.shape))
+        return value
+
+    def conform(self, name: str, value: Tensor, symbols: Mapping[str, int]) -> Tensor:
+        """``value`` with the strides that the compiled code expects.
+
+        Args:
+            symbols: the sizes that symbols have in this call.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        expected = [
+            evaluate(size, symbols)
+            if isinstance(size, str) and symbols_in(size) <= symbols.keys()
+            else size
+            for size in self.shape
+        ]
         if list(value.shape) != expected:
-            wanted = ", ".join(map(str, expected))
-            raise ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
+            raise self._other_shape(name, value, expected)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return value.contiguous(memory_format=layout)
+
+    def _other_shape(self, name: str, value: Tensor, expected: Sequence[int | str]) -> ValueError:
+        wanted = ", ".join(map(str, expected))
+        return ValueError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
 
 
 @dataclass(frozen=True)
@@ -88,18 +105,21 @@ class InputSpecs:
         tensors: what the tensors must be.
         constants: values that are part of the compiled code.
         ranges: least and, where there is one, largest size of every symbol.
+        guards: equations between symbols.
     """
 
     tensors: Mapping[str, TensorSpec]
     constants: Mapping[str, Any]
     ranges: Mapping[str, tuple[int, int | None]]
+    guards: tuple[str, ...] = ()
 
     @classmethod
     def of_program(cls, program: ExportedProgram) -> InputSpecs:
         """The specs of the example inputs of ``program``, and of its constraints.
 
         Raises:
-            ValueError: it has no example inputs, or some with strides that cannot be described.
+            ValueError: it has no example inputs, or some with strides that cannot be described, or
+                relies on what cannot be checked.
         """
         if program.example_inputs is None:
             raise ValueError("a program that is compiled must have example inputs, got none")
@@ -111,8 +131,10 @@ class InputSpecs:
             if isinstance(leaf, Tensor):
                 tensors[path] = TensorSpec.of(leaf, nodes[str(name)].meta["val"].shape)
         constants = constants_of(leaves)
-        ranges = {str(s): _bounds(r) for s, r in program.range_constraints.items()}
-        return cls(tensors, constants, ranges)
+        ranges = {str(s).replace(" ", ""): _bounds(r) for s, r in program.range_constraints.items()}
+        sizes = [size for spec in tensors.values() for size in spec.shape if isinstance(size, str)]
+        symbols = set().union(*map(symbols_in, sizes))
+        return cls(tensors, constants, ranges, guards_of(program, symbols))
 
     @property
     def dtype(self) -> str:
@@ -134,11 +156,16 @@ class InputSpecs:
             isinstance(found[path], (Tensor, *_PLAIN)) for path in found.keys() - known
         ):
             raise _other_arguments(known, found)
-        symbols: dict[str, int] = {}
+        given = {path: spec.check_kind(path, found[path]) for path, spec in self.tensors.items()}
+        symbols = self._symbols(given)
         for path, spec in self.tensors.items():
-            found[path] = spec.conform(path, found[path], symbols)
+            found[path] = spec.conform(path, given[path], symbols)
         for path, value in self.constants.items():
             check_constant(path, value, found[path])
+        for guard in self.guards:
+            if not is_met(guard, symbols):
+                sizes = ", ".join(f"{name} = {symbols[name]}" for name in sorted(symbols_in(guard)))
+                raise ValueError(f"the sizes of the inputs must satisfy {guard}, got {sizes}")
         for symbol, size in symbols.items():
             least, most = self.ranges.get(symbol, (0, None))
             if size < least or (most is not None and size > most):
@@ -153,6 +180,23 @@ class InputSpecs:
         result: tuple[tuple[Any, ...], dict[str, Any]]
         result = pytree.tree_unflatten(leaves, structure)
         return result
+
+    def _symbols(self, given: Mapping[str, Tensor]) -> dict[str, int]:
+        """The size of every symbol: of the first input that has it, alone or in an expression."""
+        sizes = [
+            (expected, size)
+            for path, spec in self.tensors.items()
+            for expected, size in zip(spec.shape, given[path].shape, strict=True)
+            if isinstance(expected, str)
+        ]
+        symbols: dict[str, int] = {}
+        for expected, size in sizes:
+            if expected.isidentifier():
+                symbols.setdefault(expected, size)
+        for expected, size in sizes:
+            if not symbols_in(expected) <= symbols.keys():
+                symbols |= solved(expected, size)
+        return symbols
 
     def _place(self, name: str) -> int:
         """Of the first tensor in a keyword argument; behind all others where it has none."""
@@ -172,7 +216,8 @@ class InputSpecs:
             for path, spec in content["tensors"].items()
         }
         ranges = {symbol: tuple(bounds) for symbol, bounds in content["ranges"].items()}
-        return cls(tensors, content["constants"], ranges)
+        guards = tuple(content.get("guards", ()))  # files of before have none
+        return cls(tensors, content["constants"], ranges, guards)
 
 
 def constants_of(leaves: Mapping[str, Any]) -> dict[str, Any]:

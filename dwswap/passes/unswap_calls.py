@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
-from dwswap.convolution_call import SWAPPED, bind
+from dwswap.convolution_call import SWAPPED, bind, example_of
 from dwswap.ops import depthwise_conv2d
 from dwswap.passes.affine_call import value_of
 from dwswap.passes.fuse_separable import POINTWISE
@@ -72,7 +72,9 @@ def unswap_call(graph_module: fx.GraphModule, node: fx.Node, *, expand: bool = F
     with graph.inserting_before(node):
         groups, hidden = given["groups"], given["input"]
         if groups is None:
-            groups = graph.call_method("size", (hidden, -3))
+            example = example_of(hidden)
+            known = isinstance(example, Tensor)
+            groups = int(example.shape[-3]) if known else graph.call_method("size", (hidden, -3))
         if given["input_bias"] is not None:
             column = graph.call_method("view", (given["input_bias"], -1, 1, 1))
             hidden = graph.call_function(operator.add, (hidden, column))
