@@ -228,29 +228,29 @@ class Report:
         return self.render()
 
     def render(self, width: int = 120) -> str:
-        """The report as a table of at most ``width`` columns."""
+        """The report as a table of at most ``width`` columns; of few without sizes."""
         # A quarter of the time of `import dwswap`, and few reports are read.
         from rich.console import Console
 
         console = Console(file=io.StringIO(), width=width)
         if self.layers:
-            console.print(self._table())
+            console.print(self._table(sizes=width >= 80))
         console.print(self.summary(), highlight=False, markup=False, soft_wrap=True)
         for line in self._notes():
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue().rstrip("\n")
 
-    def _table(self) -> Table:
+    def _table(self, *, sizes: bool) -> Table:
         from rich.table import Table
 
         verified = any(layer.errors for layer in self.layers)
-        shapes = any(layer.input_shape for layer in self.layers)
+        shapes = sizes and any(layer.input_shape for layer in self.layers)
         changed = any(layer.changes for layer in self.layers)
         table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
         table.add_column("layer", overflow="fold")
-        for name, shown in (("input", shapes), ("weight", True), ("stride", True), ("pad", True)):
-            if shown:
+        for name in ("input", "weight", "stride", "pad"):
+            if shapes if name == "input" else sizes:
                 table.add_column(name, no_wrap=True)
         table.add_column("decision", no_wrap=True)
         table.add_column("reason", overflow="fold")
@@ -261,7 +261,8 @@ class Report:
         for layer in self.layers:
             cells = [layer.path or "(the model)"]
             cells += [_size(layer.input_shape)] if shapes else []
-            cells += [_size(layer.weight_shape), _size(layer.stride), _size(layer.padding)]
+            own = (layer.weight_shape, layer.stride, layer.padding)
+            cells += map(_size, own) if sizes else ()
             cells += [layer.decision, f"{layer.reason}: {layer.detail}"]
             cells += [", ".join(map(str, layer.changes))] if changed else []
             cells += [_errors(layer.errors)] if verified else []

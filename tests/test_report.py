@@ -72,6 +72,12 @@ def test_text() -> None:
     assert all(len(line) <= 80 for line in report.render(width=80).splitlines()[:-3])
 
 
+def test_text_in_a_narrow_terminal_has_layers_and_reasons() -> None:
+    lines = dwswap.report(dwswap.optimize(Block().eval(), image())).render(40).splitlines()
+    assert lines[0].split() == ["layer", "decision", "reason", "changes"]
+    assert any(line.startswith("depthwise ") and "swapped" in line for line in lines)
+
+
 def test_text_takes_paths_literally() -> None:
     layer = Layer("[bold]x[/bold]", "module", "kept", "skipped", REASONS["skipped"])
     text = str(Report("M", layers=[layer]))
