@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	find csrc tests/host examples -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \
+	find csrc tests/host tests/emulator examples -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \
 	    | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 
 bench: $(VENV)/.installed-bench

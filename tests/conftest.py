@@ -16,6 +16,7 @@ import pytest
 import torch
 from autograd_nodes import compile_nodes
 from cuts_program import Cuts, Problem, compile_cuts, run_cuts
+from emulated_kernels import Emulator, compile_emulator, lacks
 from filelock import FileLock
 
 from dwswap import build
@@ -85,15 +86,21 @@ def products(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.suits", lambda tensor: True)
 
 
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that the processes that test side by side have in common."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    shared.mkdir(exist_ok=True)
+    return shared
+
+
 @pytest.fixture(scope="session")
 def autograd_nodes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The nodes of autograd in C++, which come with the kernels where there is a GPU."""
     if build.load():
         return
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "autograd_nodes"
-    shared.mkdir(exist_ok=True)
-    with FileLock(shared / "lock"):  # one of the processes that test side by side compiles them
+    shared = _shared_folder(tmp_path_factory, "autograd_nodes")
+    with FileLock(shared / "lock"):  # one of the processes compiles them
         library = shared / "libnodes.so"
         if not library.exists():
             try:
@@ -101,6 +108,27 @@ def autograd_nodes(tmp_path_factory: pytest.TempPathFactory) -> None:
             except BuildError as error:
                 pytest.skip(str(error))
     torch.ops.load_library(str(library))
+
+
+@pytest.fixture(scope="session")
+def emulator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of the library which runs kernels on the CPU."""
+    shared = _shared_folder(tmp_path_factory, "emulator")
+    with FileLock(shared / "lock"):  # one of the processes compiles it
+        if not (shared / "libemulator.so").exists():
+            try:
+                reason = lacks(shared)
+            except BuildError as error:
+                reason = str(error)
+            if reason is not None:
+                pytest.skip(reason)
+            compile_emulator(shared)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def emulator(emulator_folder: Path) -> Emulator:
+    return Emulator(emulator_folder / "libemulator.so")
 
 
 @pytest.fixture
