@@ -23,6 +23,8 @@ from emulated_kernels import (
 )
 from emulated_source import Defect, transform
 
+pytestmark = pytest.mark.slow  # a minute and a half of two processors
+
 FAMILIES = ("plane_bands", "diagonal")
 DTYPES = (torch.float16, torch.bfloat16)
 # A longer campaign: so many random problems of each family and dtype.
@@ -124,7 +126,6 @@ def test_random_problems_in_every_instantiation(
     assert timings == set(TIMINGS)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(PROBLEMS == 0, reason="DWSWAP_EMULATED_PROBLEMS is not set")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,7 +196,6 @@ DEFECTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFECTS)
 def test_planted_defects_are_noticed(emulator_folder: Path, tmp_path: Path, name: str) -> None:
     emulator = Emulator(compile_emulator(tmp_path, DEFECTS[name], emulator_folder))
