@@ -317,7 +317,7 @@ def _returns_anything(node: fx.Node) -> bool:
 def _parts(node: fx.Node, root: nn.Module) -> int | None:
     """How many tensors a call returns that cuts a tensor up; None where that is not known."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", None)
-    given: dict[Any, Any] = {**dict(zip(("input", name, "dim"), node.args, strict=False))}
+    given: dict[Any, Any] = dict(zip(("input", name, "dim"), node.args, strict=False))
     given |= node.kwargs
     if name == "chunk":
         chunks = given.get("chunk", given.get("chunks"))

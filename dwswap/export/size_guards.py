@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
@@ -35,7 +36,7 @@ def evaluate(text: str, symbols: Mapping[str, int]) -> int:
     Raises:
         ValueError: it has an operation or a symbol that is not known.
     """
-    return int(_value(ast.parse(text, mode="eval").body, symbols))
+    return int(_value(_parsed(text), symbols))
 
 
 def is_met(guard: str, symbols: Mapping[str, int]) -> bool:
@@ -46,13 +47,11 @@ def is_met(guard: str, symbols: Mapping[str, int]) -> bool:
         return False
 
 
-def symbols_in(text: str) -> set[str]:
+@functools.cache  # of the few expressions of a package, in every call
+def symbols_in(text: str) -> frozenset[str]:
     """The names of sizes in an expression."""
-    return {
-        node.id
-        for node in ast.walk(ast.parse(text, mode="eval"))
-        if isinstance(node, ast.Name) and node.id not in _FUNCTIONS
-    }
+    names = {node.id for node in ast.walk(_parsed(text)) if isinstance(node, ast.Name)}
+    return frozenset(names - _FUNCTIONS.keys())
 
 
 def solved(text: str, size: int) -> dict[str, int]:
@@ -103,6 +102,11 @@ def _equations(program: ExportedProgram, known: Set[str]) -> list[Any]:
         derived = {s: other for s, other in equal if s.is_Symbol and str(s) not in known}
         equations += [expr.subs(derived) for expr in found]
     return equations
+
+
+@functools.cache
+def _parsed(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
 
 
 def _value(node: ast.AST, symbols: Mapping[str, int]) -> int:
