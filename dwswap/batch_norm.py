@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dwswap import build
 from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
+from dwswap.layouts import is_dense_image
 from dwswap.plain import has_kernels, is_plain_but_for_autocast
 from dwswap.schema import batch_norm as operator
 from dwswap.schema import batch_norm_backward as backward_operator
@@ -82,7 +83,7 @@ def takes_batch_norm(
     # Whether such a tensor may be changed here is for PyTorch to say.
     if running_mean is not None and running_mean.is_inference():
         return False
-    if not (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous()):
+    if not is_dense_image(input):
         return False
     channels = input.shape[1]
     if not 0 < channels <= _MOST or not 2 <= input.numel() // channels <= _MOST:

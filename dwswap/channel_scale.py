@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dwswap import build
 from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
+from dwswap.layouts import is_dense_image
 from dwswap.plain import has_kernels, is_plain_but_for_autocast, needs_gradient
 from dwswap.schema import channel_means, excite_recorded, library, squeeze_recorded
 from dwswap.schema import channel_scale as operator
@@ -51,7 +52,7 @@ def has_channel_scale(input: Tensor) -> bool:
         has_kernels(input)
         and is_plain_but_for_autocast(input, input, None, None)
         and input.dim() == 4
-        and (input.is_contiguous(memory_format=torch.channels_last) or input.is_contiguous())
+        and is_dense_image(input)
     ):
         return False
     batch, channels, height, width = input.shape

@@ -10,6 +10,7 @@ from torch import Tensor
 
 __all__ = [
     "empty_image",
+    "is_dense_image",
     "laid_out",
     "memory_format",
     "output_memory_format",
@@ -50,6 +51,15 @@ def empty_image(size: Sequence[int], like: Tensor, layout: torch.memory_format) 
         memory_format=layout,
     )
     return output if len(size) == 4 else output.squeeze(0)
+
+
+def is_dense_image(image: Tensor) -> bool:
+    """Whether a 4-D tensor is contiguous or channels_last, without gaps; it may be fake."""
+    if image.is_contiguous(memory_format=torch.channels_last) or image.is_contiguous():
+        return True
+    # PyTorch 2.11 says no to channels_last in a compiled graph for batches of any size.
+    _, channels, height, width = image.shape
+    return image.stride() == (channels * height * width, 1, width * channels, channels)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

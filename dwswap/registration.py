@@ -28,6 +28,7 @@ from dwswap.activations import ACTIVATIONS, PAIRS, pair_of
 from dwswap.autograd import preactivated, recorded
 from dwswap.backward import backward_aten, backward_autograd, backward_composite, backward_fake
 from dwswap.checks import check_arguments, check_dense, geometry, output_size, raise_typed
+from dwswap.inductor_layouts import prefer_channels_last
 from dwswap.layouts import empty_image, laid_out, output_memory_format
 from dwswap.plain import any_autocast, differentiated_elsewhere, needs_gradient
 from dwswap.schema import (
@@ -131,6 +132,7 @@ def _forward_fake(
     check_arguments(
         input, weight, bias, stride, padding, dilation, input_bias, input_activation, activation
     )
+    prefer_channels_last()
     size = output_size(input, weight, stride, padding, dilation)
     return empty_image(size, input, output_memory_format(input, weight))
 
