@@ -33,12 +33,12 @@ JOBS = 2
 # The files of the element types instantiate the same templates, so one of them on an architecture
 # shows most of what the others need there. sm_90, for which many have code of their own, keeps
 # float32 and one type of half precision. sm_80 and sm_120 share the rest of the code: the first
-# keeps float32, and bfloat16, of which it lacks a part of the instructions; the other float16.
+# keeps bfloat16, of which it lacks a part of the instructions; the other float16.
 # Type -> what it is not compiled for, and the type that is.
 LEFT_OUT = {
     "float16": (["8.0"], "bfloat16"),
     "bfloat16": (["9.0", "12.0"], "float16"),
-    "float32": (["12.0"], "float16"),
+    "float32": (["8.0", "12.0"], "float16"),
 }
 
 

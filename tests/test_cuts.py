@@ -396,7 +396,7 @@ def test_diagonal_has_every_pixel_and_channel(cuts):
 @pytest.mark.parametrize(
     ("family", "kernel"),
     [
-        ("plane_strips", 3),
+        pytest.param("plane_strips", 3, marks=pytest.mark.slow),
         ("plane_bands", 5),
         ("channel_columns", 3),
         ("channel_tiles", 5),

@@ -11,6 +11,7 @@ from cuts_program import compile_for_host
 from dwswap.toolkit import BuildError
 
 
+@pytest.mark.slow
 def test_threads_on_the_host(tmp_path):
     program = tmp_path / "plane_strips"
     try:

@@ -181,7 +181,13 @@ def test_norms_that_are_no_batch_norm_stay_whole() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["mobilenetv2_050", "efficientnet_lite0", "mobilenetv3_small_050", "lcnet_050"]
+    "name",
+    [
+        pytest.param("mobilenetv2_050", marks=pytest.mark.slow),
+        pytest.param("efficientnet_lite0", marks=pytest.mark.slow),
+        "mobilenetv3_small_050",
+        "lcnet_050",
+    ],
 )
 def test_timm(name: str) -> None:
     timm = pytest.importorskip("timm")

@@ -203,6 +203,7 @@ def test_torch_compile(excitation_calls: Calls) -> None:
     assert excitation_calls == ["sigmoid"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_backward(excitation_calls: Calls) -> None:
     """Of a forward that ran eagerly."""

@@ -178,6 +178,7 @@ SLOW = (
     "maxvit_t",
     "mnasnet0_5",
     "mobilenet_v2",
+    "ssdlite320_mobilenet_v3_large",
 )
 
 

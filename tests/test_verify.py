@@ -574,6 +574,7 @@ def test_nothing_to_compare_is_told(x: Tensor) -> None:
     assert "output has no finite element" in verification.notes[-1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_feature_extractor_of_torchvision_keeps_its_mode() -> None:
     models = pytest.importorskip("torchvision.models")
