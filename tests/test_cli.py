@@ -409,6 +409,20 @@ def test_export_torchvision_on_a_photograph(tmp_path, capsys, wide):
     assert f"dwswap.export.load('{path}')" in out
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_an_error_and_no_traceback():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dwswap", "explain", "mnasnet0_5"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "dwswap: error: [Errno 28] No space left on device"
+    assert "Traceback" not in done.stderr
+
+
 def test_export_of_a_few_pixels(tmp_path, capsys, wide):
     """BatchNorm has no statistics of single pixels, which would blow up rounding."""
     pytest.importorskip("sklearn")

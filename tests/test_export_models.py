@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,54 @@ def test_onnx_of_buffers_that_change(tmp_path: Path, optimized: bool) -> None:
         else:
             loaded = load(save(model, path, x, format="onnx"))
             torch.testing.assert_close(loaded(x), expected)
+
+
+class Returning(nn.Module):
+    """What ``more`` makes of the input, next to an image."""
+
+    def __init__(self, more: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.more = depthwise(), more
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"image": self.conv(x), "more": [self.more(x)]}
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize(
+    ("more", "format", "got"),
+    [
+        (lambda x: "text", "pt2", "'text'"),
+        (lambda x: "text", "aten", "'text'"),
+        (lambda x: 2.5, "aoti", "2.5"),
+        (lambda x: 3, "onnx", "3"),
+        (lambda x: x.shape[0], "onnx", "one of type int"),
+    ],
+)
+def test_outputs_that_a_file_cannot_hold(
+    tmp_path: Path, more: Callable[[Tensor], Any], format: str, got: str, optimized: bool
+) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    model: nn.Module = Returning(more).eval()
+    model = dwswap.optimize(model) if optimized else model
+    path = tmp_path / ("m.onnx" if format == "onnx" else "m.pt2")
+    expected = rf"got {re.escape(got)} as output\['more'\]\[0\]$"
+    with pytest.raises(ExportError, match=expected):
+        save(model, path, image(8), format=format, dynamic_batch=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["pt2", "aten"])
+@pytest.mark.parametrize("more", [lambda x: 2.5, lambda x: x.shape[0], lambda x: None])
+def test_outputs_that_are_no_tensors(
+    tmp_path: Path, more: Callable[[Tensor], Any], format: str
+) -> None:
+    model, x = Returning(more).eval(), image(8)
+    loaded = load(save(dwswap.optimize(model), tmp_path / "m.pt2", x, format=format))
+    result = loaded(x)
+    assert result["more"] == [more(x)]
+    torch.testing.assert_close(result["image"], model(x)["image"])
 
 
 @pytest.mark.parametrize("persistent", [False, True])

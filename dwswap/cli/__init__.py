@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -34,13 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CliError as error:
         console(sys.stderr).print(f"dwswap: error: {error}", markup=False, soft_wrap=True)
         return 2
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) has left. What is still buffered must go nowhere, or the
-        # interpreter complains when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a pipe (head, less) has left
+        _discard_output()
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _discard_output()
+        console(sys.stderr).print(f"dwswap: error: {error}", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere, or the interpreter complains when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

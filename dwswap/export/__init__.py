@@ -25,6 +25,7 @@ from dwswap.checks import check_flags
 from dwswap.export.aoti import load_compiled, save_compiled
 from dwswap.export.errors import ExportError, summary
 from dwswap.export.onnx import OnnxModel, check_packages, save_onnx
+from dwswap.export.outputs import check_outputs
 from dwswap.export.program import to_program
 from dwswap.export.pt2 import load_program, save_aten, save_pt2
 
@@ -60,7 +61,9 @@ def save(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
             Their dtypes, device, layout and, but for what is dynamic, shapes are those that the
             file is for. ``"pt2"`` and ``"aten"`` files hold these tensors.
-        format: ``"pt2"``, ``"aten"``, ``"onnx"`` or ``"aoti"``.
+        format: ``"pt2"``, ``"aten"``, ``"onnx"`` or ``"aoti"``. Outputs that are numbers are
+            returned by files of the first two; by ``"aoti"`` as tensors without dimensions, floats
+            excepted; ``"onnx"`` has tensors alone, and leaves None out.
         dynamic_batch: the first dimension of all tensors may have any size.
         dynamic_shapes: what may vary, as ``torch.export.export`` takes it.
 
@@ -78,6 +81,7 @@ def save(
     # Before the work, which may take minutes: a place that cannot be written shows at once.
     with replacing(target) as partial:
         program = to_program(model, example_inputs, dynamic_batch, dynamic_shapes)
+        check_outputs(program, format)
         try:
             _WRITERS[format](program, partial)
         except (ExportError, OSError, ValueError):
