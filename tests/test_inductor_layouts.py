@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,11 +40,11 @@ class Blocks(nn.Module):
 
 @pytest.fixture
 def layouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[torch.memory_format]]]:
-    """Of the images that the operator and its backward get."""
-    seen: dict[str, list[torch.memory_format]] = {"forward": [], "backward": []}
+    """Of the images that the operators and their backwards get."""
+    seen: dict[str, list[torch.memory_format]] = {}
 
     def watch(module: Any, name: str, key: str, images: int) -> None:
-        plain = getattr(module, name)
+        plain, seen[key] = getattr(module, name), []
 
         def watched(*args: Any) -> Any:
             if not args[0].is_meta:
@@ -53,6 +55,9 @@ def layouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[torch.me
 
     watch(registration, "_forward_aten", "forward", 1)
     watch(backward, "backward_aten", "backward", 2)
+    norm = importlib.import_module("dwswap.batch_norm")  # which has a function of its name
+    watch(norm, "_forward_aten", "norm", 1)
+    watch(norm, "_backward_aten", "norm backward", 2)
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True):  # what is cached is not lowered
         yield seen
@@ -89,6 +94,25 @@ def test_layouts_are_those_of_the_convolutions_around(
         ours = [parameter.grad for parameter in fast.parameters()]
         torch.testing.assert_close(ours, gradients)
         assert layouts["backward"] == [LAYOUTS[called]] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preferred", [True, False])
+@pytest.mark.usefixtures("norm_calls")
+def test_batch_norm_of_the_backend(preferred: bool, layouts: dict[str, list[Any]]) -> None:
+    torch.manual_seed(0)
+    model, x = Blocks(), torch.randn(2, 4, 9, 8)
+    fast = torch.compile(copy.deepcopy(model), backend="dwswap")
+    with torch._inductor.config.patch(
+        layout_optimization=preferred, force_layout_optimization=preferred
+    ):
+        for each in (fast, model):
+            each(x).pow(2).sum().backward()
+    for ours, theirs in zip(fast.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    called = torch.channels_last if preferred else torch.contiguous_format
+    counts = {"forward": 2, "backward": 4, "norm": 1, "norm backward": 2}
+    assert layouts == {key: [called] * count for key, count in counts.items()}
 
 
 def test_inductor_is_not_imported_for_it() -> None:
