@@ -5,7 +5,7 @@ Usage: python scripts/check_kernels.py [--csrc FOLDER] [--sample] [ARCHITECTURE 
 
 Needs nvcc, but no GPU. Every file is compiled once, for all the architectures, with the flags of
 `dwswap build`; of a .cu file, whose host code only launches its kernels, no object is made.
---sample leaves out architectures where another element type shows much the same: ``LEFT_OUT``.
+--sample has a file for one architecture if that of another element type is beside it: ``SAMPLE``.
 """
 
 from __future__ import annotations
@@ -30,16 +30,9 @@ from dwswap.toolkit import BuildError, Target, find_nvcc  # noqa: E402
 
 ARCHITECTURES = ("8.0", "9.0", "12.0")
 JOBS = 2
-# The files of the element types instantiate the same templates, so one of them on an architecture
-# shows most of what the others need there. sm_90, for which many have code of their own, keeps
-# float32 and one type of half precision. sm_80 and sm_120 share the rest of the code: the first
-# keeps bfloat16, of which it lacks a part of the instructions; the other float16.
-# Type -> what it is not compiled for, and the type that is.
-LEFT_OUT = {
-    "float16": (["8.0"], "bfloat16"),
-    "bfloat16": (["9.0", "12.0"], "float16"),
-    "float32": (["8.0", "12.0"], "float16"),
-}
+# The files of the element types instantiate the same templates, so a sample has each of them on one
+# architecture: float16 where many kernels have code of their own.
+SAMPLE = {"float32": "8.0", "float16": "9.0", "bfloat16": "12.0"}
 
 
 @dataclass(frozen=True)
@@ -116,16 +109,18 @@ def shorten(demangled: str) -> str:
 
 
 def sampled(source: Path, targets: Collection[Target]) -> list[Target]:
-    """What to compile ``source`` for where a sample is enough.
+    """What to compile ``source`` for where a sample is enough, perhaps nothing.
 
     All of ``targets``, unless the file of another element type is beside it.
     """
     words = source.stem.split("_")
-    for name, (architectures, other) in LEFT_OUT.items():
-        twin = "_".join(other if word == name else word for word in words)
-        if name in words and source.with_stem(twin).exists():
-            left_out = list(map(Target.parse, architectures))
-            return [t for t in targets if t not in left_out] or list(targets)
+    for name, architecture in SAMPLE.items():
+        others = (
+            "_".join(other if word == name else word for word in words)
+            for other in SAMPLE.keys() - {name}
+        )
+        if name in words and any(source.with_stem(other).exists() for other in others):
+            return [target for target in targets if target == Target.parse(architecture)]
     return list(targets)
 
 
@@ -168,12 +163,10 @@ def check(sources: Path, architectures: list[str], sample: bool = False) -> int:
     """Compile everything below ``sources``, print the table; gives the number of faults."""
     start = time.monotonic()
     targets = [Target.parse(architecture) for architecture in architectures]
-    files = source_files(sources)
+    chosen = {file: sampled(file, targets) if sample else targets for file in source_files(sources)}
+    files = [file for file, architectures_of_file in chosen.items() if architectures_of_file]
     nvcc = find_nvcc()
-    commands = [
-        compile_command(nvcc, sources, sampled(file, targets) if sample else targets)
-        for file in files
-    ]
+    commands = [compile_command(nvcc, sources, chosen[file]) for file in files]
     usages: list[Usage] = []
     failed = 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
@@ -220,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help="such as 9.0")
     parser.add_argument("--csrc", type=Path, help="the folder of sources (default: the project's)")
     parser.add_argument(
-        "--sample", action="store_true", help="each element type without some of the architectures"
+        "--sample", action="store_true", help="each element type on one of the architectures"
     )
     options = parser.parse_args(arguments)
     try:

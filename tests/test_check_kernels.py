@@ -125,17 +125,17 @@ def test_clean_kernels_pass(script, compiler, tmp_path, capsys):
     assert "0 spills" in lines[-1]
 
 
-def test_a_sample_leaves_out_what_another_type_stands_for(script, compiler, tmp_path, capsys):
-    names = ("a_float32", "a_bfloat16", "b_float16_wide", "b_bfloat16_wide", "b_float32_wide")
+def test_a_sample_has_each_type_on_one_architecture(script, compiler, tmp_path, capsys):
+    names = ("a_float32", "b_float16", "b_bfloat16", "c_float16_wide", "c_float32_wide")
     for name in names:
         (tmp_path / f"{name}.cu").write_text(CLEAN.replace("scale_kernel", name))
     everywhere = {"sm_80", "sm_90", "sm_120"}
     expected = {
-        "a_float32": everywhere,  # without a float16 beside them
-        "a_bfloat16": everywhere,
-        "b_float16_wide": {"sm_90", "sm_120"},
-        "b_bfloat16_wide": {"sm_80"},
-        "b_float32_wide": {"sm_90"},
+        "a_float32": everywhere,  # with no other type beside it
+        "b_float16": {"sm_90"},
+        "b_bfloat16": {"sm_120"},
+        "c_float16_wide": {"sm_90"},
+        "c_float32_wide": {"sm_80"},
     }
     assert script.main(["--csrc", str(tmp_path), "--sample"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -143,10 +143,10 @@ def test_a_sample_leaves_out_what_another_type_stands_for(script, compiler, tmp_
         rows = [line for line in lines[1:-1] if re.search(rf"{name}[<I]", line)]
         assert {a for row in rows for a in everywhere if a in row} == architectures, name
     assert "5 kernels x 3 architectures" in lines[-1]
-    assert "(10 of these pairs)" in lines[-1]
-    # One architecture at least.
-    only = [toolkit.Target.parse("8.0")]
-    assert script.sampled(tmp_path / "b_float16_wide.cu", only) == only
+    assert "(7 of these pairs)" in lines[-1]
+    # Perhaps nowhere.
+    assert script.main(["--csrc", str(tmp_path), "--sample", "8.0", "9.0"]) == 0
+    assert "b_bfloat16" not in capsys.readouterr().out
 
 
 def test_spills_fail(script, compiler, tmp_path, capsys):
