@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from dwswap.layouts import memory_format
+from dwswap.schema import (
+    batch_norm,
+    batch_norm_backward,
+    depthwise_conv2d,
+    depthwise_conv2d_backward,
+)
 
 __all__ = ["prefer_channels_last"]
 
 logger = logging.getLogger(__name__)
 
-_OPERATORS = (
-    "depthwise_conv2d",
-    "_depthwise_conv2d_backward",
-    "_batch_norm",
-    "_batch_norm_backward",
-)
+_OPERATORS = (depthwise_conv2d, depthwise_conv2d_backward, batch_norm, batch_norm_backward)
 _IMAGES = {"input", "grad_output"}
 
 
@@ -35,8 +36,7 @@ def prefer_channels_last() -> None:
     lowering: Any = sys.modules.get("torch._inductor.lowering")
     if lowering is None:
         return
-    for name in _OPERATORS:
-        operator = getattr(torch.ops.dwswap, name).default
+    for operator in _OPERATORS:
         if operator in lowering.lowerings:
             continue
         try:
@@ -55,10 +55,11 @@ def _lowering_of(operator: Any, lowering: Any) -> Callable[..., Any]:
     channels_last = lowering.ir.ExternKernel.require_channels_last
     names = [argument.name for argument in operator._schema.arguments]
     images = [place for place, name in enumerate(names) if name in _IMAGES]
+    input = names.index("input")
 
     def lower(*args: Any, **kwargs: Any) -> Any:
         graph, given = virtualized.graph, list(args)
-        if _is_channels_last(graph.current_node.args[names.index("input")], graph.layout_opt):
+        if _is_channels_last(graph.current_node.args[input], graph.layout_opt):
             for place in images:
                 given[place] = channels_last(given[place])
         return call(*given, **kwargs)

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import dwswap
 from dwswap.cli import bench, build, demo, doctor, explain, export
-from dwswap.cli.common import CliError, console
+from dwswap.cli.common import CliError, failed
 
 __all__ = ["main"]
 
@@ -33,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminable():
             return int(args.run(args))
     except CliError as error:
-        console(sys.stderr).print(f"dwswap: error: {error}", markup=False, soft_wrap=True)
-        return 2
+        return failed(error, status=2)
     except BrokenPipeError:  # the reader of a pipe (head, less) has left
         _discard_output()
         return 1
@@ -42,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         _discard_output()
-        console(sys.stderr).print(f"dwswap: error: {error}", markup=False, soft_wrap=True)
-        return 1
+        return failed(error)
     except KeyboardInterrupt:
         return 130
 

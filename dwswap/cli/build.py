@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from dwswap import build
 from dwswap.atomic_file import replacing
-from dwswap.cli.common import CliError, console
+from dwswap.cli.common import CliError, console, failed
 
 __all__ = ["add_parser"]
 
@@ -51,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         library = build.build(args.arch, force=args.force, standalone=args.standalone)
     except build.BuildError as error:
-        console(sys.stderr).print(f"dwswap: error: {error}", markup=False, soft_wrap=True)
-        return 1
+        return failed(error)
     if args.output is not None:
         library = _copy(library, Path(args.output))
     seconds = time.perf_counter() - start

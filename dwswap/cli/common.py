@@ -21,6 +21,7 @@ __all__ = [
     "chosen_device",
     "console",
     "device_text",
+    "failed",
     "file_path",
     "input_shape",
     "missing_extra",
@@ -53,6 +54,12 @@ def console(file: TextIO | None = None) -> Console:
         file.reconfigure(errors="replace")
     width = None if file.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     return Console(file=file, width=width, highlight=False)
+
+
+def failed(reason: object, status: int = 1) -> int:
+    """Print ``reason`` as the error of the command; gives its exit code, ``status``."""
+    console(sys.stderr).print(f"dwswap: error: {reason}", markup=False, soft_wrap=True)
+    return status
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> NoReturn:

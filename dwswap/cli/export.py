@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dwswap.cli.common import (
     chosen_device,
     console,
     device_text,
+    failed,
     input_shape,
     say,
 )
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         # PyTorch names the dimension that the model fixes.
         fixed = args.batch is None and "(batch)" in str(error)
         hint = " (--batch N exports for one batch size)" if fixed else ""
-        return _failed(f"{error}{hint}")
+        return failed(f"{error}{hint}")
     except OSError as error:
         raise CliError(f"cannot write {args.output}: {error.strerror or error}") from error
     except (ModuleNotFoundError, ValueError) as error:
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         say(out, "error", f"not compared: {error}")
     except ExportError as error:
-        return _failed(str(error))
+        return failed(error)
     else:
         verdict = "ok" if errors.passed else f"FAILED, {errors.problem or 'too large'}"
         say(
@@ -204,8 +204,3 @@ def _errors(model: nn.Module, path: Path, example: Tensor) -> LayerErrors:
     if worst is None:
         raise ExportError("the model returns no tensor, so nothing could be compared")
     return worst
-
-
-def _failed(message: str) -> int:
-    console(sys.stderr).print(f"dwswap: error: {message}", markup=False, soft_wrap=True)
-    return 1
