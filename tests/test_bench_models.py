@@ -70,7 +70,7 @@ def test_peers(asked, batch, expected):
 
 def test_peers_elsewhere():
     on_cpu = chosen_peers(["all"], 1, cuda=False, max_autotune=True)
-    assert on_cpu == [*EAGER, "fx_fuse", "compile", "dwswap_compile"]
+    assert on_cpu == [*EAGER, "fx_fuse", "compile", "dwswap_compile", "dwswap_backend"]
     assert "compile" in chosen_peers(["auto"], 1, cuda=False)
     assert "max_autotune" in chosen_peers(["none"], 1, cuda=True, max_autotune=True)
 

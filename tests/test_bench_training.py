@@ -15,6 +15,7 @@ from bench_model_cases import interrupt_after_one
 from tiny_models import Block
 from torch import nn
 
+from dwswap.backend import rewrite_graph
 from dwswap.bench.model_cases import TRAINED, Case, classifiers, product, training_cases
 from dwswap.bench.model_peers import Runner, eager
 from dwswap.bench.model_record import ModelRecord
@@ -47,7 +48,8 @@ def nothing_compiles(monkeypatch):
     """Compiled runners are eager ones: to compile takes half a minute here."""
     monkeypatch.setitem(TRAINERS, "compile", Runner("compile", eager, compiled=True))
     ours = Runner("compile(dwswap)", TRAINERS["dwswap"].build, compiled=True)
-    monkeypatch.setitem(TRAINERS, "dwswap_compile", ours)
+    for name in ("dwswap_compile", "dwswap_backend"):
+        monkeypatch.setitem(TRAINERS, name, ours)
 
 
 def run(name, us=2000.0, **changes) -> Measured:
@@ -262,12 +264,14 @@ def test_compiled_is_compared_with_compiled(monkeypatch):
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
     found = bench().measure(CASE, ["eager", "compile"])
     assert found.passed
-    assert [r.name for r in found.runs] == ["dwswap", "dwswap_compile", "eager", "compile"]
-    assert found.run("compile").speedups.keys() == {"dwswap", "dwswap_compile"}
+    ours = ["dwswap", "dwswap_compile", "dwswap_backend"]
+    assert [r.name for r in found.runs] == [*ours, "eager", "compile"]
+    assert found.run("compile").speedups.keys() == {*ours}
+    assert found.speedups("compile").keys() == {"dwswap_compile", "dwswap_backend"}
     assert found.best_speedup("compile") == found.run("compile").speedups["dwswap_compile"]
     assert found.best_speedup("eager") == found.run("eager").speedups["dwswap"]
     # Ours is checked, of the peer only the time is known; both stay compiled until the end.
-    assert found.run("dwswap_compile").error is not None
+    assert None not in (found.run("dwswap_compile").error, found.run("dwswap_backend").error)
     assert found.run("compile").error is None
     assert resets == [1]
 
@@ -393,6 +397,32 @@ def test_markdown():
         "| **0.90** |  |  | 12,000 |  |",
     ]
     assert training_markdown([]) == ["Nothing was measured."]
+
+
+def test_markdown_of_both_that_compile():
+    """The target is of the swapped model; the backend stands beside it."""
+    by = {"dwswap_compile": 0.98, "dwswap_backend": 1.4}
+    row = result(run("compile", speedups=by))
+    row.runs.append(run("dwswap_backend", 50_000.0))
+    heads, _, cells = training_markdown([row])[-3:]
+    assert "| compile(dwswap) ms | backend=dwswap ms |" in heads
+    assert "| 70.00 | 50.00 |" in cells
+    assert "| 0.98 / 1.40 (0.97) |" in cells
+
+
+@pytest.mark.slow
+def test_the_backend_is_measured(monkeypatch):
+    """Without a double: the graph of a training step goes through our backend."""
+    monkeypatch.setitem(TRAINERS, "compile", Runner("compile", eager, compiled=True))
+    rewritten = []
+    monkeypatch.setattr(
+        "dwswap.backend.rewrite_graph",
+        lambda graph: rewritten.append(rewrite_graph(graph)) or rewritten[-1],
+    )
+    found = bench().measure(CASE, ["compile"])
+    assert found.passed, found
+    assert rewritten[0].swapped
+    assert "dwswap_backend" in found.speedups("compile")
 
 
 def test_record_survives_a_round_trip(tmp_path):

@@ -118,6 +118,10 @@ def _ours_compiled(model: nn.Module, argument: Any) -> Forward:
     return torch.compile(optimize_with(model), dynamic=False)
 
 
+def _ours_as_backend(model: nn.Module, argument: Any) -> Forward:
+    return torch.compile(model, backend="dwswap", dynamic=False)
+
+
 OURS = ("dwswap", "dwswap_graph")
 EAGER = ("eager_nchw", "eager_channels_last")
 
@@ -136,6 +140,7 @@ RUNNERS: dict[str, Runner] = {
         "compile max-autotune", _compiled("max-autotune"), cuda=True, compiled=True
     ),
     "dwswap_compile": Runner("compile(dwswap)", _ours_compiled, compiled=True),
+    "dwswap_backend": Runner("compile backend=dwswap", _ours_as_backend, compiled=True),
 }
 """By the names that records and ``--peers`` use."""
 

@@ -22,6 +22,7 @@ COLOURS = {
     "reduce_overhead": "#e69f00",
     "max_autotune": "#009e73",
     "dwswap_compile": "#cc79a7",
+    "dwswap_backend": "#d55e00",
 }
 TARGET = "#cc3311"
 

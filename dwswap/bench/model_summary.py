@@ -74,11 +74,16 @@ def speedup_rows(results: Sequence[ModelResult], kind: type[ModelResult] = Model
         for name in kind.runners
         if name not in kind.ours and any(result.run(name) for result in results)
     ]
-    heads = ["model", "batch", "dtype", "layout", *(f"{head} ms" for head in kind.ours_heads)]
+    measured = {
+        name: head
+        for name, head in zip(kind.ours, kind.ours_heads, strict=True)
+        if any(result.run(name) for result in results)
+    }
+    heads = ["model", "batch", "dtype", "layout", *(f"{head} ms" for head in measured.values())]
     heads += ["images/s", *(f"over {kind.runners[name].title}" for name in peers)]
     rows = []
     for result in results:
-        runs = [result.run(name) for name in kind.ours]
+        runs = [result.run(name) for name in measured]
         rates = [run.images_per_second for run in runs if run and run.images_per_second]
         rows.append(
             [

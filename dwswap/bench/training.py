@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 from typing import ClassVar
 
 from dwswap.bench.layers import LAYOUTS
@@ -24,7 +25,9 @@ class TrainingBench(ModelBench):
 
     def _ours(self, subject: Subject, peers: Sequence[str]) -> list[str]:
         """The plain one, and those that are run as one of ``peers`` is."""
-        return [ours for peer, ours in TRAINING_PEERS.items() if ours == "dwswap" or peer in peers]
+        wanted = (names for peer, names in TRAINING_PEERS.items() if peer in peers)
+        found = {"dwswap", *chain.from_iterable(wanted)}
+        return [name for name in self.result.ours if name in found]
 
     def _subject(self, case: Case) -> Subject:
         model = copy.deepcopy(self._base(case)).to(memory_format=LAYOUTS[case.layout])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import ClassVar
 
 from dwswap.bench.model_peers import RUNNERS, Runner, eager
@@ -15,6 +16,7 @@ __all__ = ["TRAINERS", "TRAINING_PEERS", "TrainingResult", "training_peers"]
 TRAINERS: dict[str, Runner] = {
     "dwswap": RUNNERS["dwswap"],
     "dwswap_compile": RUNNERS["dwswap_compile"],
+    "dwswap_backend": RUNNERS["dwswap_backend"],
     "dwswap_graph": replace(
         RUNNERS["dwswap"], title="dwswap, CUDA graph", cuda=True, captured=True
     ),
@@ -24,8 +26,12 @@ TRAINERS: dict[str, Runner] = {
 }
 """As ``RUNNERS``, for models in train mode, all in the layout of the user's model."""
 
-TRAINING_PEERS = {"eager": "dwswap", "eager_graph": "dwswap_graph", "compile": "dwswap_compile"}
-"""Each peer with ours run as it is: that pair is compared, and has a target."""
+TRAINING_PEERS: dict[str, tuple[str, ...]] = {
+    "eager": ("dwswap",),
+    "eager_graph": ("dwswap_graph",),
+    "compile": ("dwswap_compile", "dwswap_backend"),
+}
+"""Each peer with ours run as it is: these are compared, and the first of them has a target."""
 
 
 def training_peers(asked: Sequence[str], *, cuda: bool) -> list[str]:
@@ -60,8 +66,13 @@ class TrainingResult(ModelResult):
     """
 
     runners: ClassVar[Mapping[str, Runner]] = TRAINERS
-    ours: ClassVar[tuple[str, ...]] = tuple(TRAINING_PEERS.values())
-    ours_heads: ClassVar[tuple[str, ...]] = ("dwswap", "CUDA graph", "compile(dwswap)")
+    ours: ClassVar[tuple[str, ...]] = tuple(chain.from_iterable(TRAINING_PEERS.values()))
+    ours_heads: ClassVar[tuple[str, ...]] = (
+        "dwswap",
+        "CUDA graph",
+        "compile(dwswap)",
+        "backend=dwswap",
+    )
     eager: ClassVar[tuple[str, ...]] = ("eager",)
     basis: ClassVar[str] = "a step of training, ours run as the peer is"
     by_batch: ClassVar[bool] = False
@@ -69,9 +80,14 @@ class TrainingResult(ModelResult):
     loss_limit: float | None = None
 
     def speedups(self, peer: str) -> dict[str, float]:
-        """That of ours run as the peer is: compiled over compiled, captured over captured."""
-        mine = TRAINING_PEERS.get(peer)
-        return {name: by for name, by in super().speedups(peer).items() if name == mine}
+        """Those of ours run as the peer is: compiled over compiled, captured over captured."""
+        mine = TRAINING_PEERS.get(peer, ())
+        return {name: by for name, by in super().speedups(peer).items() if name in mine}
+
+    def best_speedup(self, peer: str) -> float | None:
+        """That of the first of ``TRAINING_PEERS[peer]``: the target is of the swapped model."""
+        found = self.speedups(peer)
+        return next((found[name] for name in TRAINING_PEERS.get(peer, ()) if name in found), None)
 
     def goal(self, peer: str) -> float | None:
         return training_target(self.case, peer)
