@@ -17,6 +17,7 @@ from dwswap.bench.model_cases import ACCEPTED, Case, choose, defaults, depthwise
 from dwswap.bench.model_peers import EAGER, OURS, RUNNERS, Runner, chosen_peers
 from dwswap.bench.model_subject import Subject
 from dwswap.bench.models import ModelBench
+from dwswap.bench.timing import time_side_by_side
 
 # cases and peers
 
@@ -355,3 +356,17 @@ def test_detection_is_compared_by_its_features(monkeypatch):
     found = subject.measure(found.case, ["compile"])
     assert found.run("compile").us > 0
     assert found.run("compile").error is None
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 3), (1.0, 3), (6.0, 20)])
+def test_a_larger_budget_is_of_more_rounds(monkeypatch, budget, rounds):
+    """The best of many short rounds is without what slows the host down now and then."""
+    asked = []
+
+    def time(calls, device, **how):
+        asked.append(how)
+        return time_side_by_side(calls, device, **how | {"budget": 0.0, "rounds": 1})
+
+    monkeypatch.setattr("dwswap.bench.models.time_side_by_side", time)
+    assert bench(budget=budget).measure(CASE, ["eager_nchw"]).passed
+    assert [how["rounds"] for how in asked] == [rounds]

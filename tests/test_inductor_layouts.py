@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import dwswap
 from dwswap import backward, registration
+from dwswap.backend import compile_graph
 from dwswap.inductor_layouts import prefer_channels_last
 from dwswap.layouts import memory_format
 
@@ -102,7 +103,7 @@ def test_layouts_are_those_of_the_convolutions_around(
 def test_batch_norm_of_the_backend(preferred: bool, layouts: dict[str, list[Any]]) -> None:
     torch.manual_seed(0)
     model, x = Blocks(), torch.randn(2, 4, 9, 8)
-    fast = torch.compile(copy.deepcopy(model), backend="dwswap")
+    fast = torch.compile(copy.deepcopy(model), backend=compile_graph)
     with torch._inductor.config.patch(
         layout_optimization=preferred, force_layout_optimization=preferred
     ):

@@ -119,7 +119,10 @@ def _ours_compiled(model: nn.Module, argument: Any) -> Forward:
 
 
 def _ours_as_backend(model: nn.Module, argument: Any) -> Forward:
-    return torch.compile(model, backend="dwswap", dynamic=False)
+    # Here, as it imports Inductor. The name "dwswap" is known where the package is installed only.
+    from dwswap.backend import compile_graph
+
+    return torch.compile(model, backend=compile_graph, dynamic=False)
 
 
 OURS = ("dwswap", "dwswap_graph")

@@ -27,7 +27,12 @@ __all__ = ["ModelBench"]
 STATISTICS_OF = 16
 """Random images whose statistics BatchNorm gets: enough where a feature map is one pixel."""
 
-ROUNDS = 3
+LEAST_ROUNDS = 3
+ROUND_SECONDS = 0.3
+"""Of samples in a round, where there are more rounds: where the host decides, as in training, it is
+slower for some tenths of a second now and then, and the best of many short rounds is without that.
+"""
+
 VERY_SLOW = 5.0
 """Seconds of a call from which on one round must do: detection of many images loops in Python."""
 
@@ -65,6 +70,7 @@ class ModelBench:
         self.budget = budget
         self.profiled = profiled
         self.step = step
+        self._rounds = max(LEAST_ROUNDS, round(budget / ROUND_SECONDS))
         self._construct = construct
         self._last: tuple[str, nn.Module] | None = None
 
@@ -196,7 +202,7 @@ class ModelBench:
             [call for _, call in ready],
             self.device,
             budget=self.budget,
-            rounds=1 if any(run.slow for run in runs) else ROUNDS,
+            rounds=1 if any(run.slow for run in runs) else self._rounds,
             measure=time_stream,
         )
         for (name, _), timing in zip(ready, timings, strict=True):
