@@ -12,12 +12,11 @@ from bench_model_cases import CASE, CPU, bench, small
 from torch import nn
 
 from dwswap.bench import latency, model_peers, models, random_weights
-from dwswap.bench.latency import MemoryMeter, time_stream
+from dwswap.bench.latency import TURN, MemoryMeter, time_rounds, time_stream
 from dwswap.bench.model_cases import ACCEPTED, Case, choose, defaults, depthwise_models, product
 from dwswap.bench.model_peers import EAGER, OURS, RUNNERS, Runner, chosen_peers
 from dwswap.bench.model_subject import Subject
 from dwswap.bench.models import ModelBench
-from dwswap.bench.timing import time_side_by_side
 
 # cases and peers
 
@@ -140,6 +139,26 @@ def test_time_stream(monkeypatch):
     clock = iter(range(0, 1000, 3))
     timing = time_stream(lambda: calls.append(1), "cpu", budget=0.5)
     assert (timing.samples, timing.microseconds, len(calls)) == (1, 1.5e6, 1)
+
+
+def test_time_rounds(monkeypatch):
+    """A warm call and three timed ones of each, in turns; as many rounds as the slower allows."""
+    clock, calls = [0.0], []
+
+    def takes(name, seconds):
+        def call():
+            calls.append(name)
+            clock[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+    both = [takes("a", 0.125), takes("b", 0.25)]
+    rounds = time_rounds(both, "cpu", budget=4.0, least=2)
+    assert rounds == [[125_000.0, 250_000.0]] * 4
+    one = ["a"] * (TURN + 1) + ["b"] * (TURN + 1)
+    assert calls == ["a", "b"] + one * 4
+    assert len(time_rounds(both, "cpu", budget=0.0, least=2)) == 2
 
 
 def test_time_stream_records_no_graph():
@@ -356,17 +375,3 @@ def test_detection_is_compared_by_its_features(monkeypatch):
     found = subject.measure(found.case, ["compile"])
     assert found.run("compile").us > 0
     assert found.run("compile").error is None
-
-
-@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 3), (1.0, 3), (6.0, 20)])
-def test_a_larger_budget_is_of_more_rounds(monkeypatch, budget, rounds):
-    """The best of many short rounds is without what slows the host down now and then."""
-    asked = []
-
-    def time(calls, device, **how):
-        asked.append(how)
-        return time_side_by_side(calls, device, **how | {"budget": 0.0, "rounds": 1})
-
-    monkeypatch.setattr("dwswap.bench.models.time_side_by_side", time)
-    assert bench(budget=budget).measure(CASE, ["eager_nchw"]).passed
-    assert [how["rounds"] for how in asked] == [rounds]

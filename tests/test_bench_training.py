@@ -276,6 +276,22 @@ def test_compiled_is_compared_with_compiled(monkeypatch):
     assert resets == [1]
 
 
+def test_steps_are_compared_within_rounds(monkeypatch):
+    """A host that is twice as slow in most rounds, but not in the same ones for both."""
+    rounds = [[10.0, 10.0], [20.0, 22.0], [20.0, 22.0], [10.0, 22.0], [20.0, 11.0]]
+    asked = []
+
+    def time_rounds(calls, device, **how):
+        asked.append(how)
+        return rounds
+
+    monkeypatch.setattr("dwswap.bench.training.time_rounds", time_rounds)
+    found = bench(budget=2.5).measure(CASE, ["eager"])
+    assert asked == [{"budget": 2.5, "least": 5}]
+    assert (found.run("dwswap").us, found.run("eager").us) == (20.0, 22.0)
+    assert found.speedups("eager") == {"dwswap": 1.1}
+
+
 def test_each_gets_a_model_in_train_mode_and_in_the_layout(monkeypatch):
     seen = []
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from dwswap.bench.timing import Timing
 
-__all__ = ["LONG", "MemoryMeter", "synchronize", "time_stream"]
+__all__ = ["LONG", "MemoryMeter", "synchronize", "time_rounds", "time_stream"]
 
 SAMPLES = 5
 LONG = 1.0
 """Seconds of a call whose first one is as good as a later one: what settles takes far less."""
+
+TURN = 3
+"""Calls of each way in a round of ``time_rounds``."""
 
 MOST_CALLS = 1000
 """Per sample. Beyond about as many launches the host waits for the stream anyway."""
@@ -57,6 +60,40 @@ def time_stream(
         times = [_stream(call, device, calls) * 1e6 for _ in range(samples)]
     method = f"wall clock over {calls} calls"
     return Timing(statistics.median(times), min(times), max(times), len(times), method)
+
+
+def time_rounds(
+    calls: Sequence[Callable[[], object]],
+    device: torch.device | str,
+    *,
+    budget: float = 0.5,
+    least: int,
+) -> list[list[float]]:
+    """Time a few calls of each back to back by the wall clock, one after the other, over and over.
+
+    For calls in which the host does most of the work, which takes it 10 % more at one moment than
+    at the next: those of one round have the same moment, as near as can be.
+
+    Args:
+        calls: callables without arguments.
+        device: where they run.
+        budget: seconds for each, about.
+        least: rounds, however long they take.
+
+    Returns:
+        Microseconds per call, a list per round with one value for each of ``calls``.
+    """
+    device = torch.device(device)
+    with torch.no_grad():
+        slowest = max(_stream(call, device, 1) for call in calls)
+        # One call before those of a turn, as another model ran before it.
+        rounds = max(least, int(budget / max((TURN + 1) * slowest, 1e-6)))
+        return [[_turn(call, device) for call in calls] for _ in range(rounds)]
+
+
+def _turn(call: Callable[[], object], device: torch.device) -> float:
+    call()
+    return _stream(call, device, TURN) * 1e6
 
 
 def _stream(call: Callable[[], object], device: torch.device, calls: int) -> float:

@@ -27,12 +27,7 @@ __all__ = ["ModelBench"]
 STATISTICS_OF = 16
 """Random images whose statistics BatchNorm gets: enough where a feature map is one pixel."""
 
-LEAST_ROUNDS = 3
-ROUND_SECONDS = 0.3
-"""Of samples in a round, where there are more rounds: where the host decides, as in training, it is
-slower for some tenths of a second now and then, and the best of many short rounds is without that.
-"""
-
+ROUNDS = 3
 VERY_SLOW = 5.0
 """Seconds of a call from which on one round must do: detection of many images loops in Python."""
 
@@ -70,7 +65,6 @@ class ModelBench:
         self.budget = budget
         self.profiled = profiled
         self.step = step
-        self._rounds = max(LEAST_ROUNDS, round(budget / ROUND_SECONDS))
         self._construct = construct
         self._last: tuple[str, nn.Module] | None = None
 
@@ -189,24 +183,37 @@ class ModelBench:
             return run.measured(subject, us=None)
         mine: dict[str, list[float]] = {**times, name: []}
         try:
-            self._time([*ours, run], mine)
+            speedups = self._time([*ours, run], mine)
         except Exception as error:
             return Measured(name, reason=_reason(error))
-        us = mine[name][-1]
-        return run.measured(subject, us, {ours: us / times[ours][-1] for ours in times})
+        return run.measured(subject, mine[name][-1], {ours: speedups[ours] for ours in times})
 
-    def _time(self, runs: list[Run], times: dict[str, list[float]]) -> None:
-        """Add the time of each in turns with the others, in microseconds, to ``times``."""
-        ready = [(run.name, run.call) for run in runs if run.call is not None]
+    def _time(self, runs: list[Run], times: dict[str, list[float]]) -> dict[str, float]:
+        """Add the time of each in turns with the others, in microseconds, to ``times``.
+
+        Returns:
+            By which factor each is faster than the last of ``runs``.
+        """
+        ready = {run.name: run.call for run in runs if run.call is not None}
+        slow = any(run.slow for run in runs)
+        found, speedups = self._in_turns(list(ready.values()), slow=slow)
+        for name, us in zip(ready, found, strict=True):
+            times[name].append(us)
+        return dict(zip(ready, speedups, strict=True))
+
+    def _in_turns(
+        self, calls: Sequence[Callable[[], Any]], *, slow: bool
+    ) -> tuple[list[float], list[float]]:
+        """Microseconds of each call, and by which factor each is faster than the last."""
         timings = time_side_by_side(
-            [call for _, call in ready],
+            calls,
             self.device,
             budget=self.budget,
-            rounds=1 if any(run.slow for run in runs) else self._rounds,
+            rounds=1 if slow else ROUNDS,
             measure=time_stream,
         )
-        for (name, _), timing in zip(ready, timings, strict=True):
-            times[name].append(timing.microseconds)
+        found = [timing.microseconds for timing in timings]
+        return found, [found[-1] / us for us in found]
 
 
 def _reason(error: Exception) -> str:
