@@ -33,7 +33,12 @@ _TIMM = ("timm.layers.norm_act", "BatchNormAct2d")
 
 
 class StandIn(nn.Module):
-    """What takes the place of a module of the last of its bases."""
+    """What takes the place of a module of the last of its bases.
+
+    In compiled code it calls methods of the latter by its name and not by ``super()``: of that Dynamo
+    looks at the order of the classes anew in each call of each module, and for a module with such a
+    guard it cannot skip the others (some 2 us of the host's).
+    """
 
 
 class _TrainingNorm(StandIn):
@@ -70,7 +75,7 @@ class _TrainingNorm(StandIn):
 
     def _ordinary(self, input: Tensor) -> Tensor:
         """What the base class computes."""
-        return super().forward(input)
+        raise NotImplementedError
 
     def _activation(self) -> str | None:
         """Which activation to compute as well; None for what the operator does not have."""
@@ -92,9 +97,12 @@ class BatchNorm2d(_TrainingNorm, nn.BatchNorm2d):
         ``(N, C, H, W)`` to the same.
     """
 
+    # A method of this class, or Dynamo would look for it along the order of the classes.
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
     def _ordinary(self, input: Tensor) -> Tensor:
-        if not issubclass(type(input), fx.Proxy):
-            return super()._ordinary(input)
+        if torch.compiler.is_dynamo_compiling() or not issubclass(type(input), fx.Proxy):
+            return nn.BatchNorm2d.forward(self, input)
         # torch.fx makes nodes of modules of torch.nn alone.
         tracer: Any = input.tracer  # type: ignore[attr-defined]
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
@@ -150,23 +158,39 @@ class _Absorbed(StandIn):
         # The mark is taken off: what comes behind may be the same tensor.
         if plain and input.__dict__.pop(_MARK, False):
             return input
-        return super().forward(input)
+        return self._ordinary(input)
+
+    def _ordinary(self, input: Tensor) -> Tensor:
+        """What the base class computes."""
+        raise NotImplementedError
 
 
 class ReLU(_Absorbed, nn.ReLU):
     """``nn.ReLU``."""
 
+    def _ordinary(self, input: Tensor) -> Tensor:
+        return nn.ReLU.forward(self, input)
+
 
 class ReLU6(_Absorbed, nn.ReLU6):
     """``nn.ReLU6``."""
+
+    def _ordinary(self, input: Tensor) -> Tensor:
+        return nn.ReLU6.forward(self, input)
 
 
 class Hardswish(_Absorbed, nn.Hardswish):
     """``nn.Hardswish``."""
 
+    def _ordinary(self, input: Tensor) -> Tensor:
+        return nn.Hardswish.forward(self, input)
+
 
 class SiLU(_Absorbed, nn.SiLU):
     """``nn.SiLU``."""
+
+    def _ordinary(self, input: Tensor) -> Tensor:
+        return nn.SiLU.forward(self, input)
 
 
 ABSORBABLE: dict[type[nn.Module], type[nn.Module]] = {
@@ -265,10 +289,14 @@ def _timm_norm() -> type[nn.Module]:
             return None
         return _NAMES.get(type(act))
 
+    def ordinary(self: Any, input: Tensor) -> Tensor:
+        return Base.forward(self, input)
+
     members = {
         "__module__": __name__,
         "__doc__": _timm_norm.__doc__,
         "_activation": activation,
+        "_ordinary": ordinary,
         "forward": of_x(_TrainingNorm.forward),
     }
     made = globals()["BatchNormAct2d"] = type("BatchNormAct2d", (_TrainingNorm, Base), members)

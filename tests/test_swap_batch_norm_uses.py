@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, cast
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from norm_models import Calls, Patient, at, block, pickled, same, silu, step, trains_as
 from tiny_models import depthwise, image
 from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import dwswap
-from dwswap.training_modules import BatchNorm2d
+from dwswap.training_modules import ABSORBABLE, BatchNorm2d, base_of
 
 # --- back, copies and files ----------------------------------------------------------------------
 
@@ -214,6 +216,23 @@ def test_torch_compile(norm_calls: Calls) -> None:
     assert norm_calls == []
     trains_as(fast, model)
     assert norm_calls == ["silu"] * 2
+
+
+def test_compiled_code_asks_no_module_for_its_classes() -> None:
+    """``super()`` would, and then no guard of the module can be skipped in a later call."""
+    norms = [[nn.BatchNorm2d(8), kind()] for kind in ABSORBABLE]
+    layers = [depthwise(8), nn.BatchNorm2d(8), *chain.from_iterable(norms)]
+    fast = dwswap.optimize(nn.Sequential(*layers))
+    assert all(base_of(module) is not None for module in list(fast.children())[1:])
+
+    def run(input: Tensor) -> Tensor:
+        return cast(Tensor, fast(input))
+
+    torch.compile(run, backend="eager", fullgraph=True)(image(8))
+    (entry,) = _debug_get_cache_entry_list(run.__code__)
+    guards = str(entry.guard_manager)
+    assert "training_modules.BatchNorm2d" in guards
+    assert "__mro__" not in guards
 
 
 def test_torch_export(norm_calls: Calls) -> None:
