@@ -35,9 +35,9 @@ _TIMM = ("timm.layers.norm_act", "BatchNormAct2d")
 class StandIn(nn.Module):
     """What takes the place of a module of the last of its bases.
 
-    In compiled code it calls methods of the latter by its name and not by ``super()``: of that Dynamo
-    looks at the order of the classes anew in each call of each module, and for a module with such a
-    guard it cannot skip the others (some 2 us of the host's).
+    In compiled code it calls methods of the latter by its name and not by ``super()``: for that
+    Dynamo looks at the order of the classes anew in each call of each module, and cannot skip the
+    other guards of that module then (some 2 us of the host's).
     """
 
 

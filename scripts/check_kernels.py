@@ -1,16 +1,20 @@
 """Compile all of csrc, report what every kernel uses, fail where one spills or has a stack frame.
 
-Usage: python scripts/check_kernels.py [--csrc FOLDER] [--sample] [ARCHITECTURE ...]
-(default: 8.0 9.0 12.0)
+Usage: python scripts/check_kernels.py [--csrc FOLDER] [--sample] [--changed] [--record]
+                                       [ARCHITECTURE ...]   (default: 8.0 9.0 12.0)
 
 Needs nvcc, but no GPU. Every file is compiled once, for all the architectures, with the flags of
 `dwswap build`; of a .cu file, whose host code only launches its kernels, no object is made.
 --sample has a file for one architecture if that of another element type is beside it: ``SAMPLE``.
+--record writes down what passed, in scripts/checked_kernels.json: the digest of a file with all
+that it includes, of flags and of versions. --changed leaves out what has the same digest there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -22,11 +26,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dwswap.compilation import compile_command, csrc_dir, source_files  # noqa: E402
-from dwswap.toolkit import BuildError, Target, find_nvcc  # noqa: E402
+from dwswap.atomic_file import replacing  # noqa: E402
+from dwswap.compilation import (  # noqa: E402
+    compile_command,
+    compile_flags,
+    csrc_dir,
+    source_files,
+)
+from dwswap.toolkit import BuildError, Nvcc, Target, find_nvcc  # noqa: E402
+
+RECORD = ROOT / "scripts" / "checked_kernels.json"
 
 ARCHITECTURES = ("8.0", "9.0", "12.0")
 JOBS = 2
@@ -124,6 +138,46 @@ def sampled(source: Path, targets: Collection[Target]) -> list[Target]:
     return list(targets)
 
 
+def included(source: Path, sources: Path) -> list[Path]:
+    """``source`` and what it includes of ``sources``, by whatever way, in the order of names."""
+    found, new = set[Path](), {source}
+    while new:
+        found |= new
+        names = {name for file in new for name in re.findall(r'#include "(.+?)"', file.read_text())}
+        new = {sources / name for name in names} - found
+    return sorted(found)
+
+
+def digest(source: Path, sources: Path, target: Target, nvcc: Nvcc) -> str:
+    """Of all that machine code of ``source`` for ``target`` is made of."""
+    hasher = hashlib.sha256()
+    for text in (*compile_flags(), target.gencode, nvcc.version, torch.__version__):
+        hasher.update(text.encode() + b"\0")
+    for file in included(source, sources):
+        content = file.read_bytes()
+        hasher.update(f"{file.relative_to(sources)} {len(content)}\0".encode() + content)
+    return hasher.hexdigest()[:16]
+
+
+def recorded(record: Path) -> set[str]:
+    """The digests in ``record``, of whatever file and architecture."""
+    if not record.exists():
+        return set()
+    return set(json.loads(record.read_text()).values())
+
+
+def save(record: Path, passed: dict[str, str], known: Collection[str]) -> None:
+    """Put digests into ``record``, one line each, by file and architecture.
+
+    Args:
+        known: the files that there are; others are left out.
+    """
+    before = json.loads(record.read_text()) if record.exists() else {}
+    kept = {name: value for name, value in before.items() if name.split()[0] in known}
+    with replacing(record) as path:
+        path.write_text(json.dumps(kept | passed, indent=0, sort_keys=True) + "\n")
+
+
 def compile_file(command: list[str], source: Path, output: Path) -> tuple[int, str]:
     """Compile one file; gives the exit status and everything that nvcc prints."""
     kind = ["-fatbin", "-Xptxas", "-v"] if source.suffix == ".cu" else ["-c"]
@@ -159,20 +213,68 @@ def print_table(usages: list[Usage], names: dict[str, str]) -> None:
         print(f"{row[0]:<{width}}  {row[1]:<7}{cells}{row[-1]}")
 
 
-def check(sources: Path, architectures: list[str], sample: bool = False) -> int:
-    """Compile everything below ``sources``, print the table; gives the number of faults."""
+def check(
+    sources: Path,
+    architectures: list[str],
+    *,
+    sample: bool = False,
+    record: Path = RECORD,
+    changed: bool = False,
+    recording: bool = False,
+) -> int:
+    """Compile what is below ``sources``, print the table; gives the number of faults.
+
+    Args:
+        sample: see ``sampled``.
+        record: a file of digests of what passed.
+        changed: leave out what is in ``record``.
+        recording: put what passes into ``record``, if all of it does.
+    """
     start = time.monotonic()
-    targets = [Target.parse(architecture) for architecture in architectures]
-    chosen = {file: sampled(file, targets) if sample else targets for file in source_files(sources)}
-    files = [file for file, wanted in chosen.items() if wanted]
     nvcc = find_nvcc()
-    commands = [compile_command(nvcc, sources, chosen[file]) for file in files]
+    targets = [Target.parse(architecture) for architecture in architectures]
+    files = source_files(sources)
+    digests = {
+        (file, target): digest(file, sources, target, nvcc)
+        for file in files
+        for target in (sampled(file, targets) if sample else targets)
+    }
+    if changed:
+        known = recorded(record)
+        digests = {pair: value for pair, value in digests.items() if value not in known}
+        left = len({file for file, _ in digests})
+        print(f"check_kernels: {left} of {len(files)} files are not as in {record.name}")
+    usages, failed = compile_all(sources, list(digests), nvcc, start)
+    if failed:
+        return failed
+    if not usages and not changed:
+        raise BuildError(f"the {len(files)} files below {sources} hold no kernel")
+    faults = report(usages, nvcc, time.monotonic() - start, all_pairs=not (sample or changed))
+    if recording and not faults:
+        names = {file: file.relative_to(sources).as_posix() for file in files}
+        passed = {f"{names[file]} {target.tag}": value for (file, target), value in digests.items()}
+        save(record, passed, set(names.values()))
+    return faults
+
+
+def compile_all(
+    sources: Path, pairs: Collection[tuple[Path, Target]], nvcc: Nvcc, start: float
+) -> tuple[list[Usage], int]:
+    """Compile each file for its architectures; what its kernels use, and how many do not compile.
+
+    Args:
+        start: the time from which what is printed counts.
+    """
+    chosen: dict[Path, list[Target]] = {}
+    for file, target in pairs:
+        chosen.setdefault(file, []).append(target)
+    commands = [compile_command(nvcc, sources, targets) for targets in chosen.values()]
     usages: list[Usage] = []
     failed = 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
-        outputs = [Path(folder, f"{index}.o") for index in range(len(files))]
-        results = pool.map(compile_file, commands, files, outputs)
-        for file, (status, text) in zip(files, results, strict=True):
+        outputs = [Path(folder, f"{index}.o") for index in range(len(chosen))]
+        results = pool.map(compile_file, commands, chosen, outputs)
+        for file, (status, text) in zip(chosen, results, strict=True):
             name = file.relative_to(sources)
             print(f"{time.monotonic() - start:5.0f} s  {name}", file=sys.stderr, flush=True)
             if status:
@@ -183,28 +285,37 @@ def check(sources: Path, architectures: list[str], sample: bool = False) -> int:
                 for line in text.splitlines():
                     if "warning" in line:
                         print(f"check_kernels: {line}", flush=True)
-    seconds = time.monotonic() - start
     if failed:
-        print(f"check_kernels: {failed} of {len(files)} files do not compile, {seconds:.0f} s")
-        return failed
-    if not usages:
-        raise BuildError(f"the {len(files)} files below {sources} hold no kernel")
+        seconds = time.monotonic() - start
+        print(f"check_kernels: {failed} of {len(chosen)} files do not compile, {seconds:.0f} s")
+    return usages, failed
+
+
+def report(usages: list[Usage], nvcc: Nvcc, seconds: float, *, all_pairs: bool) -> int:
+    """Print the table and a summary; gives the number of faults.
+
+    Args:
+        all_pairs: every kernel was compiled for every architecture.
+    """
     names = short_names(usage.name for usage in usages)
-    print_table(usages, names)
+    if usages:
+        print_table(usages, names)
     faulty = [usage for usage in usages if usage.faulty]
     for usage in faulty:
         print(
             f"check_kernels: FAULT: {names[usage.name]} on {usage.architecture} spills "
             f"{usage.spill_stores} + {usage.spill_loads} bytes, stack frame {usage.stack} bytes"
         )
-    pairs = f" ({len(usages)} of these pairs)" if sample else ""
-    largest = max(usages, key=lambda usage: usage.registers)
-    print(
-        f"check_kernels: {len(names)} kernels x {len(set(targets))} architectures with nvcc "
-        f"{nvcc.version}{pairs}, max {largest.registers} registers ({names[largest.name]} on "
-        f"{largest.architecture}), {len(faulty)} {'spill' if len(faulty) == 1 else 'spills'}, "
-        f"{seconds:.0f} s"
-    )
+    text = f"{len(names)} kernels x {len({usage.architecture for usage in usages})} architectures"
+    text += f" with nvcc {nvcc.version}"
+    if not all_pairs:
+        text += f" ({len(usages)} of these pairs)"
+    if usages:
+        largest = max(usages, key=lambda usage: usage.registers)
+        name = names[largest.name]
+        text += f", max {largest.registers} registers ({name} on {largest.architecture})"
+    text += f", {len(faulty)} {'spill' if len(faulty) == 1 else 'spills'}, {seconds:.0f} s"
+    print(f"check_kernels: {text}")
     return len(faulty)
 
 
@@ -215,10 +326,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--sample", action="store_true", help="each element type on one of the architectures"
     )
+    parser.add_argument("--changed", action="store_true", help="leave out what is recorded")
+    parser.add_argument("--record", action="store_true", help="record what passes, if all does")
     options = parser.parse_args(arguments)
     try:
-        sources = options.csrc or csrc_dir()
-        faults = check(sources, options.architectures or list(ARCHITECTURES), options.sample)
+        faults = check(
+            options.csrc or csrc_dir(),
+            options.architectures or list(ARCHITECTURES),
+            sample=options.sample,
+            changed=options.changed,
+            recording=options.record,
+        )
     except BuildError as error:
         print(f"check_kernels: {error}", file=sys.stderr)
         return 1

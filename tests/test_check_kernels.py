@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -171,3 +172,81 @@ def test_nothing_to_check_fails(script, compiler, tmp_path):
     assert script.main(["--csrc", str(tmp_path)]) == 1
     (tmp_path / "a.cu").write_text("int host() { return 1; }")
     assert script.main(["--csrc", str(tmp_path), "9.0"]) == 1
+
+
+@pytest.fixture
+def record(script, tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    monkeypatch.setattr(script, "RECORD", path)
+    monkeypatch.setitem(script.check.__kwdefaults__, "record", path)
+    return path
+
+
+def test_only_what_has_changed(script, compiler, record, tmp_path, capsys):
+    """Since it was recorded: a file, what it includes, its architectures."""
+    sources = tmp_path / "csrc"
+    (sources / "common").mkdir(parents=True)
+    (sources / "common/inner.cuh").write_text("#define FACTOR 2\n")
+    (sources / "common/outer.cuh").write_text('#pragma once\n#include "common/inner.cuh"\n')
+    plain = CLEAN.replace("scale_kernel", "plain_kernel")
+    (sources / "plain.cu").write_text(plain)
+    (sources / "factor.cu").write_text('#include "common/outer.cuh"\n' + CLEAN)
+
+    def compiled(*arguments):
+        assert script.main(["--csrc", str(sources), *arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return {name for name in ("plain", "scale") if any(f"{name}_kernel" in x for x in lines)}
+
+    assert compiled("--changed", "9.0") == {"plain", "scale"}
+    assert not record.exists()
+    assert compiled("--record", "9.0") == {"plain", "scale"}
+    assert compiled("--changed", "9.0") == set()
+    (sources / "common/inner.cuh").write_text("#define FACTOR 3\n")
+    assert compiled("--changed", "9.0") == {"scale"}
+    assert compiled("--changed", "--record", "9.0") == {"scale"}
+    assert compiled("--changed", "9.0") == set()
+    assert compiled("--changed", "--record", "8.0", "9.0") == {"plain", "scale"}
+    assert json.loads(record.read_text()).keys() == {
+        f"{file}.cu {tag}" for file in ("factor", "plain") for tag in ("sm80", "sm90")
+    }
+    (sources / "plain.cu").unlink()
+    assert compiled("--changed", "--record", "9.0") == set()
+    assert {name.split()[0] for name in json.loads(record.read_text())} == {"factor.cu"}
+
+
+def test_what_fails_is_not_recorded(script, compiler, record, tmp_path, capsys):
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "a.cu").write_text(CLEAN)
+    (sources / "b.cu").write_text(SPILLING)
+    for changed in ([], ["--changed"]):
+        assert script.main(["--csrc", str(sources), *changed, "--record", "9.0"]) == 1
+        assert "FAULT: spill_kernel" in capsys.readouterr().out
+        assert not record.exists()
+    (sources / "b.cu").write_text("__global__ void k() { oops }")
+    assert script.main(["--csrc", str(sources), "--record", "9.0"]) == 1
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("changed", ["flags", "nvcc", "torch"])
+def test_a_digest_is_of_flags_and_versions(script, tmp_path, monkeypatch, changed):
+    file = tmp_path / "a.cu"
+    file.write_text(CLEAN)
+    nvcc, target = toolkit.Nvcc(Path("nvcc"), "13.0"), toolkit.Target.parse("9.0")
+    before = script.digest(file, tmp_path, target, nvcc)
+    assert before == script.digest(file, tmp_path, target, nvcc)
+    if changed == "flags":
+        monkeypatch.setenv("DWSWAP_NVCC_FLAGS", "-lineinfo")
+    elif changed == "torch":
+        monkeypatch.setattr(script.torch, "__version__", "9.9")
+    else:
+        nvcc = toolkit.Nvcc(Path("nvcc"), "13.1")
+    assert script.digest(file, tmp_path, target, nvcc) != before
+
+
+def test_the_record_is_of_files_that_exist(script):
+    """What CI leaves out; files that have changed since it compiles."""
+    assert script.RECORD.exists()
+    names = {name.split()[0] for name in json.loads(script.RECORD.read_text())}
+    assert names
+    assert all((script.csrc_dir() / name).exists() for name in names)
