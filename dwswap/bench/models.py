@@ -192,9 +192,11 @@ class ModelBench:
         """Add the time of each in turns with the others, in microseconds, to ``times``.
 
         Returns:
-            By which factor each is faster than the last of ``runs``.
+            By which factor each that is ready is faster than the last of them.
         """
         ready = {run.name: run.call for run in runs if run.call is not None}
+        if not ready:
+            return {}
         slow = any(run.slow for run in runs)
         found, speedups = self._in_turns(list(ready.values()), slow=slow)
         for name, us in zip(ready, found, strict=True):
