@@ -159,11 +159,9 @@ def digest(source: Path, sources: Path, target: Target, nvcc: Nvcc) -> str:
     return hasher.hexdigest()[:16]
 
 
-def recorded(record: Path) -> set[str]:
-    """The digests in ``record``, of whatever file and architecture."""
-    if not record.exists():
-        return set()
-    return set(json.loads(record.read_text()).values())
+def recorded(record: Path) -> dict[str, str]:
+    """The digests in ``record`` by file and architecture."""
+    return json.loads(record.read_text()) if record.exists() else {}
 
 
 def save(record: Path, passed: dict[str, str], known: Collection[str]) -> None:
@@ -172,8 +170,7 @@ def save(record: Path, passed: dict[str, str], known: Collection[str]) -> None:
     Args:
         known: the files that there are; others are left out.
     """
-    before = json.loads(record.read_text()) if record.exists() else {}
-    kept = {name: value for name, value in before.items() if name.split()[0] in known}
+    kept = {name: value for name, value in recorded(record).items() if name.split()[0] in known}
     with replacing(record) as path:
         path.write_text(json.dumps(kept | passed, indent=0, sort_keys=True) + "\n")
 
@@ -217,16 +214,16 @@ def check(
     sources: Path,
     architectures: list[str],
     *,
-    sample: bool = False,
-    record: Path = RECORD,
-    changed: bool = False,
-    recording: bool = False,
+    record: Path,
+    sample: bool,
+    changed: bool,
+    recording: bool,
 ) -> int:
     """Compile what is below ``sources``, print the table; gives the number of faults.
 
     Args:
-        sample: see ``sampled``.
         record: a file of digests of what passed.
+        sample: see ``sampled``.
         changed: leave out what is in ``record``.
         recording: put what passes into ``record``, if all of it does.
     """
@@ -240,7 +237,7 @@ def check(
         for target in (sampled(file, targets) if sample else targets)
     }
     if changed:
-        known = recorded(record)
+        known = set(recorded(record).values())
         digests = {pair: value for pair, value in digests.items() if value not in known}
         left = len({file for file, _ in digests})
         print(f"check_kernels: {left} of {len(files)} files are not as in {record.name}")
@@ -333,6 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
         faults = check(
             options.csrc or csrc_dir(),
             options.architectures or list(ARCHITECTURES),
+            record=RECORD,
             sample=options.sample,
             changed=options.changed,
             recording=options.record,

@@ -178,7 +178,6 @@ def test_nothing_to_check_fails(script, compiler, tmp_path):
 def record(script, tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     monkeypatch.setattr(script, "RECORD", path)
-    monkeypatch.setitem(script.check.__kwdefaults__, "record", path)
     return path
 
 

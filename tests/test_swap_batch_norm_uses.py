@@ -233,6 +233,7 @@ def test_compiled_code_asks_no_module_for_its_classes() -> None:
     guards = str(entry.guard_manager)
     assert "training_modules.BatchNorm2d" in guards
     assert "__mro__" not in guards
+    assert "TypeGuardAccessor" not in guards
 
 
 def test_torch_export(norm_calls: Calls) -> None:

@@ -66,7 +66,7 @@ def time_rounds(
     calls: Sequence[Callable[[], object]],
     device: torch.device | str,
     *,
-    budget: float = 0.5,
+    budget: float,
     least: int,
 ) -> list[list[float]]:
     """Time a few calls of each back to back by the wall clock, one after the other, over and over.
