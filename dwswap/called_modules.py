@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dis
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Set
-from itertools import pairwise
 from types import CodeType, FunctionType
 
 from torch import nn
@@ -40,6 +40,8 @@ _CONVERSIONS = {"tolist", "numpy", "__array__"}
 # What stands between the loads and calls of a line that does nothing else.
 _PADDING = {"PUSH_NULL", "PRECALL", "NOT_TAKEN"}
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
+# Of one value that is there already.
+_LOADS = {"LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_CONST"}
 _LOAD_ATTR_LOADS_METHODS = sys.version_info >= (3, 12)
 
 
@@ -107,7 +109,7 @@ def _reaches(code: CodeType, names: list[str]) -> bool:
     """Whether ``code`` may do something with the last of ``names`` that is no call."""
     instructions = _instructions(code)
     # The last instruction of all code returns or raises.
-    for place, (instruction, then) in enumerate(pairwise(instructions)):
+    for place, (instruction, then) in enumerate(itertools.pairwise(instructions)):
         if not instruction.opname.endswith(("_ATTR", "_METHOD")):
             continue
         name = instruction.argval
@@ -115,7 +117,7 @@ def _reaches(code: CodeType, names: list[str]) -> bool:
             return True
         if _asks_for_tensors(instructions, place):
             return True
-        if name not in names or _is_call(instruction):
+        if name not in names or _is_call(instructions, place):
             continue
         passes_by = name != names[-1] and instruction.opname in _READS
         if not passes_by or then.opname not in _READS:
@@ -148,11 +150,32 @@ def _asks_for_tensors(instructions: list[dis.Instruction], place: int) -> bool:
     return instruction.argval in _ALL_TENSORS and not only_its_kind
 
 
-def _is_call(instruction: dis.Instruction) -> bool:
-    """Whether the attribute that is loaded is called at once."""
-    if instruction.opname == "LOAD_ATTR":
-        return _LOAD_ATTR_LOADS_METHODS and bool((instruction.arg or 0) & 1)
-    return instruction.opname == "LOAD_METHOD"
+def _is_call(instructions: list[dis.Instruction], place: int) -> bool:
+    """Whether the attribute that is loaded there is called at once."""
+    instruction, behind = instructions[place], instructions[place + 1 :]
+    if instruction.opname == "LOAD_METHOD":
+        return True
+    if instruction.opname != "LOAD_ATTR":
+        return False
+    if _LOAD_ATTR_LOADS_METHODS and (instruction.arg or 0) & 1:
+        return True
+    return _is_called_by_keyword(behind) or _is_called_with_all(behind)
+
+
+def _is_called_by_keyword(behind: list[dis.Instruction]) -> bool:
+    """``self.body(x, mask=mask)`` of Python 3.10, where arguments are no more than loaded."""
+    arguments = list(itertools.takewhile(lambda i: i.opname in _LOADS, behind))
+    call = behind[len(arguments)]
+    # The names are loaded as well.
+    return call.opname == "CALL_FUNCTION_KW" and len(arguments) == (call.arg or 0) + 1
+
+
+def _is_called_with_all(behind: list[dis.Instruction]) -> bool:
+    """``self.body(*args)`` and ``self.body(*args, **kwargs)``."""
+    names = ["LOAD" if i.opname in _LOADS else i.opname for i in behind[:5]]
+    if names[:2] == ["LOAD", "CALL_FUNCTION_EX"]:
+        return not (behind[1].arg or 0) & 1  # else what was loaded are keywords
+    return names == ["LOAD", "BUILD_MAP", "LOAD", "DICT_MERGE", "CALL_FUNCTION_EX"]
 
 
 def _is_shared(model: nn.Module, path: str) -> bool:

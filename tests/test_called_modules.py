@@ -38,8 +38,20 @@ def call_by_keyword(self: Any, x: Tensor) -> Tensor:
     return self.body(input=x)
 
 
+def call_with_all(self: Any, *args: Tensor, **kwargs: Any) -> Tensor:
+    return self.head(self.body(*args, **kwargs))
+
+
+def call_with_all_in_order(self: Any, *args: Tensor) -> Tensor:
+    return self.head(self.body(*args))
+
+
 def helper(model: Any, x: Tensor) -> Tensor:
     return model.body(x)
+
+
+def use(*modules: Any, **others: Any) -> Tensor:
+    raise NotImplementedError
 
 
 def call_elsewhere(self: Any, x: Tensor) -> Tensor:
@@ -125,7 +137,28 @@ def by_attrgetter(self: Any, x: Tensor) -> Tensor:
     return operator.attrgetter("body.0")(self)(x)
 
 
-CALLED = [call, call_by_keyword, call_elsewhere, ask_for_the_dtype]
+def give_it_all(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return use(self.body, *args, **kwargs)
+
+
+def give_it_by_keyword(self: Any, x: Tensor) -> Tensor:
+    return use(self.body, x=x)
+
+
+def give_its_children(self: Any, **kwargs: Any) -> Tensor:
+    return use(*self.body, **kwargs)
+
+
+def give_its_children_in_order(self: Any, x: Tensor) -> Tensor:
+    return use(x, *self.body)
+
+
+def index_and_call_with_all(self: Any, *args: Tensor) -> Tensor:
+    return self.body[0](*args)
+
+
+CALLED = [call, call_by_keyword, call_with_all, call_with_all_in_order, call_elsewhere]
+CALLED += [ask_for_the_dtype]
 
 
 @pytest.mark.parametrize("forward", CALLED)
@@ -136,7 +169,8 @@ def test_called(forward: Callable[..., Any]) -> None:
 OTHERWISE = [index, iterate, name_it, look_it_up, all_children, through_modules, replace]
 OTHERWISE += [read_an_attribute, in_a_lambda, index_elsewhere, sum_of_parameters]
 OTHERWISE += [sum_of_the_first, sum_under_another_name, buffer_by_name]
-OTHERWISE += [from_the_state, by_attrgetter]
+OTHERWISE += [from_the_state, by_attrgetter, give_it_all, give_it_by_keyword, give_its_children]
+OTHERWISE += [give_its_children_in_order, index_and_call_with_all]
 
 
 @pytest.mark.parametrize("forward", OTHERWISE)
