@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import weakref
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from bench_model_cases import CASE, CPU, bench, small
 from torch import nn
 
 from dwswap.bench import latency, model_peers, models, random_weights
-from dwswap.bench.latency import TURN, MemoryMeter, time_rounds, time_stream
+from dwswap.bench.latency import TURN, MemoryMeter, median_within, time_rounds, time_stream
 from dwswap.bench.model_cases import ACCEPTED, Case, choose, defaults, depthwise_models, product
 from dwswap.bench.model_peers import EAGER, OURS, RUNNERS, Runner, chosen_peers
 from dwswap.bench.model_subject import Subject
@@ -159,6 +160,23 @@ def test_time_rounds(monkeypatch):
     one = ["a"] * (TURN + 1) + ["b"] * (TURN + 1)
     assert calls == ["a", "b"] + one * 4
     assert len(time_rounds(both, "cpu", budget=0.0, least=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "outside"),
+    # Of the binomial distribution with p = 1/2, by its tables: 2.5 % and less below.
+    [(6, 0), (8, 0), (9, 1), (20, 5), (50, 17), (3000, 1445)],
+)
+def test_median_within(count, outside):
+    """Half of the interval from the value with so many below it to that with as many above."""
+    values = [float(i * i) for i in range(count)]
+    median, within = median_within(values[::-1])
+    assert median == statistics.median(values)
+    assert within == (values[count - 1 - outside] - values[outside]) / 2
+
+
+def test_median_within_of_too_few():
+    assert median_within([1.0, 3.0, 2.0, 5.0, 4.0]) == (3.0, None)
 
 
 def test_time_stream_records_no_graph():

@@ -287,9 +287,19 @@ def test_steps_are_compared_within_rounds(monkeypatch):
 
     monkeypatch.setattr("dwswap.bench.training.time_rounds", time_rounds)
     found = bench(budget=2.5).measure(CASE, ["eager"])
-    assert asked == [{"budget": 2.5, "least": 5}]
+    assert asked == [{"budget": 2.5, "least": 6}]
     assert (found.run("dwswap").us, found.run("eager").us) == (20.0, 22.0)
     assert found.speedups("eager") == {"dwswap": 1.1}
+    assert found.run("eager").within == {}  # five rounds may all be of one kind
+
+
+def test_the_interval_of_a_ratio_is_shown(monkeypatch):
+    rounds = [[10.0, 10.0 + i] for i in range(7)]
+    monkeypatch.setattr("dwswap.bench.training.time_rounds", lambda *args, **how: rounds)
+    found = bench().measure(CASE, ["eager"])
+    assert found.speedups("eager") == {"dwswap": 1.3}
+    assert found.run("eager").within == {"dwswap": pytest.approx(0.3)}
+    assert "| 1.30 ± 0.30 |" in training_markdown([found])[-1]
 
 
 def test_each_gets_a_model_in_train_mode_and_in_the_layout(monkeypatch):
@@ -400,7 +410,8 @@ def test_markdown():
     assert training_markdown(ROWS) == [
         "Milliseconds per step, and how many times faster dwswap is than each peer if it is run as "
         "that is (in parentheses the target; a CUDA graph shows what the GPU takes where Python "
-        "does not keep up), and the peak memory of a step without graph or compiler:",
+        "does not keep up; behind ±, half of the interval that holds it with a probability of 95 "
+        "%), and the peak memory of a step without graph or compiler:",
         "",
         "| model | batch | dtype | layout | dwswap ms | CUDA graph ms | compile(dwswap) ms "
         "| images/s | over eager | over eager, CUDA graph | over compile | peak MB | eager's |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import torch
 
 from dwswap.bench.timing import Timing
 
-__all__ = ["LONG", "MemoryMeter", "synchronize", "time_rounds", "time_stream"]
+__all__ = ["LONG", "MemoryMeter", "median_within", "synchronize", "time_rounds", "time_stream"]
 
 SAMPLES = 5
 LONG = 1.0
@@ -89,6 +90,26 @@ def time_rounds(
         # One call before those of a turn, as another model ran before it.
         rounds = max(least, int(budget / max((TURN + 1) * slowest, 1e-6)))
         return [[_turn(call, device) for call in calls] for _ in range(rounds)]
+
+
+def median_within(values: Sequence[float]) -> tuple[float, float | None]:
+    """The median of some measurements, and how far from it that of ever more may well be.
+
+    Returns:
+        The median, and half of the interval between two of the values that holds that of all such
+        measurements with a probability of 95 % at least, whatever their distribution (Conover,
+        "Practical Nonparametric Statistics", 1999, section 3.2); None for fewer than six values.
+    """
+    ordered, count = sorted(values), len(values)
+    within = None
+    # Of 2^count ways to lie on either side of the median of all, those with so few on the one.
+    ways = 0
+    for outside in range(count // 2):
+        ways += math.comb(count, outside)
+        if ways / 2**count > 0.025:
+            break
+        within = (ordered[count - 1 - outside] - ordered[outside]) / 2
+    return statistics.median(ordered), within
 
 
 def _turn(call: Callable[[], object], device: torch.device) -> float:

@@ -25,6 +25,8 @@ class Measured:
         us: microseconds per call, as ``dwswap.bench.latency.time_stream`` has them.
         images_per_second: batch size / time.
         speedups: how many times faster each of ours is, measured in turns with this one.
+        within: half of the interval that holds each of these with a probability of 95 %
+            (``dwswap.bench.latency.median_within``), where they were measured often enough.
         build_s: seconds that ``optimize``, ``fuse`` or a capture took.
         first_call_s: seconds of the first call, in which ``torch.compile`` compiles.
         peak_bytes: weights, temporaries and results of a call; None on the CPU.
@@ -43,6 +45,7 @@ class Measured:
     us: float | None = None
     images_per_second: float | None = None
     speedups: dict[str, float] = field(default_factory=dict)
+    within: dict[str, float] = field(default_factory=dict)
     build_s: float | None = None
     first_call_s: float | None = None
     peak_bytes: int | None = None

@@ -197,7 +197,11 @@ class Run:
     reason: str | None = None
 
     def measured(
-        self, subject: Subject, us: float | None, speedups: dict[str, float] | None = None
+        self,
+        subject: Subject,
+        us: float | None,
+        speedups: dict[str, float] | None = None,
+        within: dict[str, float] | None = None,
     ) -> Measured:
         """With the time per call, where it has one, in microseconds."""
         ratio = _ratio(self.rms_error, subject.eager_rms_error)
@@ -206,6 +210,7 @@ class Run:
             us=us,
             images_per_second=None if us is None else subject.case.batch / us * 1e6,
             speedups=speedups or {},
+            within=within or {},
             build_s=self.build_s,
             first_call_s=self.first_call_s,
             peak_bytes=self.peak_bytes,

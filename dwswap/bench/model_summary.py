@@ -139,7 +139,12 @@ def _speedup(result: ModelResult, peer: str) -> tuple[str, bool]:
         runs: list[Measured | None] = [result.run(name) for name in (peer, *result.ours)]
         return ("failed" if any(run is not None and run.reason for run in runs) else "", False)
     goal = result.goal(peer)
-    text = " / ".join(f"{value:.2f}" for value in speedups.values())
+    measured = result.run(peer)
+    within = {} if measured is None else measured.within
+    text = " / ".join(
+        f"{value:.2f} ± {within[name]:.2f}" if name in within else f"{value:.2f}"
+        for name, value in speedups.items()
+    )
     if goal not in (None, 1.0):
         text += f" ({goal:g})"
     return text, _below(result.best_speedup(peer), goal)

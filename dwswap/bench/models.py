@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from dwswap.bench.random_weights import randomize
 from dwswap.bench.timing import time_side_by_side
 from dwswap.report import report
 
-__all__ = ["ModelBench"]
+__all__ = ["ModelBench", "Turns"]
 
 STATISTICS_OF = 16
 """Random images whose statistics BatchNorm gets: enough where a feature map is one pixel."""
@@ -34,6 +34,20 @@ VERY_SLOW = 5.0
 WARM_UP = 4
 """Calls after the first two, unless these are long. With ``reduce-overhead`` the second warms up,
 the third captures."""
+
+
+class Turns(NamedTuple):
+    """One of several calls that were timed in turns.
+
+    Attributes:
+        us: microseconds.
+        faster: by which factor it is faster than the last of the calls.
+        within: half of the interval of ``faster``, see ``Measured``; None where it is not known.
+    """
+
+    us: float
+    faster: float
+    within: float | None = None
 
 
 class ModelBench:
@@ -183,30 +197,30 @@ class ModelBench:
             return run.measured(subject, us=None)
         mine: dict[str, list[float]] = {**times, name: []}
         try:
-            speedups = self._time([*ours, run], mine)
+            turns = self._time([*ours, run], mine)
         except Exception as error:
             return Measured(name, reason=_reason(error))
-        return run.measured(subject, mine[name][-1], {ours: speedups[ours] for ours in times})
+        speedups = {ours: turns[ours].faster for ours in times}
+        within = {ours: turns[ours].within for ours in times}
+        known = {ours: half for ours, half in within.items() if half is not None}
+        return run.measured(subject, mine[name][-1], speedups, known)
 
-    def _time(self, runs: list[Run], times: dict[str, list[float]]) -> dict[str, float]:
+    def _time(self, runs: list[Run], times: dict[str, list[float]]) -> dict[str, Turns]:
         """Add the time of each in turns with the others, in microseconds, to ``times``.
 
         Returns:
-            By which factor each that is ready is faster than the last of them.
+            Of each that is ready.
         """
         ready = {run.name: run.call for run in runs if run.call is not None}
         if not ready:
             return {}
         slow = any(run.slow for run in runs)
-        found, speedups = self._in_turns(list(ready.values()), slow=slow)
-        for name, us in zip(ready, found, strict=True):
-            times[name].append(us)
-        return dict(zip(ready, speedups, strict=True))
+        found = dict(zip(ready, self._in_turns(list(ready.values()), slow=slow), strict=True))
+        for name, turns in found.items():
+            times[name].append(turns.us)
+        return found
 
-    def _in_turns(
-        self, calls: Sequence[Callable[[], Any]], *, slow: bool
-    ) -> tuple[list[float], list[float]]:
-        """Microseconds of each call, and by which factor each is faster than the last."""
+    def _in_turns(self, calls: Sequence[Callable[[], Any]], *, slow: bool) -> list[Turns]:
         timings = time_side_by_side(
             calls,
             self.device,
@@ -215,7 +229,7 @@ class ModelBench:
             measure=time_stream,
         )
         found = [timing.microseconds for timing in timings]
-        return found, [found[-1] / us for us in found]
+        return [Turns(us, found[-1] / us) for us in found]
 
 
 def _reason(error: Exception) -> str:

@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
-from dwswap.bench.latency import time_rounds
+from dwswap.bench.latency import median_within, time_rounds
 from dwswap.bench.layers import LAYOUTS
 from dwswap.bench.model_cases import Case
 from dwswap.bench.model_results import ModelResult
 from dwswap.bench.model_subject import Subject
-from dwswap.bench.models import ModelBench
+from dwswap.bench.models import ModelBench, Turns
 from dwswap.bench.training_results import TRAINING_PEERS, TrainingResult
 from dwswap.bench.training_subject import TrainingSubject
 
 __all__ = ["TrainingBench"]
 
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 6
 
 
 class TrainingBench(ModelBench):
@@ -33,15 +33,17 @@ class TrainingBench(ModelBench):
         found = {"dwswap", *chain.from_iterable(wanted)}
         return [name for name in self.result.ours if name in found]
 
-    def _in_turns(
-        self, calls: Sequence[Callable[[], Any]], *, slow: bool
-    ) -> tuple[list[float], list[float]]:
+    def _in_turns(self, calls: Sequence[Callable[[], Any]], *, slow: bool) -> list[Turns]:
         """Medians over short rounds, as the host decides: a step launches a thousand kernels."""
         least = 1 if slow else LEAST_ROUNDS
         rounds = time_rounds(calls, self.device, budget=self.budget, least=least)
-        found = [statistics.median(times) for times in zip(*rounds, strict=True)]
         faster = [[times[-1] / us for us in times] for times in rounds]
-        return found, [statistics.median(factors) for factors in zip(*faster, strict=True)]
+        return [
+            Turns(statistics.median(times), *median_within(factors))
+            for times, factors in zip(
+                zip(*rounds, strict=True), zip(*faster, strict=True), strict=True
+            )
+        ]
 
     def _subject(self, case: Case) -> Subject:
         model = copy.deepcopy(self._base(case)).to(memory_format=LAYOUTS[case.layout])

@@ -46,7 +46,8 @@ def training_markdown(results: Sequence[ModelResult]) -> list[str]:
     return [
         "Milliseconds per step, and how many times faster dwswap is than each peer if it is run as "
         "that is (in parentheses the target; a CUDA graph shows what the GPU takes where Python "
-        "does not keep up), and the peak memory of a step without graph or compiler:",
+        "does not keep up; behind ±, half of the interval that holds it with a probability of 95 "
+        "%), and the peak memory of a step without graph or compiler:",
         "",
         *markdown_table(training_rows(results), left=("model", "dtype", "layout")),
     ]
