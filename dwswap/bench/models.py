@@ -201,9 +201,8 @@ class ModelBench:
         except Exception as error:
             return Measured(name, reason=_reason(error))
         speedups = {ours: turns[ours].faster for ours in times}
-        within = {ours: turns[ours].within for ours in times}
-        known = {ours: half for ours, half in within.items() if half is not None}
-        return run.measured(subject, mine[name][-1], speedups, known)
+        within = {ours: half for ours in times if (half := turns[ours].within) is not None}
+        return run.measured(subject, mine[name][-1], speedups, within)
 
     def _time(self, runs: list[Run], times: dict[str, list[float]]) -> dict[str, Turns]:
         """Add the time of each in turns with the others, in microseconds, to ``times``.

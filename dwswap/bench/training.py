@@ -20,6 +20,7 @@ from dwswap.bench.training_subject import TrainingSubject
 __all__ = ["TrainingBench"]
 
 LEAST_ROUNDS = 6
+"""Of fewer, the interval of a ratio is not known."""
 
 
 class TrainingBench(ModelBench):
@@ -37,13 +38,12 @@ class TrainingBench(ModelBench):
         """Medians over short rounds, as the host decides: a step launches a thousand kernels."""
         least = 1 if slow else LEAST_ROUNDS
         rounds = time_rounds(calls, self.device, budget=self.budget, least=least)
-        faster = [[times[-1] / us for us in times] for times in rounds]
-        return [
-            Turns(statistics.median(times), *median_within(factors))
-            for times, factors in zip(
-                zip(*rounds, strict=True), zip(*faster, strict=True), strict=True
-            )
-        ]
+        last = [times[-1] for times in rounds]
+        turns = []
+        for column in zip(*rounds, strict=True):
+            factors = [other / own for own, other in zip(column, last, strict=True)]
+            turns.append(Turns(statistics.median(column), *median_within(factors)))
+        return turns
 
     def _subject(self, case: Case) -> Subject:
         model = copy.deepcopy(self._base(case)).to(memory_format=LAYOUTS[case.layout])
